@@ -1,0 +1,1 @@
+"""Fine-tuning GPT-2 for question answering, with PyTorch. Runs from a checkout; the wheel does not ship it."""
