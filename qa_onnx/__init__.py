@@ -1,0 +1,27 @@
+"""Question answering with a GPT-2 that was exported to ONNX: numpy, onnxruntime and tokenizers, nothing else."""
+
+from qa_onnx.answerer import Answer, Answerer
+from qa_onnx.errors import (
+    BundleError,
+    ClosedError,
+    InvalidInputError,
+    ParityError,
+    PromptTooLongError,
+    ProviderError,
+    QAOnnxError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "Answerer",
+    "BundleError",
+    "ClosedError",
+    "InvalidInputError",
+    "ParityError",
+    "PromptTooLongError",
+    "ProviderError",
+    "QAOnnxError",
+    "__version__",
+]

@@ -1,0 +1,175 @@
+"""The public class: load a bundle once, then answer questions about passages, one or many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tokenizers import Tokenizer
+
+from qa_onnx.bundle import Bundle, Manifest
+from qa_onnx.engine import Engine, FinishReason, Generation
+from qa_onnx.errors import ClosedError, InvalidInputError
+from qa_onnx.planner import plan_batches
+from qa_onnx.progress import Progress
+from qa_onnx.prompt import Prompt, check_prompt_lengths, encode_prompts, load_tokenizer
+from qa_onnx.session import Session
+
+DEFAULT_MAX_NEW_TOKENS = 32
+DEFAULT_BATCH_SIZE = 32
+MAX_BATCH_TOKENS = 8192
+"""Prompt tokens in a batch, padding included: bounds the memory of a prefill whatever the batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer to one question.
+
+    Attributes:
+        text: What the model wrote, without white space around it; empty where it ended at once.
+        finish_reason: `stop` where the model ended the answer, `length` where `max_new_tokens` or its positions did.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Tokens of the answer, without the end-of-text.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Answerer:
+    """Answers questions with a bundle. Make one with `from_pretrained`; call it from any number of threads."""
+
+    def __init__(self, *, manifest: Manifest, engine: Engine, tokenizer: Tokenizer, provider: str) -> None:
+        """Takes the loaded parts; `from_pretrained` loads them."""
+        self._manifest = manifest
+        self._engine: Engine | None = engine
+        self._tokenizer = tokenizer
+        self._provider = provider
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, provider: str = "auto", threads: int | None = None) -> Answerer:
+        """Loads a bundle.
+
+        Args:
+            path: The directory that `python -m export.to_onnx` wrote.
+            provider: `cpu`, `cuda`, or `auto`: CUDA where this ONNX Runtime has it, else the CPU. A provider that does
+                not start is an error; none is ever replaced by another.
+            threads: CPU threads of one operator; None is one a physical core.
+
+        Raises:
+            BundleError: The bundle is missing, incomplete, altered or of another format version.
+            ProviderError: ONNX Runtime or the provider is not there.
+            InvalidInputError: An unknown provider, or a thread count below 1.
+        """
+        bundle = Bundle.open(path)
+        session = Session(bundle.model_path, provider=provider, threads=threads)
+        return cls(
+            manifest=bundle.manifest,
+            engine=Engine(
+                session,
+                heads=bundle.manifest.heads,
+                head_size=bundle.manifest.head_size,
+                eos_token_id=bundle.manifest.eos_token_id,
+                max_positions=bundle.manifest.max_positions,
+            ),
+            tokenizer=load_tokenizer(str(bundle.tokenizer_path)),
+            provider=session.provider,
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._manifest
+
+    @property
+    def provider(self) -> str:
+        """The provider that runs the graph: `cpu` or `cuda`."""
+        return self._provider
+
+    def answer(self, question: str, context: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> Answer:
+        """Answers one question about one passage.
+
+        Raises:
+            InvalidInputError: Question or context is not a string or has no text, or `max_new_tokens` is below 1.
+            PromptTooLongError: The two have more tokens than the model has positions.
+            ClosedError: The answerer was closed.
+        """
+        return self.answer_batch([question], [context], max_new_tokens=max_new_tokens)[0]
+
+    def answer_batch(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        progress: bool = False,
+    ) -> list[Answer]:
+        """Answers many questions; each as if it had been asked alone.
+
+        Args:
+            questions: The questions.
+            contexts: The passage of each question, in the same order.
+            max_new_tokens: The most tokens an answer may have.
+            batch_size: The most questions computed together. Batches of long prompts hold fewer.
+            progress: Draw a progress line on standard error where that is a terminal.
+
+        Returns:
+            One answer a question, in the order given.
+
+        Raises:
+            InvalidInputError: The two differ in length, an entry is not a string or has no text, or an option is below
+                1. Everything is checked before anything is computed.
+            PromptTooLongError: A prompt has more tokens than the model has positions.
+            ClosedError: The answerer was closed.
+        """
+        engine = self._engine
+        if engine is None:
+            raise ClosedError("this Answerer was closed; load the bundle again with Answerer.from_pretrained")
+        for name, texts in (("questions", questions), ("contexts", contexts)):
+            if isinstance(texts, str) or not isinstance(texts, Sequence):
+                raise InvalidInputError(
+                    f"got {name} of type {type(texts).__name__}; expected a list of strings. "
+                    "For a single question call answer(question, context)"
+                )
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"got {name} {value!r}; expected a whole number of at least 1")
+        prompts = encode_prompts(self._tokenizer, questions, contexts)
+        check_prompt_lengths(prompts, self._manifest.max_positions)
+        generations: dict[int, Generation] = {}
+        lengths = [len(prompt) for prompt in prompts]
+        with Progress(len(prompts), "answering", enabled=progress) as bar:
+            for batch in plan_batches(lengths, max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS):
+                made = engine.greedy_decode([prompts[index].ids for index in batch], max_new_tokens=max_new_tokens)
+                generations.update(zip(batch, made, strict=True))
+                bar.advance(len(batch))
+        return [self._to_answer(prompt, generations[index]) for index, prompt in enumerate(prompts)]
+
+    def close(self) -> None:
+        """Lets go of the model. Calls under way finish; later ones raise `ClosedError`. Closing twice is harmless."""
+        self._engine = None
+
+    def __enter__(self) -> Answerer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._engine is None else f"provider={self._provider!r}"
+        return f"Answerer({self._manifest.source_model!r}, precision={self._manifest.precision!r}, {state})"
+
+    def _to_answer(self, prompt: Prompt, generation: Generation) -> Answer:
+        return Answer(
+            text=self._tokenizer.decode(generation.token_ids).strip(),
+            finish_reason=generation.finish_reason,
+            prompt_tokens=len(prompt),
+            new_tokens=len(generation.token_ids),
+        )

@@ -1,0 +1,29 @@
+"""The errors that callers can tell apart. Every message says what was given, what was expected and how to mend it."""
+
+
+class QAOnnxError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidInputError(QAOnnxError, ValueError):
+    """A question, context, option or data file is not what it has to be."""
+
+
+class PromptTooLongError(InvalidInputError):
+    """A prompt has more tokens than the model has positions."""
+
+
+class BundleError(QAOnnxError):
+    """A bundle is missing, incomplete, altered or of another format version."""
+
+
+class ProviderError(QAOnnxError):
+    """The requested execution provider, or ONNX Runtime itself, is not there."""
+
+
+class ClosedError(QAOnnxError):
+    """The answerer was closed before the call."""
+
+
+class ParityError(QAOnnxError):
+    """An exported graph does not compute what the PyTorch model computes."""

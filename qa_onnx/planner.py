@@ -1,0 +1,27 @@
+"""From requests to work: which prompts are answered together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def plan_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Groups prompts of like length, longest first, so that little of a batch is padding.
+
+    Args:
+        lengths: Tokens of each prompt.
+        max_rows: The most prompts in a batch.
+        max_tokens: The most tokens in a batch, padding included; a single longer prompt is a batch of its own.
+
+    Returns:
+        Batches of indices into `lengths`; every index is in one batch.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * width <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            width = lengths[index]
+    return batches

@@ -1,0 +1,116 @@
+"""The prompt: the only place that knows how a passage, a question and an answer become text and tokens.
+
+A prompt is `Context: {context}\\nQuestion: {question}\\nAnswer:`, and training adds ` {answer}<|endoftext|>`. The passage
+comes first, so that all questions on a passage share their first tokens. The two parts are tokenised apart for the
+same reason: a passage has the same tokens whatever is asked about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from qa_onnx.errors import InvalidInputError, PromptTooLongError
+
+PASSAGE_TEMPLATE = "Context: {context}"
+QUESTION_TEMPLATE = "\nQuestion: {question}\nAnswer:"
+ANSWER_TEMPLATE = " {answer}"
+PROMPT_TEMPLATE = PASSAGE_TEMPLATE + QUESTION_TEMPLATE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The tokens of one prompt, in its two parts."""
+
+    passage_ids: list[int]
+    question_ids: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens of the prompt, in order."""
+        return self.passage_ids + self.question_ids
+
+    def __len__(self) -> int:
+        return len(self.passage_ids) + len(self.question_ids)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Loads a `tokenizer.json`. Text such as `<|endoftext|>` inside a passage stays text; it is no control token."""
+    tokenizer = Tokenizer.from_file(path)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def prepare_tokenizer(tokenizer: Tokenizer) -> None:
+    """Sets a tokenizer up as this package needs it: no truncation, no padding, no control tokens from text."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+
+
+def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Sequence[str]) -> list[Prompt]:
+    """Tokenises prompts; each distinct passage once.
+
+    Args:
+        tokenizer: From `load_tokenizer`, or any that went through `prepare_tokenizer`.
+        questions: One question a prompt.
+        contexts: The passage of each question, in the same order.
+
+    Raises:
+        InvalidInputError: The two differ in length, or an entry is not a string or has no text in it.
+    """
+    if len(questions) != len(contexts):
+        raise InvalidInputError(
+            f"got {len(questions)} questions and {len(contexts)} contexts; expected one context for each question"
+        )
+    for kind, texts in (("question", questions), ("context", contexts)):
+        for index, text in enumerate(texts):
+            _check_text(text, kind, index)
+    distinct = list(dict.fromkeys(contexts))
+    passages = _encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context) for context in distinct])
+    passage_of = dict(zip(distinct, passages, strict=True))
+    asked = _encode(tokenizer, [QUESTION_TEMPLATE.format(question=question.strip()) for question in questions])
+    return [
+        Prompt(passage_ids=passage_of[context], question_ids=question_ids)
+        for context, question_ids in zip(contexts, asked, strict=True)
+    ]
+
+
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Tokenises answers as they follow `Answer:` (without the end-of-text); an empty answer has no tokens."""
+    return _encode(tokenizer, [ANSWER_TEMPLATE.format(answer=answer.strip()) if answer.strip() else "" for answer in answers])
+
+
+def check_prompt_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
+    """Checks that every prompt leaves the model a position to answer from.
+
+    Raises:
+        PromptTooLongError: A prompt has more than `max_positions` tokens.
+    """
+    for index, prompt in enumerate(prompts):
+        if len(prompt) > max_positions:
+            raise PromptTooLongError(
+                f"prompt {index} has {len(prompt)} tokens ({len(prompt.passage_ids)} of the context, "
+                f"{len(prompt.question_ids)} of the question); the model has {max_positions} positions. "
+                f"Shorten the context by at least {len(prompt) - max_positions} tokens, or split it and ask each part"
+            )
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _check_text(text: object, kind: str, index: int) -> None:
+    if not isinstance(text, str):
+        raise InvalidInputError(f"{kind} {index} is of type {type(text).__name__}; expected a string")
+    if not text.strip():
+        raise InvalidInputError(f"{kind} {index} is empty or only white space; expected some text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"{kind} {index} has a lone surrogate at character {error.start}; expected text that can be written "
+            "as UTF-8. Decode the source with the right encoding, or with errors='replace'"
+        ) from error

@@ -1,0 +1,125 @@
+"""ONNX Runtime, and everything that depends on the execution provider: choice, options, devices, I/O binding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from qa_onnx.errors import BundleError, InvalidInputError, ProviderError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Provider = Literal["auto", "cpu", "cuda"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+_ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def import_onnxruntime() -> Any:
+    """Imports ONNX Runtime with its telemetry off, unless the user has decided on that already.
+
+    Raises:
+        ProviderError: It is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ProviderError(
+            "ONNX Runtime is not installed. Install qa_onnx with one of its extras: qa_onnx[cpu] or qa_onnx[gpu]"
+        ) from error
+    return onnxruntime
+
+
+def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
+    """Decides which provider to ask for; `auto` is CUDA where this ONNX Runtime was built with it, else the CPU.
+
+    Raises:
+        InvalidInputError: `provider` is none of `PROVIDERS`.
+        ProviderError: The provider is not part of this ONNX Runtime.
+    """
+    if provider not in PROVIDERS:
+        raise InvalidInputError(f"got provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    available = import_onnxruntime().get_available_providers()
+    if provider == "auto":
+        return "cuda" if _ONNX_RUNTIME_NAMES["cuda"] in available else "cpu"
+    if _ONNX_RUNTIME_NAMES[provider] not in available:
+        raise ProviderError(
+            f"provider {provider!r} was asked for, and this ONNX Runtime has {', '.join(available)}. "
+            "For CUDA, uninstall onnxruntime and install qa_onnx[gpu]; or pass provider='cpu'"
+        )
+    return "cuda" if provider == "cuda" else "cpu"
+
+
+class Session:
+    """One graph on one provider. Inputs and outputs stay on the provider's device until somebody asks for an array.
+
+    Safe to use from several threads: a run keeps no state here.
+    """
+
+    def __init__(self, model_path: Path, *, provider: str = "auto", threads: int | None = None) -> None:
+        """Loads the graph.
+
+        Args:
+            model_path: The ONNX file.
+            provider: `auto`, `cpu` or `cuda`.
+            threads: Threads of one operator; None leaves it to ONNX Runtime (one a physical core).
+
+        Raises:
+            InvalidInputError: An unknown provider or a thread count below 1.
+            ProviderError: The provider is not there, or ONNX Runtime would have replaced it by another.
+            BundleError: ONNX Runtime cannot load the file.
+        """
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise InvalidInputError(f"got threads {threads!r}; expected a whole number of at least 1, or None")
+        self.provider = resolve_provider(provider)
+        self._ort = import_onnxruntime()
+        if self.provider == "cuda" and hasattr(self._ort, "preload_dlls"):
+            self._ort.preload_dlls()
+        name = _ONNX_RUNTIME_NAMES[self.provider]
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session: onnxruntime.InferenceSession = self._ort.InferenceSession(
+                str(model_path), options, providers=[name]
+            )
+        except Exception as error:  # ONNX Runtime raises classes of its own that have no public base
+            raise BundleError(f"{model_path} cannot be loaded by ONNX Runtime on {name}: {error}") from error
+        if name not in self._session.get_providers():
+            raise ProviderError(
+                f"{name} was asked for, and ONNX Runtime started with {', '.join(self._session.get_providers())}. "
+                "Check the CUDA driver and libraries, or pass provider='cpu'"
+            )
+        self.input_names = [value.name for value in self._session.get_inputs()]
+        self.output_names = [value.name for value in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
+        """Runs the graph by I/O binding: outputs of one run can be inputs of the next without leaving the device.
+
+        Args:
+            inputs: For each input name an array, or a value that is on the device already.
+
+        Returns:
+            For each output name a value on the device.
+        """
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, self.to_device(value) if isinstance(value, np.ndarray) else value)
+        for name in self.output_names:
+            binding.bind_output(name, self.provider)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self.output_names, binding.get_outputs(), strict=True))
+
+    def to_device(self, array: np.ndarray) -> onnxruntime.OrtValue:
+        """Copies an array to the provider's device."""
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.provider)
+
+    def select_rows(self, value: onnxruntime.OrtValue, rows: np.ndarray) -> onnxruntime.OrtValue:
+        """Copies the given rows (int64 [N], along the first axis) of a value on the device."""
+        return self.to_device(value.numpy()[rows])

@@ -1,0 +1,144 @@
+"""Reading SQuAD v1.1 and v2.0 files, and predictions, with errors that name the file and the place in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qa_onnx.errors import InvalidInputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldAnswer:
+    """A gold answer and the character of the passage at which it starts."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question with its passage. `answers` is empty where the passage does not answer it (SQuAD v2.0)."""
+
+    id: str
+    title: str
+    context: str
+    question: str
+    answers: tuple[GoldAnswer, ...]
+
+
+def read_squad(path: str | Path) -> list[Example]:
+    """Reads a SQuAD v1.1 or v2.0 JSON file.
+
+    Raises:
+        InvalidInputError: The file cannot be read, is not JSON, or is not in SQuAD's format; the message names the
+            file and the path inside it, such as `data[0].paragraphs[3].qas[1].question`.
+    """
+    return parse_squad(_read_json(path), source=str(path))
+
+
+def parse_squad(data: Any, *, source: str) -> list[Example]:
+    """Reads SQuAD data that is already in memory; `source` names it in errors."""
+    reader = _Reader(source)
+    examples = []
+    seen: dict[str, str] = {}
+    for article_path, article in reader.items(data, "", "data"):
+        title = article.get("title", "")
+        for paragraph_path, paragraph in reader.items(article, article_path, "paragraphs"):
+            context = reader.text(paragraph, paragraph_path, "context")
+            for qa_path, qa in reader.items(paragraph, paragraph_path, "qas"):
+                example = reader.example(qa, qa_path, title=title, context=context)
+                if example.id in seen:
+                    reader.fail(f"{qa_path}.id", f"{example.id!r}", f"an id of its own ({seen[example.id]} has it too)")
+                seen[example.id] = qa_path
+                examples.append(example)
+    if not examples:
+        reader.fail("data", "no questions", "at least one")
+    return examples
+
+
+def read_predictions(path: str | Path) -> dict[str, str]:
+    """Reads a predictions file: one JSON object of question id to answer text.
+
+    Raises:
+        InvalidInputError: The file cannot be read or is not such an object.
+    """
+    predictions = _read_json(path)
+    if not isinstance(predictions, dict):
+        raise InvalidInputError(f"{path}: got a JSON {_kind(predictions)}; expected an object of question id to answer")
+    for key, value in predictions.items():
+        if not isinstance(value, str):
+            raise InvalidInputError(f"{path}: the answer of {key!r} is a JSON {_kind(value)}; expected a string")
+    return predictions
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected a JSON file in UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise InvalidInputError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is the file whole?"
+        ) from error
+
+
+def _kind(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+class _Reader:
+    """Takes fields out of nested JSON and says where a wrong one stands."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def fail(self, path: str, given: str, expected: str) -> NoReturn:
+        raise InvalidInputError(
+            f"{self.source}: {path or 'the top level'}: got {given}; expected {expected} (SQuAD v1.1 or v2.0 format)"
+        )
+
+    def items(self, parent: Any, parent_path: str, key: str) -> list[tuple[str, dict[str, Any]]]:
+        """Lists the objects of the array `parent[key]`, each with its path."""
+        if not isinstance(parent, dict):
+            self.fail(parent_path, f"a JSON {_kind(parent)}", f"an object with {key!r}")
+        path = f"{parent_path}.{key}".lstrip(".")
+        values = parent.get(key)
+        if not isinstance(values, list):
+            self.fail(path, f"a JSON {_kind(values)}" if key in parent else "nothing", "an array")
+        items = []
+        for index, value in enumerate(values):
+            if not isinstance(value, dict):
+                self.fail(f"{path}[{index}]", f"a JSON {_kind(value)}", "an object")
+            items.append((f"{path}[{index}]", value))
+        return items
+
+    def text(self, parent: dict[str, Any], path: str, key: str) -> str:
+        value = parent.get(key)
+        if not isinstance(value, str):
+            self.fail(f"{path}.{key}", f"a JSON {_kind(value)}" if key in parent else "nothing", "a string")
+        if not value.strip():
+            self.fail(f"{path}.{key}", "an empty string", "some text")
+        return value
+
+    def example(self, qa: dict[str, Any], path: str, *, title: str, context: str) -> Example:
+        answers = []
+        if not qa.get("is_impossible", False):
+            for answer_path, answer in self.items(qa, path, "answers"):
+                start = answer.get("answer_start")
+                if isinstance(start, bool) or not isinstance(start, int):
+                    given = f"a JSON {_kind(start)}" if "answer_start" in answer else "nothing"
+                    self.fail(f"{answer_path}.answer_start", given, "a whole number")
+                answers.append(GoldAnswer(text=self.text(answer, answer_path, "text"), start=start))
+        return Example(
+            id=self.text(qa, path, "id"),
+            title=title,
+            context=context,
+            question=self.text(qa, path, "question"),
+            answers=tuple(answers),
+        )
