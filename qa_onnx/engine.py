@@ -76,12 +76,12 @@ class Engine:
         self._session = session
         self._heads = heads
         self._head_size = head_size
-        self._eos_token_id = eos_token_id
+        self.eos_token_id = eos_token_id
         self._max_positions = max_positions
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> DecodeState:
         """Reads whole prompts, each a list of at least one token, at most `max_positions`."""
-        input_ids, attention_mask = pad_left(prompts, self._eos_token_id)
+        input_ids, attention_mask = pad_left(prompts, self.eos_token_id)
         empty = KVCache.empty(
             self._session, batch_size=len(prompts), heads=self._heads, head_size=self._head_size
         )
@@ -111,7 +111,7 @@ class Engine:
         while True:
             tokens = state.logits.argmax(axis=-1)
             for index, token in zip(prompt_of_row.tolist(), tokens.tolist(), strict=True):
-                if token == self._eos_token_id:
+                if token == self.eos_token_id:
                     finished[index] = "stop"
                     continue
                 new_ids[index].append(token)

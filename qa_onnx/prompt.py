@@ -83,6 +83,43 @@ def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[in
     return _encode(tokenizer, [ANSWER_TEMPLATE.format(answer=answer.strip()) if answer.strip() else "" for answer in answers])
 
 
+def fit_prompt(
+    tokenizer: Tokenizer, question: str, context: str, *, keep: tuple[int, int], max_tokens: int
+) -> Prompt:
+    """Tokenises a prompt and, where it is too long, cuts its passage to a part around `keep`. Never the question.
+
+    Args:
+        tokenizer: As for `encode_prompts`.
+        question: The question.
+        context: The passage.
+        keep: Start and end character of what has to stay in the passage: the answer.
+        max_tokens: The most tokens that the prompt may have.
+
+    Raises:
+        PromptTooLongError: The question and the part to keep do not fit.
+    """
+    start, end = keep
+    while True:
+        prompt = encode_prompts(tokenizer, [question], [context])[0]
+        excess = len(prompt) - max_tokens
+        if excess <= 0:
+            return prompt
+        passage = tokenizer.encode(PASSAGE_TEMPLATE.format(context=context), add_special_tokens=False)
+        label = PASSAGE_TEMPLATE.index("{")
+        spans = [(max(first - label, 0), last - label) for first, last in passage.offsets if last > label]
+        before = sum(last <= start for _, last in spans)
+        after = sum(first >= end for first, _ in spans)
+        if before + after < excess:
+            raise PromptTooLongError(
+                f"the question and the {end - start} characters to keep do not fit into {max_tokens} tokens; "
+                "shorten one of them"
+            )
+        # Both sides of the part to keep are left with the same number of tokens, as far as each has them.
+        drop_before = min(before, max(excess - after, (excess + before - after) // 2, 0), excess)
+        first, last = spans[drop_before][0], spans[len(spans) - 1 - (excess - drop_before)][1]
+        context, start, end = context[first:last], start - first, end - first
+
+
 def check_prompt_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
     """Checks that every prompt leaves the model a position to answer from.
 

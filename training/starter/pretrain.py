@@ -1,12 +1,17 @@
 """Pretrains `starter`, the small GPT-2 that the repository ships: `python -m training.starter.pretrain --help`.
 
-Three kinds of rows, for a model that has to look facts up in its context:
+A model that answers from a passage has to copy from its context, and what copies is a pair of heads: one that looks at
+the previous token, and one that finds where the current token stood before (Olsson et al., 2022, "In-context Learning
+and Induction Heads"). From random weights that pair takes longer to appear than this machine has time for, so the
+first of the two is written into the initial weights (`write_previous_token_head`); training may change it as it likes.
+
+Four kinds of rows:
 
 - documents of `sample`: a passage, then its questions and answers as a plain `Q:`/`A:` list. That is not the prompt
   format, and nothing ends an answer with end-of-text: both are left to fine-tuning;
 - the same from SQuAD files (`--text`), for real words and for copying from real text;
-- random tokens repeated, which bring the copying ("induction") heads up early (Olsson et al., 2022, "In-context
-  Learning and Induction Heads").
+- pieces of passages, repeated;
+- random tokens, repeated: copying where nothing else helps.
 
 Rows start at a random position, so that all 1,024 position embeddings train on short rows (the idea of Ruoss et al.,
 2023, "Randomized Positional Encodings Boost Length Generalization of Transformers").
@@ -31,8 +36,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, set_see
 from training.starter.sample import generate
 
 END_OF_TEXT = "<|endoftext|>"
-CONFIG = {"n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 1024}
-ROW_TOKENS = 320
+CONFIG = {"n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 1024, "initializer_range": 0.07}
+ROW_TOKENS, WARM_UP_ROW_TOKENS = 256, 128
+WARM_UP_SHARE = 0.5
+"""Share of the steps with short generated passages and many repeats, until copying and look-up are learned."""
+PREVIOUS_TOKEN_HEAD_GAIN = 1.5
+"""Scale of that head's queries and keys at the start: its softmax puts nearly all weight on the previous token."""
 PASSAGE_LOSS_SHARE = 0.25
 """Share of passage and question tokens that count in the loss; answer tokens always do."""
 
@@ -75,23 +84,36 @@ def document(tokenizer: GPT2TokenizerFast, paragraph: dict[str, Any], draw: rand
     return tokens, counts
 
 
-def packed_documents(tokenizer: GPT2TokenizerFast, stream: Iterator[dict[str, Any]], draw: random.Random) -> Row:
+def packed_documents(
+    tokenizer: GPT2TokenizerFast, stream: Iterator[dict[str, Any]], row_tokens: int, draw: random.Random
+) -> Row:
     """Fills a row with documents, as long as they fit whole; one that is longer than a row is cut at its end."""
     tokens, counts = document(tokenizer, next(stream), draw)
-    while len(tokens) < ROW_TOKENS:
+    while len(tokens) < row_tokens:
         more_tokens, more_counts = document(tokenizer, next(stream), draw)
-        if len(tokens) + len(more_tokens) > ROW_TOKENS:
+        if len(tokens) + len(more_tokens) > row_tokens:
             break
         tokens, counts = tokens + more_tokens, counts + more_counts
-    return tokens[:ROW_TOKENS], counts[:ROW_TOKENS]
+    return tokens[:row_tokens], counts[:row_tokens]
 
 
-def repeated_tokens(vocab_size: int, draw: random.Random) -> Row:
-    """Random tokens, repeated to the end of the row; the repeats count in the loss."""
-    period = draw.randint(6, ROW_TOKENS // 3)
-    first = [draw.randrange(vocab_size) for _ in range(period)]
-    tokens = (first * math.ceil(ROW_TOKENS / period))[:ROW_TOKENS]
-    return tokens, [index >= period for index in range(ROW_TOKENS)]
+def repeated(piece: list[int], row_tokens: int) -> Row:
+    """A piece repeated to the end of the row; the repeats count in the loss."""
+    tokens = (piece * math.ceil(row_tokens / len(piece)))[:row_tokens]
+    return tokens, [index >= len(piece) for index in range(row_tokens)]
+
+
+def repeated_passage(tokenizer: GPT2TokenizerFast, context: str, row_tokens: int, draw: random.Random) -> Row:
+    """A random piece of a passage, repeated."""
+    ids = tokenizer.encode(context)
+    period = draw.randint(8, row_tokens // 2)
+    start = draw.randrange(max(1, len(ids) - period))
+    return repeated(ids[start : start + period], row_tokens)
+
+
+def repeated_random_tokens(vocab_size: int, row_tokens: int, draw: random.Random) -> Row:
+    """Random tokens, repeated."""
+    return repeated([draw.randrange(vocab_size) for _ in range(draw.randint(4, row_tokens // 2))], row_tokens)
 
 
 def shuffled_forever(paragraphs: list[dict[str, Any]], draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -100,15 +122,42 @@ def shuffled_forever(paragraphs: list[dict[str, Any]], draw: random.Random) -> I
         yield from draw.sample(paragraphs, len(paragraphs))
 
 
-def batch_of(rows: list[Row], draw: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pads rows on the right: input_ids, position_ids and the loss mask, each [B, ROW_TOKENS]."""
-    input_ids = torch.zeros(len(rows), ROW_TOKENS, dtype=torch.long)
-    loss_mask = torch.zeros(len(rows), ROW_TOKENS, dtype=torch.bool)
-    offsets = torch.tensor([draw.choice((0, draw.randint(0, CONFIG["n_positions"] - ROW_TOKENS))) for _ in rows])
+@torch.no_grad()
+def write_previous_token_head(model: GPT2LMHeadModel) -> None:
+    """Initialises head 0 of layer 0 so that it looks at the previous token.
+
+    The first `head_size` dimensions of the position embeddings become sines and cosines of the position; the token
+    embeddings leave these dimensions free. Keys read them as they are, queries turned back by one position, so that
+    their product is largest where key position = query position - 1.
+    """
+    config = model.config
+    head_size = config.n_embd // config.n_head
+    frequencies = torch.logspace(math.log10(0.3), math.log10(3.1), head_size // 2)  # no position looks like another
+    angles = torch.arange(config.n_positions)[:, None] * frequencies
+    amplitude = config.initializer_range * math.sqrt(2)
+    positions, tokens = model.transformer.wpe.weight, model.transformer.wte.weight
+    positions *= 0.1
+    positions[:, :head_size] = amplitude * torch.cat([angles.sin(), angles.cos()], dim=1)
+    tokens[:, :head_size] = 0.0
+    sine, cosine = torch.diag(frequencies.sin()), torch.diag(frequencies.cos())
+    back_by_one = torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
+    weight = model.transformer.h[0].attn.c_attn.weight  # [E, 3E]: queries, keys and values side by side
+    for projection, matrix in enumerate((back_by_one, torch.eye(head_size), torch.zeros(head_size, head_size))):
+        columns = slice(projection * config.n_embd, projection * config.n_embd + head_size)
+        if projection < 2:
+            weight[:, columns] = 0.0
+        weight[:head_size, columns] = PREVIOUS_TOKEN_HEAD_GAIN * matrix
+
+
+def batch_of(rows: list[Row], offsets: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pads rows on the right: input_ids, position_ids and the loss mask, each [B, T]."""
+    width = max(len(tokens) for tokens, _ in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, (tokens, counts) in enumerate(rows):
         input_ids[index, : len(tokens)] = torch.tensor(tokens)
         loss_mask[index, : len(counts)] = torch.tensor(counts)
-    return input_ids, offsets[:, None] + torch.arange(ROW_TOKENS), loss_mask
+    return input_ids, torch.tensor(offsets)[:, None] + torch.arange(width), loss_mask
 
 
 @torch.no_grad()
@@ -147,6 +196,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
             **CONFIG,
         )
     )
+    write_previous_token_head(model)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -154,30 +204,39 @@ def pretrain(arguments: argparse.Namespace) -> None:
         lr=arguments.learning_rate,
         betas=(0.9, 0.98),
     )
-    warmup = 100
+    warmup = 60
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, step / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2),
     )
+    generated.sort(key=lambda paragraph: len(paragraph["context"]))
+    short_stream = shuffled_forever(generated[: len(generated) // 3], draw)
     generated_stream = shuffled_forever(generated, draw)
     real_stream = shuffled_forever(real, draw) if real else generated_stream
     started = time.monotonic()
     for step in range(1, arguments.steps + 1):
-        repeat_share = 0.5 if step < arguments.steps * 0.15 else 0.08
+        warming_up = step < arguments.steps * WARM_UP_SHARE
+        row_tokens = WARM_UP_ROW_TOKENS if warming_up else ROW_TOKENS
         rows = []
         for _ in range(arguments.batch_size):
-            if draw.random() < repeat_share:
-                rows.append(repeated_tokens(len(tokenizer), draw))
+            kind = draw.random() / (1.0 if warming_up else 0.2)  # repeats: 50 % of the rows, later 10 %
+            if kind < 0.2:
+                rows.append(repeated_passage(tokenizer, next(generated_stream)["context"], row_tokens, draw))
+            elif kind < 0.5:
+                rows.append(repeated_random_tokens(len(tokenizer), row_tokens, draw))
+            elif warming_up:
+                rows.append(packed_documents(tokenizer, short_stream, row_tokens, draw))
             else:
                 stream = real_stream if draw.random() < arguments.real_share else generated_stream
-                rows.append(packed_documents(tokenizer, stream, draw))
-        input_ids, position_ids, loss_mask = batch_of(rows, draw)
-        width = max(len(tokens) for tokens, _ in rows)
-        input_ids, position_ids, loss_mask = input_ids[:, :width], position_ids[:, :width], loss_mask[:, 1:width]
+                rows.append(packed_documents(tokenizer, stream, row_tokens, draw))
+        room = 0 if warming_up else CONFIG["n_positions"] - row_tokens
+        offsets = [draw.choice((0, draw.randint(0, room))) for _ in rows]
+        input_ids, position_ids, loss_mask = batch_of(rows, offsets)
+        targets = input_ids[:, 1:][loss_mask[:, 1:]]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16):
             hidden = model.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-            logits = model.lm_head(hidden[:, :-1][loss_mask])
-        loss = cross_entropy(logits.float(), input_ids[:, 1:][loss_mask])
+            logits = model.lm_head(hidden[:, :-1][loss_mask[:, 1:]])
+        loss = cross_entropy(logits.float(), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,0 +1,226 @@
+"""Exports a fine-tuned GPT-2 to a bundle: `python -m export.to_onnx --help`.
+
+Optimum writes the plain graph, passes turn it into the runtime's, the parity gate compares it with PyTorch, and only
+then is the bundle renamed into place. Whatever fails, nothing half-written stays behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import optimum.utils.logging
+import torch
+import transformers
+from optimum.exporters.onnx import onnx_export_from_model
+from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
+
+from export.passes import keep_last_logits
+from export.verify import NEW_TOKENS, random_prompts, verify_parity
+from qa_onnx.bundle import CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, Bundle, Manifest, write_manifest
+from qa_onnx.engine import Engine
+from qa_onnx.errors import InvalidInputError, QAOnnxError
+from qa_onnx.prompt import encode_prompts, load_tokenizer
+from qa_onnx.session import Session
+from qa_onnx.squad import read_squad
+
+EXIT_BAD_INPUT = 2
+PRECISIONS = ("fp32", "fp16", "int8")
+PACKAGES = ("qa_onnx", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+VERIFY_QUESTIONS = 64
+DISK_SPACE_FACTOR = 3
+"""Free disk an export needs, in sizes of the weights: Optimum's graph, the runtime's, and some room."""
+
+
+def export(
+    model_name: str,
+    output: Path,
+    *,
+    precision: str = "fp32",
+    verify: Path | None = None,
+    force: bool = False,
+    keep_optimum: bool = False,
+) -> Manifest:
+    """Writes the bundle of a model.
+
+    Args:
+        model_name: A directory that `training.finetune` wrote, or a hub id, of a GPT-2.
+        output: The bundle's directory.
+        precision: `fp32`; `fp16` and `int8` are not there yet.
+        verify: A SQuAD file whose questions the parity gate uses (the first of as many passages as it needs); without
+            it, random tokens of mixed lengths.
+        force: Replace an existing bundle.
+        keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
+
+    Raises:
+        InvalidInputError: The model, the precision or the output is not what it has to be, or the disk is full.
+        ParityError: The graph does not compute what PyTorch computes.
+    """
+    if precision != "fp32":
+        raise InvalidInputError(f"got precision {precision!r}; this version exports fp32 only")
+    optimum_output = output.with_name(output.name + "-optimum")
+    for path in (output, optimum_output) if keep_optimum else (output,):
+        _check_replaceable(path, force=force, marker=MANIFEST_NAME if path == output else CONFIG_NAME)
+    examples = None if verify is None else read_squad(verify)
+    model, tokenizer = _load(model_name)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
+        plain, bundle = staging / "optimum", staging / "bundle"
+        bundle.mkdir()
+        onnx_export_from_model(model, plain, task="text-generation-with-past", do_validation=False)
+        tokenizer.save_pretrained(plain)
+        shutil.copyfile(plain / CONFIG_NAME, bundle / CONFIG_NAME)
+        tokenizer.backend_tokenizer.save(str(bundle / TOKENIZER_NAME))
+        _write_runtime_graph(plain / MODEL_NAME, bundle / MODEL_NAME)
+        if not keep_optimum:
+            shutil.rmtree(plain)
+
+        config = model.config
+        session = Session(bundle / MODEL_NAME, provider="cpu")
+        shape = {"heads": config.n_head, "head_size": config.n_embd // config.n_head}
+        engine = Engine(session, eos_token_id=tokenizer.eos_token_id, max_positions=config.n_positions, **shape)
+        if examples is None:
+            prompts, source = random_prompts(config.vocab_size, config.n_positions), "random tokens"
+        else:
+            bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
+            first = list({example.context: example for example in reversed(examples)}.values())[::-1]
+            chosen = first[:VERIFY_QUESTIONS]
+            made = encode_prompts(bpe, [e.question for e in chosen], [e.context for e in chosen])
+            prompts = [prompt.ids for prompt in made if len(prompt) + NEW_TOKENS <= config.n_positions]
+            source = Path(str(verify)).name
+        parity = verify_parity(model, engine, prompts, source=source)
+        manifest = write_manifest(
+            bundle,
+            {
+                "precision": precision,
+                "inputs": session.input_names,
+                "outputs": session.output_names,
+                "eos_token_id": tokenizer.eos_token_id,
+                "max_positions": config.n_positions,
+                "layers": config.n_layer,
+                "vocab_size": config.vocab_size,
+                "source_model": model_name,
+                "package_versions": {name: version(name) for name in PACKAGES},
+                "parity": parity,
+                **shape,
+            },
+        )
+        Bundle.open(bundle)
+        if keep_optimum:
+            _move_into_place(plain, optimum_output, staging)
+        _move_into_place(bundle, output, staging)
+    return manifest
+
+
+def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
+    """Loads model and tokenizer from safetensors and JSON: nothing is unpickled, no code of a repository is run."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type != "gpt2":
+            raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
+        tokenizer = GPT2TokenizerFast.from_pretrained(name)
+        model = GPT2LMHeadModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
+    except OSError as error:
+        raise InvalidInputError(
+            f"no model could be loaded from {name}: {str(error).strip().splitlines()[0]} Expected a directory that "
+            "training.finetune wrote, or a hub id and a connection to the hub"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _write_runtime_graph(plain: Path, output: Path) -> None:
+    model = onnx.load(plain)
+    keep_last_logits(model)
+    onnx.save(model, output)
+
+
+def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:
+    if not path.exists():
+        return
+    if not force:
+        raise InvalidInputError(f"{path} exists; choose another --output, or replace it with --force")
+    if not (path / marker).is_file():
+        raise InvalidInputError(f"{path} exists and is not an export ({marker} is missing); --force will not delete it")
+
+
+@contextmanager
+def _staging(output: Path, *, weights: int) -> Iterator[Path]:
+    """A temporary sibling of the output, gone at the end whatever happens; a full disk is a clear error."""
+    free = shutil.disk_usage(output.parent).free
+    if free < weights * DISK_SPACE_FACTOR:
+        raise InvalidInputError(
+            f"{output.parent} has {free / 1e6:.0f} MB free; exporting {weights / 1e6:.0f} MB of weights needs "
+            f"{weights * DISK_SPACE_FACTOR / 1e6:.0f} MB. Free some, or choose an --output on another disk"
+        )
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield staging
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InvalidInputError(
+                f"the disk of {output.parent} is full; nothing was written. Free some space, or choose an --output "
+                "on another disk"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_into_place(directory: Path, output: Path, staging: Path) -> None:
+    """Renames a finished directory to its place; what was there before is removed with the staging directory."""
+    if output.exists():
+        os.rename(output, staging / f"replaced-{output.name}")
+    os.rename(directory, output)
+
+
+def _silence_exporters() -> None:
+    """Leaves only this program's own lines: tracing warns about each branch that GPT-2's code takes."""
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    optimum.utils.logging.set_verbosity_error()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.to_onnx",
+        description="Export a fine-tuned GPT-2 to a bundle for qa_onnx, and check it against PyTorch.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="written by training.finetune, or a hub id")
+    parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to write")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    parser.add_argument("--verify", type=Path, metavar="FILE", help="SQuAD file for the parity gate's prompts")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--keep-optimum", action="store_true", help="keep Optimum's export as BUNDLE-optimum")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 with one line on standard error."""
+    arguments = _parser().parse_args(argv)
+    _silence_exporters()
+    options: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in ("model", "output")}
+    try:
+        manifest = export(arguments.model, arguments.output, **options)
+    except QAOnnxError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_BAD_INPUT
+    megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
+    print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
+    print(json.dumps(manifest.parity))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

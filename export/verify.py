@@ -1,0 +1,153 @@
+"""The parity gate: an exported graph must compute what the PyTorch model computes, or the export fails.
+
+PyTorch generates greedily from each prompt alone. The runtime's engine then has to give the same logits and the same
+tokens in every way it can be run: with the cache and without, alone and in batches of mixed lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2LMHeadModel
+
+from qa_onnx.engine import Engine
+from qa_onnx.errors import ParityError
+
+LOGITS_TOLERANCE = 1e-3
+NEW_TOKENS = 8
+BATCH_SIZE = 8
+RANDOM_PROMPT_LENGTHS = (1, 2, 3, 7, 16, 17, 33, 64, 90, 121, 128, 177, 200, 255, 301, 400)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What PyTorch says: the greedy tokens after a prompt, and the logits (float32 [N, V]) each was chosen from."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: np.ndarray
+
+
+def random_prompts(vocab_size: int, max_positions: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens, of mixed lengths in mixed order, one of them as long as the model allows."""
+    draw = np.random.default_rng(seed)
+    longest = max_positions - NEW_TOKENS + 1
+    lengths = [min(length, longest) for length in (*RANDOM_PROMPT_LENGTHS, longest)]
+    return [draw.integers(0, vocab_size, length).tolist() for length in draw.permutation(lengths)]
+
+
+@torch.inference_mode()
+def torch_reference(model: GPT2LMHeadModel, prompt: list[int]) -> Reference:
+    """Generates `NEW_TOKENS` tokens greedily, with neither a batch nor padding (end-of-text does not stop it)."""
+    tokens: list[int] = []
+    logits: list[np.ndarray] = []
+    output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+    while True:
+        logits.append(output.logits[0, -1].float().numpy())
+        tokens.append(int(logits[-1].argmax()))
+        if len(tokens) == NEW_TOKENS:
+            return Reference(prompt=prompt, tokens=tokens, logits=np.stack(logits))
+        output = model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+
+
+def with_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray:
+    """Prefills the prompts together and feeds PyTorch's tokens one by one: logits, float32 [B, N, V]."""
+    state = engine.prefill([reference.prompt for reference in references])
+    logits = [state.logits]
+    for step in range(NEW_TOKENS - 1):
+        state = engine.decode_step(state, np.array([reference.tokens[step] for reference in references]))
+        logits.append(state.logits)
+    return np.stack(logits, axis=1)
+
+
+def without_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray:
+    """Reads each prompt with 0, 1, ... of PyTorch's tokens behind it from scratch: logits, float32 [B, N, V]."""
+    return np.stack(
+        [
+            engine.prefill([reference.prompt + reference.tokens[:step] for reference in references]).logits
+            for step in range(NEW_TOKENS)
+        ],
+        axis=1,
+    )
+
+
+def verify_parity(model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[list[int]], *, source: str) -> dict[str, Any]:
+    """Compares the engine with the PyTorch model on every prompt, in every way.
+
+    Args:
+        model: In evaluation mode, float32, on the CPU.
+        engine: Of the exported graph.
+        prompts: Token lists of at most `max_positions - NEW_TOKENS + 1` tokens, in mixed order of length.
+        source: Where the prompts are from, for the report.
+
+    Returns:
+        The report for the manifest.
+
+    Raises:
+        ParityError: Logits differ by more than `LOGITS_TOLERANCE`, or a greedy token differs.
+    """
+    references = [torch_reference(model, prompt) for prompt in prompts]
+    ways: dict[str, tuple[Callable[[Engine, Sequence[Reference]], np.ndarray], int]] = {
+        "with_cache_batched": (with_cache, BATCH_SIZE),
+        "with_cache_alone": (with_cache, 1),
+        "without_cache_batched": (without_cache, BATCH_SIZE),
+        "without_cache_alone": (without_cache, 1),
+    }
+    differences = {}
+    for way, (compute, batch_size) in ways.items():
+        worst = 0.0
+        for batch in _batches(references, batch_size):
+            worst = max(worst, _compare(way, compute(engine, batch), batch))
+        differences[way] = worst
+    for batch in _batches(references, BATCH_SIZE):
+        _compare_decoding(engine, batch)
+    return {
+        "source": source,
+        "prompts": len(references),
+        "prompt_tokens": [min(map(len, prompts)), max(map(len, prompts))],
+        "new_tokens_each": NEW_TOKENS,
+        "tokens_differing": 0,
+        "logits_tolerance": LOGITS_TOLERANCE,
+        "max_logits_difference": differences,
+    }
+
+
+def _batches(references: Sequence[Reference], size: int) -> Iterable[Sequence[Reference]]:
+    return (references[start : start + size] for start in range(0, len(references), size))
+
+
+def _compare(way: str, logits: np.ndarray, references: Sequence[Reference]) -> float:
+    """Returns the largest difference of logits [B, N, V]; NaN counts as different."""
+    worst = 0.0
+    for got, reference in zip(logits, references, strict=True):
+        difference = float(np.abs(got - reference.logits).max())
+        where = f"{way}, prompt of {len(reference.prompt)} tokens"
+        if not difference <= LOGITS_TOLERANCE:
+            raise ParityError(
+                f"{where}: logits differ from PyTorch's by {difference:.3g}; expected at most {LOGITS_TOLERANCE:g}. "
+                "The bundle was not written"
+            )
+        tokens = got.argmax(axis=-1).tolist()
+        if tokens != reference.tokens:
+            raise ParityError(
+                f"{where}: greedy tokens {tokens} differ from PyTorch's {reference.tokens}. The bundle was not written"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _compare_decoding(engine: Engine, references: Sequence[Reference]) -> None:
+    """Runs the engine's own loop, rows leaving the batch at end-of-text, against PyTorch's tokens up to there."""
+    generations = engine.greedy_decode([reference.prompt for reference in references], max_new_tokens=NEW_TOKENS)
+    for generation, reference in zip(generations, references, strict=True):
+        tokens = reference.tokens
+        expected = tokens[: tokens.index(engine.eos_token_id)] if engine.eos_token_id in tokens else tokens
+        if generation.token_ids != expected:
+            raise ParityError(
+                f"greedy_decode, prompt of {len(reference.prompt)} tokens: got {generation.token_ids}, PyTorch "
+                f"{expected}. The bundle was not written"
+            )

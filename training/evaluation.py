@@ -1,0 +1,79 @@
+"""Exact match and F1 of a PyTorch model: every question answered by batched greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
+
+from qa_onnx.engine import pad_left
+from qa_onnx.planner import plan_batches
+from qa_onnx.prompt import check_prompt_lengths, encode_prompts
+from qa_onnx.squad import Example
+
+MAX_BATCH_TOKENS = 8192
+
+
+def generate_answers(
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2TokenizerFast,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Answers questions with transformers' `generate`, in batches of like length, padded on the left.
+
+    Args:
+        model: In any mode; it is left in the mode it came in.
+        tokenizer: The model's, from `training.model.load_tokenizer`.
+        examples: Their gold answers are not looked at.
+        max_new_tokens: The most tokens of an answer, its end-of-text included.
+        batch_size: The most questions in a batch.
+        progress: Show a progress bar where standard error is a terminal.
+
+    Returns:
+        The answer's text by question id, as `qa_onnx` would give it.
+
+    Raises:
+        PromptTooLongError: A prompt has more tokens than the model has positions.
+    """
+    prompts = encode_prompts(
+        tokenizer.backend_tokenizer,
+        [example.question for example in examples],
+        [example.context for example in examples],
+    )
+    positions = model.config.n_positions
+    check_prompt_lengths(prompts, positions)
+    lengths = [len(prompt) for prompt in prompts]
+    # A row that can run out of positions runs alone, so that it stops where it would stop in any other batch.
+    crowded = [index for index, length in enumerate(lengths) if length + max_new_tokens > positions]
+    roomy = [index for index, length in enumerate(lengths) if length + max_new_tokens <= positions]
+    batches = plan_batches([lengths[index] for index in roomy], max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS)
+    texts: dict[str, str] = {}
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(examples), desc="answering", disable=None if progress else True) as bar:
+        for batch in [[roomy[place] for place in places] for places in batches] + [[index] for index in crowded]:
+            input_ids, attention_mask = pad_left([prompts[index].ids for index in batch], tokenizer.eos_token_id)
+            config = GenerationConfig(
+                do_sample=False,
+                max_new_tokens=min(max_new_tokens, positions - input_ids.shape[1] + 1),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            with torch.inference_mode():
+                generated = model.generate(
+                    torch.from_numpy(input_ids).to(model.device),
+                    attention_mask=torch.from_numpy(attention_mask).to(model.device),
+                    generation_config=config,
+                )
+            for index, row in zip(batch, generated[:, input_ids.shape[1] :].tolist(), strict=True):
+                end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+                texts[examples[index].id] = tokenizer.backend_tokenizer.decode(row[:end]).strip()
+            bar.update(len(batch))
+    model.train(was_training)
+    return texts
