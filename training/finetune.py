@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from qa_onnx.errors import InvalidInputError, QAOnnxError
@@ -252,6 +254,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
     if trainer.state.global_step < trainer.state.max_steps:
         return None
     trainer.save_model(str(config.output))
+    (config.output / TRAINING_ARGS_NAME).unlink()  # a pickle; training_config.json says the same in JSON
     metrics = {
         "train_questions": len(train_examples),
         "eval_questions": len(eval_examples),
@@ -264,6 +267,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         "f1": trainer.scores[-1]["f1"],
     }
     _write_json(config.output / "metrics.json", metrics)
+    for path in config.output.glob("checkpoint-*"):
+        shutil.rmtree(path)
     return metrics
 
 
@@ -297,7 +302,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         bf16=config.bf16,
         group_by_length=True,
         length_column_name="length",
-        eval_strategy="epoch" if config.max_steps < 0 else "no",
+        eval_strategy="epoch",
         eval_on_start=config.eval_at_start,
         save_strategy="steps",
         save_steps=config.save_steps,

@@ -31,7 +31,9 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithCrossAttentions:
@@ -40,13 +42,24 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
         Args:
             input_ids: int64 [B, T].
             attention_mask: int64 [B, T].
+            position_ids: int64 [B, T]. `generate` passes it only to a `forward` that names it, and without it the
+                padded rows of a batch go wrong; likewise `logits_to_keep`, without which it computes logits in vain.
             labels: int64 [B, T], `IGNORED` where a token does not count.
+            logits_to_keep: As of transformers' class.
             num_items_in_batch: Labelled tokens over all accumulated batches; the loss is their mean then.
             options: As of transformers' class, which gets them unchanged.
         """
         if labels is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
-        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                logits_to_keep=logits_to_keep,
+                **options,
+            )
+        hidden = self.transformer(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )[0]
         targets = labels[:, 1:]
         counted = targets != IGNORED
         logits = self.lm_head(hidden[:, :-1][counted]).float()

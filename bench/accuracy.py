@@ -1,0 +1,179 @@
+"""The same questions to PyTorch and to the bundle, answer by answer: `python -m bench.accuracy --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GPT2LMHeadModel, GPT2TokenizerFast
+
+from qa_onnx import Answerer, QAOnnxError
+from qa_onnx.metrics import evaluate
+from qa_onnx.prompt import encode_prompts
+from qa_onnx.squad import Example, read_squad
+from training.evaluation import generate_answers
+from training.model import load_model
+
+EXIT_BAD_INPUT, EXIT_DIFFERENT = 2, 1
+TIE_MARGIN = 1e-4
+"""Where PyTorch's two best logits are closer than this, either token is a right answer of the same arithmetic."""
+PACKAGES = ("torch", "transformers", "onnxruntime", "tokenizers", "numpy")
+
+
+@torch.inference_mode()
+def smallest_margin(
+    model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, example: Example, *, max_new_tokens: int
+) -> float:
+    """Answers one question with PyTorch, alone; returns the smallest lead of a chosen token over the runner-up."""
+    prompt = encode_prompts(tokenizer.backend_tokenizer, [example.question], [example.context])[0]
+    tokens = torch.tensor([prompt.ids])
+    past, margin = None, float("inf")
+    for _ in range(min(max_new_tokens, model.config.n_positions - len(prompt) + 1)):
+        output = model(tokens, past_key_values=past, use_cache=True)
+        best, second = output.logits[0, -1].topk(2).values.tolist()
+        margin, past = min(margin, best - second), output.past_key_values
+        tokens = output.logits[:, -1:].argmax(-1)
+        if tokens.item() == tokenizer.eos_token_id:
+            break
+    return margin
+
+
+def compare(
+    bundle: Path, torch_model: str, examples: Sequence[Example], *, threads: int, batch_size: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """Answers every question on both sides.
+
+    Args:
+        bundle: Written by `export.to_onnx` from `torch_model`.
+        torch_model: The fine-tuned model's directory.
+        examples: The questions.
+        threads: CPU threads of either side.
+        batch_size: The most questions in a batch, on either side.
+        max_new_tokens: The most tokens of an answer.
+
+    Returns:
+        Exact match, F1 and answers a second of both sides, and `differing`: each question whose texts differ.
+    """
+    torch.set_num_threads(threads)
+    model, tokenizer = load_model(torch_model)
+    model.eval()
+    started = time.perf_counter()
+    expected = generate_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    torch_seconds = time.perf_counter() - started
+
+    with Answerer.from_pretrained(bundle, provider="cpu", threads=threads) as answerer:
+        precision = answerer.manifest.precision
+        started = time.perf_counter()
+        answers = answerer.answer_batch(
+            [example.question for example in examples],
+            [example.context for example in examples],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=True,
+        )
+        seconds = time.perf_counter() - started
+    got = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
+
+    differing = [
+        {
+            "id": example.id,
+            "torch": expected[example.id],
+            "qa_onnx": got[example.id],
+            "torch_smallest_margin": smallest_margin(model, tokenizer, example, max_new_tokens=max_new_tokens),
+        }
+        for example in examples
+        if got[example.id] != expected[example.id]
+    ]
+    sides = {"torch": (expected, torch_seconds), "qa_onnx": (got, seconds)}
+    return {
+        "questions": len(examples),
+        "texts_differing_from_torch": len(differing),
+        "of_these_ties": sum(row["torch_smallest_margin"] <= TIE_MARGIN for row in differing),
+        "precision": precision,
+        **{
+            name: {**evaluate(examples, texts).to_dict(), "answers_per_second": len(examples) / elapsed}
+            for name, (texts, elapsed) in sides.items()
+        },
+        "differing": differing,
+        "threads": threads,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "machine": f"{platform.machine()}, {_processor()}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table, and the questions that differ."""
+    lines = ["| | exact match | F1 | answers/s |", "| --- | --- | --- | --- |"]
+    for name, label in (("torch", "PyTorch fp32"), ("qa_onnx", f"qa_onnx {result['precision']}")):
+        side = result[name]
+        lines.append(
+            f"| {label} | {side['exact_match']:.2f} | {side['f1']:.2f} | {side['answers_per_second']:.1f} |"
+        )
+    lines += ["", f"{result['texts_differing_from_torch']} of {result['questions']} answers differ"]
+    for row in result["differing"]:
+        tie = ", a tie" if row["torch_smallest_margin"] <= TIE_MARGIN else ""
+        lines.append(
+            f"  {row['id']}: torch {row['torch']!r}, qa_onnx {row['qa_onnx']!r} "
+            f"(torch's smallest margin: {row['torch_smallest_margin']:.2g}{tie})"
+        )
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, 1 where answers differ by more than a tie, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy",
+        description="Answer a file's questions with PyTorch and with the bundle, and compare answer by answer.",
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
+    parser.add_argument("--torch", required=True, metavar="DIR", help="the model that the bundle was exported from")
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
+    arguments = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        result = compare(
+            arguments.model,
+            arguments.torch,
+            read_squad(arguments.data)[: arguments.limit],
+            threads=arguments.threads,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    except QAOnnxError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_BAD_INPUT
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+    print(json.dumps(result, ensure_ascii=False))
+    return 0 if result["of_these_ties"] == result["texts_differing_from_torch"] else EXIT_DIFFERENT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

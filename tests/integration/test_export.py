@@ -1,0 +1,206 @@
+"""The export from the command line: what it writes, what it refuses, and that it leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+from optimum.onnxruntime import ORTModelForCausalLM
+
+from export import to_onnx
+from qa_onnx import Answerer, BundleError
+from qa_onnx.session import Session
+
+
+def run_export(*arguments):
+    return to_onnx.main([str(argument) for argument in arguments])
+
+
+def test_a_bundle_holds_what_the_contract_says(tiny_bundle):
+    assert {path.name for path in tiny_bundle.iterdir()} == {
+        "model.onnx",
+        "tokenizer.json",
+        "config.json",
+        "qa_onnx.json",
+    }
+    manifest = json.loads((tiny_bundle / "qa_onnx.json").read_text())
+    session = Session(tiny_bundle / "model.onnx", provider="cpu")
+    assert manifest["inputs"] == session.input_names
+    assert manifest["outputs"] == session.output_names
+    assert manifest["precision"] == "fp32"
+    assert (manifest["layers"], manifest["heads"], manifest["head_size"], manifest["max_positions"]) == (2, 4, 8, 256)
+    assert {"torch", "transformers", "optimum", "optimum-onnx", "onnxruntime"} <= manifest["package_versions"].keys()
+
+
+def test_logits_are_of_the_last_position_and_the_embedding_is_stored_once(tiny_bundle):
+    graph = onnx.load(tiny_bundle / "model.onnx").graph
+    shape = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape
+    assert len(shape.dim) == 2
+    assert sum(600 in tensor.dims for tensor in graph.initializer) == 1
+
+
+def test_a_transposed_copy_of_the_embedding_is_dropped(tiny_bundle):
+    """Larger models are exported with the output weights written a second time."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from export.passes import keep_last_logits
+
+    embedding = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["wte", "ids"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "output_weights"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "t"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "t", 9])],
+        [numpy_helper.from_array(embedding, "wte"), numpy_helper.from_array(embedding.T.copy(), "output_weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    keep_last_logits(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert [tensor.name for tensor in model.graph.initializer if 9 in tensor.dims] == ["wte"]
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    got = onnx.reference.ReferenceEvaluator(model).run(None, {"ids": ids})[0]
+    np.testing.assert_allclose(got, embedding[ids[:, -1]] @ embedding.T, rtol=1e-5)
+
+
+def test_optimums_own_export_can_be_kept_and_loads_in_optimum(tiny_model_dir, tmp_path):
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle", "--keep-optimum") == 0
+    ORTModelForCausalLM.from_pretrained(tmp_path / "bundle-optimum")
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "bundle-optimum"}
+
+
+def test_an_existing_bundle_is_replaced_only_by_force(tiny_model_dir, tmp_path, capsys):
+    output = tmp_path / "bundle"
+    assert run_export("--model", tiny_model_dir, "--output", output) == 0
+    (output / "mark").write_text("first")
+    assert run_export("--model", tiny_model_dir, "--output", output) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (output / "mark").exists()
+    assert run_export("--model", tiny_model_dir, "--output", output, "--force") == 0
+    assert not (output / "mark").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_force_does_not_delete_what_is_no_bundle(tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "thesis", "--force") == 2
+    assert "will not delete" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("moment", ["_write_runtime_graph", "verify_parity", "write_manifest"])
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_a_full_disk_or_ctrl_c_leaves_nothing_and_keeps_the_old_bundle(
+    tiny_model_dir, tmp_path, monkeypatch, capsys, moment, failure, status
+):
+    output = tmp_path / "bundle"
+    output.mkdir()
+    (output / "qa_onnx.json").write_text("old")
+
+    def fail(*arguments, **options):
+        raise failure
+
+    monkeypatch.setattr(to_onnx, moment, fail)
+    if isinstance(status, int):
+        assert run_export("--model", tiny_model_dir, "--output", output, "--force") == status
+        error = capsys.readouterr().err
+        assert "full" in error
+        assert "Free some space" in error
+    else:
+        with pytest.raises(status):
+            run_export("--model", tiny_model_dir, "--output", output, "--force")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (output / "qa_onnx.json").read_text() == "old"
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: (10**9, 10**9, 1000))
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
+    assert "MB free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "fp16"], "fp32 only"),
+        (["--precision", "int8"], "fp32 only"),
+        (["--model", "{nowhere}"], "no model could be loaded"),
+        (["--model", "{pickled}"], "safetensors"),
+        (["--verify", "{nowhere}"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, tiny_model_dir, tmp_path, capsys):
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (pickled / name).write_bytes((tiny_model_dir / name).read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    given = [argument.format(nowhere=tmp_path / "nowhere", pickled=pickled) for argument in arguments]
+    given += [] if "--model" in given else ["--model", str(tiny_model_dir)]
+    assert run_export(*given, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["pickled"]
+
+
+def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_path):
+    """A graph can name files with weights (CVE-2024-27318, CVE-2025-51480); only ones of the bundle may be read."""
+    import shutil
+
+    from onnx import numpy_helper
+
+    from qa_onnx.bundle import write_manifest
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    model = onnx.load(bundle / "model.onnx")
+    tensor = next(tensor for tensor in model.graph.initializer if "wte" in tensor.name)
+    (tmp_path / "secret.bin").write_bytes(numpy_helper.to_array(tensor).tobytes())
+    onnx.external_data_helper.set_external_data(tensor, location="../secret.bin")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    (bundle / "model.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((bundle / "qa_onnx.json").read_text())
+    derived = ("format_version", "prompt_template", "files")
+    write_manifest(bundle, {name: value for name, value in manifest.items() if name not in derived})
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        Answerer.from_pretrained(bundle, provider="cpu")
+
+
+def test_train_export_answer(heldout_file, tmp_path):
+    """The whole path by its commands, on the starter, two steps."""
+    from bench import accuracy
+    from qa_onnx import cli
+    from training import finetune
+
+    model, bundle, predictions = tmp_path / "model", tmp_path / "bundle", tmp_path / "predictions.json"
+    trained = finetune.main(
+        [
+            *("--model", "starter", "--train", "sample", "--eval", str(heldout_file), "--output", str(model)),
+            *("--max-steps", "2", "--limit-train", "32", "--limit-eval", "4"),
+        ]
+    )
+    assert trained == 0
+    assert run_export("--model", model, "--output", bundle, "--verify", heldout_file) == 0
+    assert cli.main(["predict", "--model", str(bundle), "--data", str(heldout_file), "--output", str(predictions)]) == 0
+    assert len(json.loads(predictions.read_text())) == 60
+    assert cli.main(["evaluate", "--data", str(heldout_file), "--predictions", str(predictions)]) == 0
+    result = tmp_path / "accuracy.json"
+    compared = accuracy.main(
+        [*("--model", str(bundle), "--torch", str(model)), *("--data", str(heldout_file), "--output", str(result))]
+    )
+    assert compared == 0
+    assert json.loads(result.read_text())["texts_differing_from_torch"] == 0

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+from stand_ins import PASSAGE, echo_answerer, manifest_fields, small_tokenizer
+
+from qa_onnx import Answer, Answerer, BundleError, ClosedError, InvalidInputError, PromptTooLongError
+from qa_onnx import answerer as answerer_module
+from qa_onnx.bundle import write_manifest
+
+
+@pytest.fixture
+def answerer():
+    return echo_answerer()
+
+
+def test_answers_come_in_the_order_asked(answerer):
+    questions = [f"Question {index}?" + " long" * (index * 7 % 10) for index in range(40)]
+    contexts = [PASSAGE[: 5 + index % 9] for index in range(40)]
+    together = list(zip(questions, contexts, strict=True))
+    random.Random(0).shuffle(together)
+    questions, contexts = zip(*together, strict=True)
+    answers = answerer.answer_batch(questions, contexts, max_new_tokens=64, batch_size=6)
+    assert [answer.text for answer in answers] == list(questions)
+    assert max(len(batch) for batch in answerer._engine.batches) == 6
+
+
+def test_an_answer_tells_its_tokens_and_why_it_ended(answerer):
+    prompt = small_tokenizer().encode(f"Context: {PASSAGE}\nQuestion: Who?\nAnswer:")
+    answer = answerer.answer("Who?", PASSAGE, max_new_tokens=20)
+    assert (answer.text, answer.finish_reason, answer.prompt_tokens) == ("Who?", "stop", len(prompt.ids))
+    assert answer.new_tokens == len(small_tokenizer().encode(" Who?").ids)
+    short = answerer.answer("Who was it?", PASSAGE, max_new_tokens=2)
+    assert (short.new_tokens, short.finish_reason) == (2, "length")
+
+
+def test_one_call_and_a_batch_of_one_agree(answerer):
+    assert answerer.answer_batch(["Who?"], [PASSAGE]) == [answerer.answer("Who?", PASSAGE)]
+
+
+def test_a_batch_is_bounded_by_tokens_too(answerer, monkeypatch):
+    monkeypatch.setattr(answerer_module, "MAX_BATCH_TOKENS", 100)
+    answerer.answer_batch(["Who?"] * 8, [PASSAGE] * 8)
+    tokens = answerer.answer("Who?", PASSAGE).prompt_tokens
+    assert [len(batch) for batch in answerer._engine.batches[:-1]] == [100 // tokens] * (8 // (100 // tokens))
+
+
+def test_nothing_asked_is_nothing_answered(answerer):
+    assert answerer.answer_batch([], []) == []
+    assert answerer._engine.batches == []
+
+
+@pytest.mark.parametrize(
+    ("questions", "contexts", "words"),
+    [
+        ("Who?", ["context"], "got questions of type str; expected a list of strings.*answer"),
+        (["Who?"], "context", "got contexts of type str"),
+        (None, ["context"], "got questions of type NoneType"),
+        ({"Who?"}, ["context"], "got questions of type set"),
+        (iter(["Who?"]), ["context"], "got questions of type list_iterator"),
+        (["Who?"], [], "got 1 questions and 0 contexts"),
+        (["Who?", ""], ["context"] * 2, "question 1 is empty"),
+        (["Who?", None], ["context"] * 2, "question 1 is of type NoneType"),
+    ],
+)
+def test_bad_questions_and_contexts_are_refused(answerer, questions, contexts, words):
+    with pytest.raises(InvalidInputError, match=words):
+        answerer.answer_batch(questions, contexts)
+    assert answerer._engine.batches == []
+
+
+@pytest.mark.parametrize("option", ["max_new_tokens", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None])
+def test_options_have_to_be_positive_whole_numbers(answerer, option, value):
+    with pytest.raises(InvalidInputError, match=f"got {option} {value!r}; expected a whole number of at least 1"):
+        answerer.answer_batch(["Who?"], [PASSAGE], **{option: value})
+
+
+def test_bad_input_is_a_value_error_too(answerer):
+    with pytest.raises(ValueError, match="question 0 is empty"):
+        answerer.answer("", PASSAGE)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_computed():
+    tokens = echo_answerer().answer("Who?", PASSAGE).prompt_tokens
+    assert echo_answerer(max_positions=tokens).answer("Who?", PASSAGE).text == "Who?"
+    answerer = echo_answerer(max_positions=tokens - 2)
+    with pytest.raises(PromptTooLongError, match=rf"prompt 1 has {tokens} tokens .*at least 2 tokens, or split it"):
+        answerer.answer_batch(["Who?", "Who?"], ["Short.", PASSAGE])
+    assert answerer._engine.batches == []
+
+
+def test_after_close_every_call_is_an_error(answerer):
+    answerer.close()
+    answerer.close()
+    for call in (lambda: answerer.answer("Who?", PASSAGE), lambda: answerer.answer_batch([], [])):
+        with pytest.raises(ClosedError, match="from_pretrained"):
+            call()
+
+
+def test_a_with_block_closes(answerer):
+    with answerer as entered:
+        assert entered is answerer
+        assert entered.answer("Who?", PASSAGE).text == "Who?"
+    with pytest.raises(ClosedError):
+        answerer.answer("Who?", PASSAGE)
+
+
+def test_the_representation_names_model_precision_and_state(answerer):
+    assert repr(answerer) == "Answerer('small', precision='fp32', provider='cpu')"
+    answerer.close()
+    assert repr(answerer) == "Answerer('small', precision='fp32', closed)"
+
+
+def test_an_answer_is_frozen():
+    answer = Answer(text="Rollo", finish_reason="stop", prompt_tokens=9, new_tokens=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        answer.text = "William"
+
+
+def test_loading_what_is_no_bundle_is_a_bundle_error(tmp_path):
+    with pytest.raises(BundleError, match="there is no such directory"):
+        Answerer.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_bundle_error(tmp_path, monkeypatch):
+    for name in ("model.onnx", "tokenizer.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    write_manifest(tmp_path, manifest_fields())
+    monkeypatch.setattr(answerer_module, "Session", lambda *_, **__: type("FakeSession", (), {"provider": "cpu"}))
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Answerer.from_pretrained(tmp_path)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import pytest
+from stand_ins import manifest_fields, write_json
+
+from qa_onnx.bundle import Bundle, write_manifest
+from qa_onnx.errors import BundleError
+from qa_onnx.prompt import PROMPT_TEMPLATE
+
+ABSENT = object()
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    for name in ("model.onnx", "tokenizer.json", "config.json", "model.onnx_data"):
+        (directory / name).write_bytes(f"content of {name}".encode())
+    write_manifest(directory, manifest_fields(parity={"questions": 64}))
+    return directory
+
+
+def edit_manifest(bundle, **changes):
+    path = bundle / "qa_onnx.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    write_json(path, {key: value for key, value in values.items() if value is not ABSENT})
+
+
+def list_file(bundle, name, content):
+    files = json.loads((bundle / "qa_onnx.json").read_text(encoding="utf-8"))["files"]
+    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit_manifest(bundle, files=files)
+
+
+def problem_of(bundle):
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle)
+    assert str(bundle) in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_written_is_read(bundle):
+    opened = Bundle.open(str(bundle))
+    content = b"content of config.json"
+    assert opened.manifest.format_version == 1
+    assert opened.manifest.prompt_template == PROMPT_TEMPLATE
+    assert opened.manifest.files["config.json"] == {"bytes": 22, "sha256": hashlib.sha256(content).hexdigest()}
+    assert sorted(opened.manifest.files) == ["config.json", "model.onnx", "model.onnx_data", "tokenizer.json"]
+    assert opened.manifest.to_dict() | manifest_fields(parity={"questions": 64}) == opened.manifest.to_dict()
+    assert (opened.model_path, opened.tokenizer_path) == (bundle / "model.onnx", bundle / "tokenizer.json")
+
+
+def test_a_manifest_does_not_list_itself_when_written_again(bundle):
+    assert write_manifest(bundle, manifest_fields()) == Bundle.open(bundle).manifest
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "model.onnx_data"])
+def test_a_missing_file_is_named(bundle, name):
+    (bundle / name).unlink()
+    assert f"{name}: missing" in problem_of(bundle)
+
+
+def test_a_directory_in_place_of_a_file_is_missing(bundle):
+    (bundle / "config.json").unlink()
+    (bundle / "config.json").mkdir()
+    assert "config.json: missing" in problem_of(bundle)
+
+
+def test_a_truncated_file_is_named_with_both_sizes(bundle):
+    (bundle / "model.onnx").write_bytes(b"content")
+    assert "model.onnx: 7 bytes instead of 21" in problem_of(bundle)
+
+
+def test_one_altered_byte_is_found(bundle):
+    (bundle / "model.onnx").write_bytes(b"Content of model.onnx")
+    assert "model.onnx: wrong SHA-256" in problem_of(bundle)
+
+
+def test_all_problems_are_in_one_error_with_the_way_out(bundle):
+    (bundle / "model.onnx").unlink()
+    (bundle / "tokenizer.json").write_bytes(b"short")
+    (bundle / "config.json").write_bytes(b"Content of config.json")
+    problem = problem_of(bundle)
+    for words in ("model.onnx: missing", "tokenizer.json: 5 bytes", "config.json: wrong SHA-256", "export.to_onnx"):
+        assert words in problem
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
+def test_a_required_file_has_to_be_listed(bundle, name):
+    files = json.loads((bundle / "qa_onnx.json").read_text(encoding="utf-8"))["files"]
+    del files[name]
+    edit_manifest(bundle, files=files)
+    assert f"{name}: not listed" in problem_of(bundle)
+
+
+@pytest.mark.parametrize("name", ["../x", "sub/x", "./x", "..", ".", "", "sub\\x", "/etc/hostname"])
+def test_file_names_cannot_leave_the_directory(bundle, name):
+    (bundle / "sub").mkdir()
+    for path in (bundle / "sub" / "x", bundle / "x", bundle / "sub\\x", bundle.parent / "x"):
+        path.write_bytes(b"x")
+    list_file(bundle, name, b"x")
+    assert f"{name!r}: not a plain file name" in problem_of(bundle)
+
+
+def test_an_absolute_file_name_is_refused_though_the_file_is_inside(bundle):
+    list_file(bundle, str(bundle / "model.onnx"), b"content of model.onnx")
+    assert "not a plain file name" in problem_of(bundle)
+
+
+def test_a_link_that_leads_outside_is_refused(bundle):
+    outside = bundle.parent / "outside.bin"
+    outside.write_bytes(b"content of model.onnx")
+    (bundle / "model.onnx").unlink()
+    (bundle / "model.onnx").symlink_to(outside)
+    assert "model.onnx: a link that leads outside" in problem_of(bundle)
+
+
+def test_a_bundle_may_be_reached_through_a_link_and_link_inside_itself(bundle):
+    (bundle / "model.onnx").rename(bundle / "graph.onnx")
+    (bundle / "model.onnx").symlink_to("graph.onnx")
+    (bundle.parent / "latest").symlink_to(bundle)
+    Bundle.open(bundle.parent / "latest")
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, ABSENT, True])
+def test_another_format_version_means_to_export_again(bundle, version):
+    edit_manifest(bundle, format_version=version)
+    problem = problem_of(bundle)
+    assert f"format_version {None if version is ABSENT else version!r}" in problem
+    assert "reads 1" in problem
+    assert "Export the model again" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads": ABSENT}, ["heads is missing"]),
+        ({"files": ABSENT}, ["files is missing"]),
+        ({"colour": "red"}, ["colour is not a known field"]),
+        ({"heads": "12"}, ["heads should be int, got '12'"]),
+        ({"heads": True}, ["heads should be int, got True"]),
+        ({"max_positions": 1.5}, ["max_positions should be int, got 1.5"]),
+        ({"inputs": "input_ids"}, ["inputs should be list, got 'input_ids'"]),
+        ({"files": []}, ["files should be dict, got []"]),
+        ({"source_model": None}, ["source_model should be str, got None"]),
+        ({"precision": "int3"}, ["precision 'int3' is not one of fp32"]),
+        ({"prompt_template": "{question}"}, ["prompt_template is '{question}', not 'Context: "]),
+        ({"heads": ABSENT, "layers": "1", "colour": 1}, ["heads is missing", "layers should be int", "colour is not"]),
+    ],
+)
+def test_wrong_fields_are_named_all_at_once(bundle, changes, words):
+    edit_manifest(bundle, **changes)
+    problem = problem_of(bundle)
+    assert [word for word in words if word not in problem] == []
+    assert "Export the model again" in problem
+
+
+@pytest.mark.parametrize("listed", [None, 21, "model", {}, {"bytes": 21}, {"sha256": "0"}, {"bytes": "21"}])
+def test_a_file_entry_without_size_or_checksum_does_not_pass(bundle, listed):
+    files = json.loads((bundle / "qa_onnx.json").read_text(encoding="utf-8"))["files"]
+    edit_manifest(bundle, files=files | {"model.onnx": listed})
+    assert re.search(r"model\.onnx: (21 bytes instead of|wrong SHA-256)", problem_of(bundle))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"format_version": 1,', "cannot be read as JSON"),
+        (b"", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[1]", "is not a JSON object"),
+    ],
+    ids=["cut", "empty", "not UTF-8", "deep", "array"],
+)
+def test_a_manifest_that_is_no_json_object_is_named(bundle, content, words):
+    (bundle / "qa_onnx.json").write_bytes(content)
+    problem = problem_of(bundle)
+    assert f"qa_onnx.json {words}" in problem
+    assert "export the bundle again" in problem
+
+
+def test_what_is_no_bundle_at_all_is_said(tmp_path):
+    assert "there is no such directory" in problem_of(tmp_path / "nowhere")
+    assert "it has no qa_onnx.json" in problem_of(tmp_path)
+    file = write_json(tmp_path / "file", {})
+    assert "export.to_onnx" in problem_of(file)

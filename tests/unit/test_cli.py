@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from stand_ins import PASSAGE, echo_answerer, manifest_fields, squad_data, write_json
+
+from qa_onnx import cli
+from qa_onnx.bundle import write_manifest
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working directory with a file for each of the cases."""
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "data.json", squad_data())
+    write_json(tmp_path / "predictions.json", {"q1": "the Rollo", "q2": "Normandy", "q3": ""})
+    write_json(tmp_path / "some.json", {"q1": "Rollo", "other": "x"})
+    write_json(tmp_path / "list.json", [])
+    (tmp_path / "cut.json").write_text('{"data": [')
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "passage.txt").write_text(PASSAGE)
+    (tmp_path / "empty").mkdir()
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name in ("model.onnx", "tokenizer.json", "config.json"):
+        (bundle / name).write_text(name)
+    write_manifest(bundle, manifest_fields())
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Loading any bundle gives an answerer that answers with the question; what was asked for is noted."""
+    calls = []
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(path, **options):
+            calls.append({"path": str(path), **options})
+            return echo_answerer()
+
+    monkeypatch.setattr(cli, "Answerer", Loader)
+    return calls
+
+
+def run(capsys, command):
+    status = cli.main(command.split())
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_evaluate_ends_with_one_line_of_json(files, capsys):
+    status, out, err = run(capsys, "evaluate --data data.json --predictions predictions.json")
+    scores = json.loads(out.splitlines()[-1])
+    assert (status, err) == (0, "")
+    assert scores == {"exact_match": pytest.approx(200 / 3), "f1": pytest.approx(100 * (2 + 2 / 3) / 3), "total": 3}
+
+
+def test_evaluate_tells_of_missing_and_unknown_predictions(files, capsys):
+    status, out, err = run(capsys, "evaluate --data data.json --predictions some.json")
+    assert (status, json.loads(out)["total"]) == (0, 3)
+    assert "2 of 3 questions have no prediction and score 0" in err
+    assert "1 predictions are of questions that are not in data.json" in err
+
+
+@pytest.mark.parametrize("context", ["@passage.txt", "Rollo"])
+def test_answer_prints_the_text(files, loaded, capsys, context):
+    assert run(capsys, f"answer --model bundle --question Who? --context {context}") == (0, "Who?\n", "")
+
+
+def test_answer_reads_the_file_after_the_at_sign(files, loaded, capsys):
+    _, from_file, _ = run(capsys, "answer --model bundle --question Who? --context @passage.txt --json")
+    cli.main(["answer", "--model", "bundle", "--question", "Who?", "--context", PASSAGE, "--json"])
+    assert json.loads(from_file) == json.loads(capsys.readouterr().out)
+
+
+def test_answer_prints_the_whole_answer_as_json(files, loaded, capsys):
+    _, out, _ = run(capsys, "answer --model bundle --question Who_was_it? --context Rollo --json --max-new-tokens 2")
+    answer = json.loads(out)
+    assert sorted(answer) == ["finish_reason", "new_tokens", "prompt_tokens", "text"]
+    assert (answer["new_tokens"], answer["finish_reason"]) == (2, "length")
+
+
+def test_options_reach_the_answerer(files, loaded, capsys):
+    run(capsys, "answer --model bundle --question Who? --context Rollo --provider cpu --threads 2")
+    run(capsys, "answer --model bundle --question Who? --context Rollo")
+    assert loaded == [
+        {"path": "bundle", "provider": "cpu", "threads": 2},
+        {"path": "bundle", "provider": "auto", "threads": None},
+    ]
+
+
+@pytest.mark.parametrize(("limit", "ids"), [("", ["q1", "q2", "q3"]), ("--limit 2", ["q1", "q2"])])
+def test_predict_writes_the_official_format(files, loaded, capsys, limit, ids):
+    command = f"predict --model bundle --data data.json --output out.json --batch-size 2 {limit}"
+    assert run(capsys, command) == (0, f"wrote {len(ids)} answers to out.json\n", "")
+    questions = {"q1": "Who led the Normans?", "q2": "Where did they settle?", "q3": "Why?"}
+    assert json.loads((files / "out.json").read_text("utf-8")) == {name: questions[name] for name in ids}
+    assert list(files.glob("*.partial")) == []
+
+
+def test_info_prints_the_manifest(files, capsys):
+    status, out, err = run(capsys, "info --model bundle")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == json.loads((files / "bundle" / "qa_onnx.json").read_text("utf-8"))
+
+
+ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bundle --data data.json"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (f"{ANSWER} --context @nowhere.txt", "--context @nowhere.txt: cannot be read"),
+        (f"{ANSWER} --context @latin.txt", "--context @latin.txt: cannot be read"),
+        (f"{ANSWER} --context @", "--context @: cannot be read"),
+        ("answer --model nowhere --question Who? --context Rollo", "nowhere is not a bundle"),
+        ("answer --model empty --question Who? --context Rollo", "it has no qa_onnx.json"),
+        ("predict --model nowhere --data data.json --output out.json", "nowhere is not a bundle"),
+        (f"{PREDICT} --output nowhere/out.json", "nowhere/out.json: cannot be written"),
+        (f"{PREDICT} --output empty", "empty: cannot be written"),
+        ("predict --model bundle --data cut.json --output out.json", "cut.json: not valid JSON"),
+        ("predict --model bundle --data nowhere.json --output out.json", "nowhere.json: cannot be read"),
+        ("evaluate --data data.json --predictions nowhere.json", "nowhere.json: cannot be read"),
+        ("evaluate --data data.json --predictions list.json", "list.json: got a JSON array"),
+        ("evaluate --data list.json --predictions predictions.json", "list.json: the top level: got a JSON array"),
+        ("info --model nowhere", "nowhere is not a bundle"),
+    ],
+)
+def test_bad_input_gives_status_2_and_one_line(files, capsys, command, words):
+    status, out, err = run(capsys, command)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert not (files / "out.json").exists()
+
+
+def test_a_passage_file_without_text_is_bad_input(files, loaded, capsys):
+    (files / "blank.txt").write_text(" \n")
+    status, out, err = run(capsys, f"{ANSWER} --context @blank.txt")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: context 0 is empty or only white space")
+    assert err.count("\n") == 1
+
+
+def test_an_error_stays_one_line_whatever_is_in_it(files, capsys):
+    values = json.loads((files / "bundle" / "qa_onnx.json").read_text("utf-8"))
+    values["files"]["two\nlines"] = {"bytes": 1, "sha256": ""}
+    write_json(files / "bundle" / "qa_onnx.json", values)
+    status, _, err = run(capsys, "info --model bundle")
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_file_that_cannot_be_written_is_named(files, loaded, capsys):
+    (files / "out.json.partial").mkdir()
+    status, _, err = run(capsys, f"{PREDICT} --output out.json")
+    assert status == 2
+    assert err.startswith("error: out.json: cannot be written")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (f"{PREDICT} --output out.json --limit 0", "--limit: got '0'; expected a whole number of at least 1"),
+        (f"{PREDICT} --output out.json --batch-size -1", "--batch-size: got '-1'"),
+        (f"{PREDICT} --output out.json --max-new-tokens 1.5", "--max-new-tokens: got '1.5'"),
+        (f"{ANSWER} --context Rollo --threads two", "--threads: got 'two'"),
+        (f"{ANSWER} --context Rollo --provider tpu", "--provider: invalid choice: 'tpu'"),
+        (ANSWER, "the following arguments are required: --context"),
+        ("", "required: COMMAND"),
+        ("sing", "invalid choice: 'sing'"),
+    ],
+)
+def test_bad_arguments_give_status_2_and_name_the_argument(files, loaded, capsys, command, words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command.split())
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", ["answer", "predict", "evaluate", "info"]),
+        (
+            "answer",
+            ["--model", "--question", "--context", "--json", "--provider", "{auto,cpu,cuda}", "--max-new-tokens"],
+        ),
+        ("predict", ["--model", "--data", "--output", "--limit", "--batch-size", "--provider", "--threads"]),
+        ("evaluate", ["--data", "--predictions"]),
+        ("info", ["--model"]),
+    ],
+)
+def test_every_command_has_help(capsys, command, words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert [word for word in words if word not in out] == []

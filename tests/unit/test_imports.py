@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = {"qa_onnx", "training", "export", "bench"}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path):
+    """Every module that a file imports, at any depth of nesting, by its full dotted name."""
+    package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, *filter(None, [node.module])])
+
+
+def files_of(package):
+    paths = sorted((ROOT / package).rglob("*.py"))
+    assert paths
+    return paths
+
+
+@pytest.mark.parametrize("module", ["qa_onnx", "qa_onnx.cli"])
+def test_the_runtime_is_imported_without_the_training_stack(module):
+    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"qa_onnx", "numpy", "tokenizers"} <= loaded
+    assert loaded & {"torch", "transformers", "datasets", "optimum", "onnx", "training", "export", "bench"} == set()
+
+
+@pytest.mark.parametrize("path", files_of("qa_onnx"), ids=module_name)
+def test_the_runtime_imports_only_its_few_dependencies(path):
+    roots = {name.partition(".")[0] for name in imports_of(path)}
+    assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == set()
+
+
+@pytest.mark.parametrize(("package", "allowed"), [("training", {"qa_onnx"}), ("export", {"qa_onnx"})])
+def test_packages_import_only_towards_the_runtime(package, allowed):
+    roots = {name.partition(".")[0] for path in files_of(package) for name in imports_of(path)}
+    assert roots & OURS - {package} == allowed
+
+
+def test_imports_inside_the_runtime_make_no_circle():
+    modules = {module_name(path): path for path in files_of("qa_onnx")}
+    graph = {name: {target for target in imports_of(path) if target in modules} for name, path in modules.items()}
+    assert graph["qa_onnx"] >= {"qa_onnx.answerer", "qa_onnx.errors"}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle in it

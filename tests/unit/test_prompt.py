@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from stand_ins import END_OF_TEXT, PASSAGE, SpyTokenizer, small_tokenizer
+
+from qa_onnx.errors import InvalidInputError, PromptTooLongError
+from qa_onnx.prompt import (
+    ANSWER_TEMPLATE,
+    PROMPT_TEMPLATE,
+    Prompt,
+    check_prompt_lengths,
+    encode_answers,
+    encode_prompts,
+    fit_prompt,
+    load_tokenizer,
+)
+
+QUESTION = "Who led the Normans?"
+pieces = st.sampled_from(
+    [" ", "\n", "\t", "\r\n", "\u00a0", "😀", "👩‍🚀", "ノルマン", "the", "Rollo", "'s", ".", "{x}", END_OF_TEXT]
+)
+texts = st.one_of(st.text(max_size=40), st.lists(pieces, max_size=12).map("".join)).filter(str.strip)
+
+
+def ids_of(text):
+    return small_tokenizer().encode(text, add_special_tokens=False).ids
+
+
+def encode_one(question, context):
+    return encode_prompts(small_tokenizer(), [question], [context])[0]
+
+
+def test_the_template_is_the_contract():
+    assert PROMPT_TEMPLATE == "Context: {context}\nQuestion: {question}\nAnswer:"
+    assert ANSWER_TEMPLATE == " {answer}"
+
+
+def test_the_parts_of_a_prompt_are_the_passage_and_the_question():
+    prompt = encode_one("  Who? \n", "By Rollo.")
+    assert small_tokenizer().decode(prompt.passage_ids) == "Context: By Rollo."
+    assert small_tokenizer().decode(prompt.question_ids) == "\nQuestion: Who?\nAnswer:"
+    assert len(prompt) == len(prompt.ids) == len(prompt.passage_ids) + len(prompt.question_ids)
+
+
+@settings(deadline=None)
+@given(question=texts, context=texts)
+@example(question="?", context="trailing space ")
+@example(question="?", context="trailing lines \n\n")
+@example(question="😀", context="ノルマン人\u3000")
+@example(question="{context}", context="{question}")
+def test_the_parts_have_the_tokens_of_the_whole(question, context):
+    whole = f"Context: {context}\nQuestion: {question.strip()}\nAnswer:"
+    assert encode_one(question, context).ids == ids_of(whole)
+
+
+@settings(deadline=None)
+@given(answer=texts)
+def test_prompt_and_answer_have_the_tokens_of_the_whole(answer):
+    prompt, (answer_ids,) = encode_one(QUESTION, PASSAGE), encode_answers(small_tokenizer(), [answer])
+    whole = f"Context: {PASSAGE}\nQuestion: {QUESTION}\nAnswer: {answer.strip()}"
+    assert prompt.ids + answer_ids == ids_of(whole)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_has_no_tokens(answer):
+    assert encode_answers(small_tokenizer(), [answer, "Rollo"]) == [[], ids_of(" Rollo")]
+
+
+def test_control_tokens_in_text_stay_text(tmp_path):
+    # As saved, the tokenizer would make a control token of it, and would cut and pad.
+    saved = type(small_tokenizer()).from_str(small_tokenizer().to_str())
+    saved.enable_truncation(4)
+    saved.enable_padding(length=4)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    control = saved.token_to_id(END_OF_TEXT)
+    assert saved.encode(END_OF_TEXT).ids[0] == control
+
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = f"before {END_OF_TEXT} after"
+    prompt = encode_prompts(tokenizer, [text], [text])[0]
+    assert control not in prompt.ids
+    assert tokenizer.decode(prompt.ids) == PROMPT_TEMPLATE.format(context=text, question=text)
+
+
+def test_each_distinct_passage_is_encoded_once():
+    spy = SpyTokenizer(small_tokenizer())
+    prompts = encode_prompts(spy, ["a", "b", "c"], ["one", "two", "one"])
+    assert sorted(text for text in spy.encoded if text.startswith("Context")) == ["Context: one", "Context: two"]
+    assert [small_tokenizer().decode(prompt.passage_ids)[9:] for prompt in prompts] == ["one", "two", "one"]
+
+
+def test_no_prompts_are_no_error():
+    assert encode_prompts(small_tokenizer(), [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("questions", "contexts", "words"),
+    [
+        (["a", "b"], ["c"], ["2 questions", "1 contexts", "one context for each question"]),
+        (["a", 5], ["c", "d"], ["question 1", "int", "expected a string"]),
+        (["a"], [None], ["context 0", "NoneType", "expected a string"]),
+        (["a"], [b"c"], ["context 0", "bytes", "expected a string"]),
+        (["a", ""], ["c", "d"], ["question 1", "empty", "expected some text"]),
+        (["a", "b", "c"], ["d", "e", " \n\t"], ["context 2", "white space", "expected some text"]),
+        (["a", "who \ud83d?"], ["c", "d"], ["question 1", "lone surrogate at character 4", "right encoding"]),
+        (["a"], ["\udfff"], ["context 0", "lone surrogate at character 0", "right encoding"]),
+    ],
+)
+def test_bad_texts_are_named_by_index_and_way_out(questions, contexts, words):
+    with pytest.raises(InvalidInputError) as caught:
+        encode_prompts(small_tokenizer(), questions, contexts)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_prompt_may_fill_all_positions_but_no_more():
+    prompts = [Prompt(passage_ids=[1] * 6, question_ids=[2] * 4), Prompt(passage_ids=[1] * 7, question_ids=[2] * 6)]
+    check_prompt_lengths(prompts, 13)
+    check_prompt_lengths(prompts[:1], 10)
+    with pytest.raises(PromptTooLongError) as caught:
+        check_prompt_lengths(prompts, 10)
+    for words in (
+        "prompt 1 has 13 tokens",
+        "7 of the context",
+        "6 of the question",
+        "10 positions",
+        "at least 3 tokens",
+    ):
+        assert words in str(caught.value)
+
+
+@st.composite
+def passages_with_a_part_to_keep(draw):
+    context = draw(st.lists(pieces, min_size=1, max_size=30).map("".join).filter(str.strip))
+    start = draw(st.integers(0, len(context) - 1))
+    end = draw(st.integers(start + 1, len(context)))
+    return context, start, end
+
+
+def fit_or_none(tokenizer, context, keep, max_tokens):
+    try:
+        return fit_prompt(tokenizer, QUESTION, context, keep=keep, max_tokens=max_tokens)
+    except PromptTooLongError:
+        return None
+
+
+@settings(deadline=None, max_examples=200)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@given(passage=passages_with_a_part_to_keep(), room=st.integers(-3, 150))
+@example(passage=("😀😀😀 Rollo", 4, 9), room=12)
+@example(passage=("Rollo 😀😀😀", 0, 5), room=12)
+def test_a_fitted_prompt_keeps_question_and_part_and_the_limit(trim_offsets, passage, room):
+    context, start, end = passage
+    kept = context[start:end]
+    whole = encode_one(QUESTION, context)
+    max_tokens = len(whole.question_ids) + room
+    spy = SpyTokenizer(small_tokenizer(trim_offsets=trim_offsets))
+    prompt = fit_or_none(spy, context, (start, end), max_tokens)
+    if prompt is None:
+        # It could not be done: each token of the part has at least one of its bytes. (Where offsets leave white space
+        # out, unlike GPT-2's, tokens of white space alone cannot be placed and may stay.)
+        assert room < len(ids_of("Context: ")) + len(kept.encode()) or not kept.strip() or trim_offsets
+        return
+    assert len(prompt) <= max_tokens
+    assert prompt.question_ids == whole.question_ids
+    assert kept.strip() in spy.decode(prompt.passage_ids).removeprefix("Context:")
+    assert prompt == whole or len(whole) > max_tokens
+
+
+@pytest.mark.parametrize("room", [-1, 0, 5])
+def test_what_cannot_be_fitted_is_refused_with_the_way_out(room):
+    max_tokens = len(encode_one(QUESTION, PASSAGE).question_ids) + room
+    with pytest.raises(PromptTooLongError, match=rf"{len(PASSAGE)} characters .* {max_tokens} tokens; shorten"):
+        fit_prompt(small_tokenizer(), QUESTION, PASSAGE, keep=(0, len(PASSAGE)), max_tokens=max_tokens)
+
+
+def test_a_fitted_prompt_fills_the_room_and_leaves_as_much_on_both_sides():
+    words = [f"w{index}" for index in range(41)]
+    words[20] = "Rollo"
+    context = " ".join(words)
+    start = context.index("Rollo")
+    max_tokens = len(encode_one(QUESTION, context)) // 2
+    prompt = fit_prompt(small_tokenizer(), QUESTION, context, keep=(start, start + 5), max_tokens=max_tokens)
+    before, after = small_tokenizer().decode(prompt.passage_ids).removeprefix("Context:").split("Rollo")
+    assert max_tokens - len(prompt) <= 3
+    assert abs(len(ids_of(before)) - len(ids_of(after))) <= 3
+
+
+@pytest.mark.parametrize("room", range(-2, 8))
+def test_without_a_part_to_keep_the_passage_loses_its_end(room):
+    question_ids = encode_one(QUESTION, "x").question_ids
+    max_tokens = len(question_ids) + len(ids_of("Context:")) + room
+    spy = SpyTokenizer(small_tokenizer())
+    if room < 1:
+        with pytest.raises(PromptTooLongError, match="shorten"):
+            fit_prompt(spy, QUESTION, PASSAGE, keep=(0, 0), max_tokens=max_tokens)
+    else:
+        prompt = fit_prompt(spy, QUESTION, PASSAGE, keep=(0, 0), max_tokens=max_tokens)
+        assert prompt.question_ids == question_ids
+        assert prompt.passage_ids == ids_of(f"Context: {PASSAGE}")[: len(prompt.passage_ids)]
+        assert len(prompt) == max_tokens
