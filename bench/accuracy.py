@@ -117,9 +117,7 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| | exact match | F1 | answers/s |", "| --- | --- | --- | --- |"]
     for name, label in (("torch", "PyTorch fp32"), ("qa_onnx", f"qa_onnx {result['precision']}")):
         side = result[name]
-        lines.append(
-            f"| {label} | {side['exact_match']:.2f} | {side['f1']:.2f} | {side['answers_per_second']:.1f} |"
-        )
+        lines.append(f"| {label} | {side['exact_match']:.2f} | {side['f1']:.2f} | {side['answers_per_second']:.1f} |")
     lines += ["", f"{result['texts_differing_from_torch']} of {result['questions']} answers differ"]
     for row in result["differing"]:
         tie = ", a tie" if row["torch_smallest_margin"] <= TIE_MARGIN else ""

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx
 import optimum.utils.logging
@@ -210,9 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 with one line on standard error."""
     arguments = _parser().parse_args(argv)
     _silence_exporters()
-    options: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in ("model", "output")}
     try:
-        manifest = export(arguments.model, arguments.output, **options)
+        manifest = export(
+            arguments.model,
+            arguments.output,
+            precision=arguments.precision,
+            verify=arguments.verify,
+            force=arguments.force,
+            keep_optimum=arguments.keep_optimum,
+        )
     except QAOnnxError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT

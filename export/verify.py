@@ -75,7 +75,9 @@ def without_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray
     )
 
 
-def verify_parity(model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[list[int]], *, source: str) -> dict[str, Any]:
+def verify_parity(
+    model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[list[int]], *, source: str
+) -> dict[str, Any]:
     """Compares the engine with the PyTorch model on every prompt, in every way.
 
     Args:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from qa_onnx.bundle import Bundle, Manifest
 from qa_onnx.engine import Engine, FinishReason, Generation
-from qa_onnx.errors import ClosedError, InvalidInputError
+from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
 from qa_onnx.planner import plan_batches
 from qa_onnx.progress import Progress
 from qa_onnx.prompt import Prompt, check_prompt_lengths, encode_prompts, load_tokenizer
@@ -66,6 +66,7 @@ class Answerer:
             InvalidInputError: An unknown provider, or a thread count below 1.
         """
         bundle = Bundle.open(path)
+        tokenizer = _load_tokenizer(bundle.tokenizer_path)
         session = Session(bundle.model_path, provider=provider, threads=threads)
         return cls(
             manifest=bundle.manifest,
@@ -76,7 +77,7 @@ class Answerer:
                 eos_token_id=bundle.manifest.eos_token_id,
                 max_positions=bundle.manifest.max_positions,
             ),
-            tokenizer=load_tokenizer(str(bundle.tokenizer_path)),
+            tokenizer=tokenizer,
             provider=session.provider,
         )
 
@@ -173,3 +174,10 @@ class Answerer:
             prompt_tokens=len(prompt),
             new_tokens=len(generation.token_ids),
         )
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(str(path))
+    except Exception as error:  # `tokenizers` has no error class of its own
+        raise BundleError(f"{path} is no tokenizer ({error}). Export the model again") from error

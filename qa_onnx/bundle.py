@@ -138,12 +138,12 @@ def _read_manifest(directory: Path) -> Manifest:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as JSON ({error}). Copy or export the bundle again") from error
     if not isinstance(values, dict):
         raise BundleError(f"{path} is not a JSON object. Copy or export the bundle again")
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise BundleError(
             f"{path} has format_version {version!r}; this version of qa_onnx reads {FORMAT_VERSION}. "
             "Export the model again with the qa_onnx that will load it"
@@ -154,9 +154,10 @@ def _read_manifest(directory: Path) -> Manifest:
         else f"{field.name} is missing"
         for field in fields(Manifest)
         for expected in (_json_type(str(field.type)),)
-        if not isinstance(values.get(field.name), expected)
+        if type(values.get(field.name)) is not expected  # a bool is an int to isinstance
     ]
-    problems += [f"{name} is not a known field" for name in values.keys() - {field.name for field in fields(Manifest)}]
+    unknown = values.keys() - {field.name for field in fields(Manifest)}
+    problems += [f"{name} is not a known field" for name in sorted(unknown)]
     if not problems and values["prompt_template"] != PROMPT_TEMPLATE:
         problems.append(f"prompt_template is {values['prompt_template']!r}, not {PROMPT_TEMPLATE!r}")
     if not problems and values["precision"] not in PRECISIONS:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except QAOnnxError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader went away, as in `| head`: nothing is left to say, and no one to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,8 +56,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         )
     predictions = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
     partial = arguments.output.with_name(arguments.output.name + ".partial")
-    partial.write_text(json.dumps(predictions, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(arguments.output)
+    try:
+        partial.write_text(json.dumps(predictions, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        partial.replace(arguments.output)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{arguments.output}: cannot be written ({error.strerror}); expected a place with room and write permission"
+        ) from error
     _write(f"wrote {len(predictions)} answers to {arguments.output}")
 
 
@@ -89,7 +94,9 @@ def _text_or_file(value: str) -> str:
     try:
         return Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"--context {value}: cannot be read ({error}); expected a text file in UTF-8") from error
+        raise InvalidInputError(
+            f"--context {value}: cannot be read ({error}); expected a text file in UTF-8"
+        ) from error
 
 
 def _positive(text: str) -> int:

@@ -65,7 +65,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np
 
 def position_ids_of(attention_mask: np.ndarray) -> np.ndarray:
     """Position of each column among its row's real tokens, int64 [B, P]; padding before them gets position 0."""
-    return np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+    positions: np.ndarray = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+    return positions
 
 
 class Engine:
@@ -82,9 +83,7 @@ class Engine:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> DecodeState:
         """Reads whole prompts, each a list of at least one token, at most `max_positions`."""
         input_ids, attention_mask = pad_left(prompts, self.eos_token_id)
-        empty = KVCache.empty(
-            self._session, batch_size=len(prompts), heads=self._heads, head_size=self._head_size
-        )
+        empty = KVCache.empty(self._session, batch_size=len(prompts), heads=self._heads, head_size=self._head_size)
         return self._forward(input_ids, attention_mask, empty)
 
     def decode_step(self, state: DecodeState, token_ids: np.ndarray) -> DecodeState:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from qa_onnx.errors import InvalidInputError
 from qa_onnx.squad import Example
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -51,7 +52,12 @@ def evaluate(examples: Sequence[Example], predictions: Mapping[str, str]) -> Sco
     """Scores predictions by question id: the best over a question's gold answers, 0 where a prediction is missing.
 
     A question without gold answers (SQuAD v2.0) is right only when an empty answer was predicted for it.
+
+    Raises:
+        InvalidInputError: There are no examples.
     """
+    if not examples:
+        raise InvalidInputError("got no questions to score; expected at least one")
     exact_match = f1 = 0.0
     for example in examples:
         prediction = predictions.get(example.id)

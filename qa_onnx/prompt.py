@@ -1,8 +1,8 @@
-"""The prompt: the only place that knows how a passage, a question and an answer become text and tokens.
+r"""The prompt: the only place that knows how a passage, a question and an answer become text and tokens.
 
-A prompt is `Context: {context}\\nQuestion: {question}\\nAnswer:`, and training adds ` {answer}<|endoftext|>`. The passage
-comes first, so that all questions on a passage share their first tokens. The two parts are tokenised apart for the
-same reason: a passage has the same tokens whatever is asked about it.
+A prompt is `Context: {context}\nQuestion: {question}\nAnswer:`, and training adds ` {answer}<|endoftext|>`. The
+passage comes first, so that all questions on a passage share their first tokens. The two parts are tokenised apart for
+the same reason: a passage has the same tokens whatever is asked about it.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
 
 def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[int]]:
     """Tokenises answers as they follow `Answer:` (without the end-of-text); an empty answer has no tokens."""
-    return _encode(tokenizer, [ANSWER_TEMPLATE.format(answer=answer.strip()) if answer.strip() else "" for answer in answers])
+    return _encode(
+        tokenizer, [ANSWER_TEMPLATE.format(answer=answer.strip()) if answer.strip() else "" for answer in answers]
+    )
 
 
-def fit_prompt(
-    tokenizer: Tokenizer, question: str, context: str, *, keep: tuple[int, int], max_tokens: int
-) -> Prompt:
+def fit_prompt(tokenizer: Tokenizer, question: str, context: str, *, keep: tuple[int, int], max_tokens: int) -> Prompt:
     """Tokenises a prompt and, where it is too long, cuts its passage to a part around `keep`. Never the question.
 
     Args:
@@ -99,25 +99,32 @@ def fit_prompt(
         PromptTooLongError: The question and the part to keep do not fit.
     """
     start, end = keep
+    label = PASSAGE_TEMPLATE.index("{")
+    too_long = (
+        f"the question and the {end - start} characters to keep do not fit into {max_tokens} tokens; "
+        "shorten one of them"
+    )
     while True:
         prompt = encode_prompts(tokenizer, [question], [context])[0]
         excess = len(prompt) - max_tokens
         if excess <= 0:
             return prompt
         passage = tokenizer.encode(PASSAGE_TEMPLATE.format(context=context), add_special_tokens=False)
-        label = PASSAGE_TEMPLATE.index("{")
-        spans = [(max(first - label, 0), last - label) for first, last in passage.offsets if last > label]
+        spans = [(max(first - label, 0), last - label) for first, last in passage.offsets if last > max(first, label)]
         before = sum(last <= start for _, last in spans)
         after = sum(first >= end for first, _ in spans)
         if before + after < excess:
-            raise PromptTooLongError(
-                f"the question and the {end - start} characters to keep do not fit into {max_tokens} tokens; "
-                "shorten one of them"
-            )
+            raise PromptTooLongError(too_long)
         # Both sides of the part to keep are left with the same number of tokens, as far as each has them.
         drop_before = min(before, max(excess - after, (excess + before - after) // 2, 0), excess)
-        first, last = spans[drop_before][0], spans[len(spans) - 1 - (excess - drop_before)][1]
+        # A character of several tokens goes with any of them, so that every round leaves a shorter passage.
+        first = spans[drop_before - 1][1] if drop_before else 0
+        last = spans[drop_before - excess][0] if drop_before < excess else len(context)
+        while first < start and context[first].isspace():  # `Context:` has a space of its own
+            first += 1
         context, start, end = context[first:last], start - first, end - first
+        if not context.strip():
+            raise PromptTooLongError(too_long)
 
 
 def check_prompt_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:

@@ -46,6 +46,8 @@ def parse_squad(data: Any, *, source: str) -> list[Example]:
     seen: dict[str, str] = {}
     for article_path, article in reader.items(data, "", "data"):
         title = article.get("title", "")
+        if not isinstance(title, str):
+            reader.fail(f"{article_path}.title", f"a JSON {_kind(title)}", "a string")
         for paragraph_path, paragraph in reader.items(article, article_path, "paragraphs"):
             context = reader.text(paragraph, paragraph_path, "context")
             for qa_path, qa in reader.items(paragraph, paragraph_path, "qas"):
@@ -81,10 +83,14 @@ def _read_json(path: str | Path) -> Any:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected a JSON file in UTF-8") from error
+    except RecursionError as error:
+        raise InvalidInputError(f"{path}: not valid JSON that can be read (nested too deep)") from error
     except json.JSONDecodeError as error:
         raise InvalidInputError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is the file whole?"
         ) from error
+    except ValueError as error:  # such as a number of thousands of digits
+        raise InvalidInputError(f"{path}: not valid JSON that can be read ({error})") from error
 
 
 def _kind(value: object) -> str:
@@ -124,11 +130,16 @@ class _Reader:
             self.fail(f"{path}.{key}", f"a JSON {_kind(value)}" if key in parent else "nothing", "a string")
         if not value.strip():
             self.fail(f"{path}.{key}", "an empty string", "some text")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            self.fail(f"{path}.{key}", "a lone surrogate", "text that can be written as UTF-8")
         return value
 
     def example(self, qa: dict[str, Any], path: str, *, title: str, context: str) -> Example:
         answers = []
-        if not qa.get("is_impossible", False):
+        impossible = qa.get("is_impossible", False)
+        if not isinstance(impossible, bool):
+            self.fail(f"{path}.is_impossible", f"a JSON {_kind(impossible)}", "true or false")
+        if not impossible:
             for answer_path, answer in self.items(qa, path, "answers"):
                 start = answer.get("answer_start")
                 if isinstance(start, bool) or not isinstance(start, int):

@@ -78,7 +78,6 @@ def tokenize(
         loss_on: `answer` labels the answer and its end-of-text, `all` every token.
         max_positions: Longer rows lose passage, never question or answer.
     """
-
     bpe = tokenizer.backend_tokenizer
 
     def rows_of(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
@@ -101,7 +100,11 @@ def tokenize(
 
 
 def _cut(bpe: Tokenizer, example: Example, target: GoldAnswer | None, max_tokens: int) -> Prompt:
-    keep = (target.start, target.start + len(target.text)) if target else (0, 0)
+    keep = (0, 0)
+    if target is not None:
+        stands_there = example.context.startswith(target.text, target.start)
+        start = target.start if stands_there else max(example.context.find(target.text), 0)
+        keep = (start, start + len(target.text))
     try:
         return fit_prompt(bpe, example.question, example.context, keep=keep, max_tokens=max_tokens)
     except PromptTooLongError as error:

@@ -80,7 +80,7 @@ def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
         tokenizer = GPT2TokenizerFast.from_pretrained(name)
     except (OSError, ValueError, TypeError) as error:
         raise InvalidInputError(
-            f"no tokenizer could be loaded from {name}: {_first_line(error)}. Expected a directory with tokenizer.json, "
+            f"no tokenizer could be loaded from {name}: {_first_line(error)}. Expected a directory with tokenizer.json "
             "or a hub id and a connection to the hub"
         ) from error
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= len(tokenizer):

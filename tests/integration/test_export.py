@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx.reference
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from optimum.onnxruntime import ORTModelForCausalLM
 
+from bench import accuracy
 from export import to_onnx
-from qa_onnx import Answerer, BundleError
+from export.passes import keep_last_logits
+from qa_onnx import Answerer, BundleError, cli
+from qa_onnx.bundle import write_manifest
 from qa_onnx.session import Session
+from training import finetune
 
 
 def run_export(*arguments):
@@ -45,10 +52,6 @@ def test_logits_are_of_the_last_position_and_the_embedding_is_stored_once(tiny_b
 
 def test_a_transposed_copy_of_the_embedding_is_dropped(tiny_bundle):
     """Larger models are exported with the output weights written a second time."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    from export.passes import keep_last_logits
-
     embedding = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     nodes = [
         helper.make_node("Gather", ["wte", "ids"], ["hidden"]),
@@ -125,7 +128,7 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_and_keeps_the_old_bundle(
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: (10**9, 10**9, 1000))
+    monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
     assert "MB free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -158,12 +161,6 @@ def test_bad_input_is_one_clear_line(arguments, message, tiny_model_dir, tmp_pat
 
 def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_path):
     """A graph can name files with weights (CVE-2024-27318, CVE-2025-51480); only ones of the bundle may be read."""
-    import shutil
-
-    from onnx import numpy_helper
-
-    from qa_onnx.bundle import write_manifest
-
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
     model = onnx.load(bundle / "model.onnx")
@@ -182,10 +179,6 @@ def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_p
 
 def test_train_export_answer(heldout_file, tmp_path):
     """The whole path by its commands, on the starter, two steps."""
-    from bench import accuracy
-    from qa_onnx import cli
-    from training import finetune
-
     model, bundle, predictions = tmp_path / "model", tmp_path / "bundle", tmp_path / "predictions.json"
     trained = finetune.main(
         [

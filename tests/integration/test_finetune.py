@@ -155,7 +155,7 @@ def test_a_run_writes_weights_tokenizer_settings_and_metrics_and_no_pickle(finet
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl")) or "checkpoint" in name]
     settings = json.loads((finetuned / "training_config.json").read_text())
     assert settings["learning_rate"] == 1e-3
-    assert settings["package_versions"]["torch"] == torch.__version__.split("+")[0]
+    assert settings["package_versions"]["torch"] == torch.__version__
     metrics = json.loads((finetuned / "metrics.json").read_text())
     assert metrics["steps"] == 2
     assert [row["step"] for row in metrics["evaluations"]] == [0, 2]
@@ -236,13 +236,14 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(arguments, message, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(tiny_model_dir, tmp_path, number):
     def command(name, *more):
-        options = "--train sample --eval sample --limit-train 3200 --limit-eval 4 --epochs 1 --save-steps 1000".split()
+        options = ["--train", "sample", "--eval", "sample", "--epochs", "1", "--save-steps", "1000"]
+        options += ["--limit-train", "960", "--limit-eval", "4"]
         places = ["--model", str(tiny_model_dir), "--output", str(tmp_path / name)]
         return [sys.executable, "-m", "training.finetune", *places, *options, *more]
 
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command("stopped"), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-        for line in process.stdout:  # the first log line comes after 20 of 200 steps
+        for line in process.stdout:  # the first log line comes after 20 of 60 steps
             if "'loss'" in line:
                 break
         time.sleep(0.1)
@@ -252,7 +253,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(
     assert "--resume" in rest
     checkpoints = list((tmp_path / "stopped").glob("checkpoint-*"))
     assert len(checkpoints) == 1
-    assert 20 <= int(checkpoints[0].name.split("-")[1]) < 200
+    assert 20 <= int(checkpoints[0].name.split("-")[1]) < 60
     subprocess.run(command("stopped", "--resume"), cwd=ROOT, check=True, capture_output=True)
     subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
     stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))

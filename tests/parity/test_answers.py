@@ -1,4 +1,4 @@
-"""The runtime beside PyTorch on the same weights: same tokens and texts, alone and in batches, from one thread or many."""
+"""The runtime beside PyTorch on the same weights: the same texts, alone and in batches, from any thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.evaluation import generate_answers
 from training.model import STARTER, load_model
 from training.starter.sample import generate
 
-WORDS = "The river Tolvik is 40 metres wide, and Mara Velden founded a town on it in 1803. Who? Where? Élan 東京 🙂".split()
+WORDS = "The river Tolvik is 40 metres wide, and Mara founded a town on it in 1803. Who? Where? Élan 東京 🙂".split()
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
 
 
@@ -172,7 +172,9 @@ def test_real_questions_get_pytorchs_answers(starter_bundle, real_data):
     model, tokenizer = load_model(str(STARTER))
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
     with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:
-        answers = answerer.answer_batch([e.question for e in examples], [e.context for e in examples], max_new_tokens=12)
+        answers = answerer.answer_batch(
+            [e.question for e in examples], [e.context for e in examples], max_new_tokens=12
+        )
     assert {e.id: answer.text for e, answer in zip(examples, answers, strict=True)} == expected
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
+from qa_onnx.squad import parse_squad
 from training.data import Collator, tokenize
 from training.model import load_model
-from qa_onnx.squad import parse_squad
 from training.starter.sample import generate
 
 

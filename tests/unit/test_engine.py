@@ -109,9 +109,7 @@ def test_finished_rows_leave_the_batch():
 
 @pytest.mark.parametrize(("length", "tokens"), [(8, 1), (7, 2), (5, 4)])
 def test_a_row_ends_when_its_positions_are_used_up(length, tokens):
-    prompt = next(
-        [first] * length for first in range(1, VOCABULARY) if expected([first] * length, 9, 8)[1] == "length"
-    )
+    prompt = next([first] * length for first in range(1, VOCABULARY) if expected([first] * length, 9, 8)[1] == "length")
     generation = engine_of(FakeSession(), max_positions=8).greedy_decode([prompt, [1]], max_new_tokens=9)[0]
     assert (len(generation.token_ids), generation.finish_reason) == (tokens, "length")
 

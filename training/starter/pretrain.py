@@ -56,7 +56,9 @@ def paragraphs_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 def train_tokenizer(paragraphs: list[dict[str, Any]], vocab_size: int) -> GPT2TokenizerFast:
     """Trains a byte-level BPE of GPT-2's kind on passages and questions."""
     texts = (
-        text for paragraph in paragraphs for text in (paragraph["context"], *(qa["question"] for qa in paragraph["qas"]))
+        text
+        for paragraph in paragraphs
+        for text in (paragraph["context"], *(qa["question"] for qa in paragraph["qas"]))
     )
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
