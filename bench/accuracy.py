@@ -138,8 +138,8 @@ def _processor() -> str:
     return platform.processor()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 1 where answers differ by more than a tie, or 2 for bad input."""
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy",
         description="Answer a file's questions with PyTorch and with the bundle, and compare answer by answer.",
@@ -152,7 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, 1 where answers differ by more than a tie, or 2 for bad input."""
+    arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     try:
         result = compare(

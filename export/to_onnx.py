@@ -191,7 +191,8 @@ def _silence_exporters() -> None:
     optimum.utils.logging.set_verbosity_error()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m export.to_onnx",
         description="Export a fine-tuned GPT-2 to a bundle for qa_onnx, and check it against PyTorch.",
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 with one line on standard error."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     _silence_exporters()
     try:
         manifest = export(

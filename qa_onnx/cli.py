@@ -21,7 +21,7 @@ EXIT_BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, or 2 with one line on standard error for bad input."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except QAOnnxError as error:
@@ -106,7 +106,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m qa_onnx", description="Answer questions about passages with a GPT-2 exported to ONNX."
     )

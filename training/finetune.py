@@ -317,7 +317,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m training.finetune", description="Fine-tune a GPT-2 to answer questions about passages."
     )
@@ -357,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 2 for bad input, or 130 after an interruption."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     try:
         config = FinetuneConfig(**vars(arguments))

@@ -27,8 +27,8 @@ class FakeRuntime:
     def SessionOptions(self):  # noqa: N802
         return SimpleNamespace(intra_op_num_threads=0)
 
-    def InferenceSession(self, path, options, providers):  # noqa: N802
-        self.asked_for, self.options = providers, options
+    def InferenceSession(self, path, options, providers, provider_options):  # noqa: N802
+        self.asked_for, self.options, self.provider_options = providers, options, provider_options
         started = [name for name in providers if name in self.working]
         return SimpleNamespace(
             get_providers=lambda: [*started, CPU],
@@ -67,6 +67,12 @@ def test_one_provider_is_asked_for(use, tmp_path, provider, available, resolved)
     made = Session(tmp_path / "model.onnx", provider=provider)
     assert (made.provider, runtime.asked_for) == (resolved, [{"cpu": CPU, "cuda": CUDA}[resolved]])
     assert (made.input_names, made.output_names) == (["input_ids", "attention_mask"], ["logits"])
+
+
+def test_cuda_computes_in_full_fp32(use, tmp_path):
+    runtime = use(CUDA, CPU)
+    Session(tmp_path / "model.onnx", provider="cuda")
+    assert runtime.provider_options == [{"use_tf32": "0"}]
 
 
 def test_cuda_that_is_not_built_in_is_an_error_and_nothing_is_loaded(use, tmp_path):

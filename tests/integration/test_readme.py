@@ -1,0 +1,76 @@
+"""README's commands and its snippet do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bench import accuracy
+from export import to_onnx
+from qa_onnx import cli
+from tests.conftest import ROOT
+from training import finetune
+
+TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if not language
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.match(r"(/usr/bin/time -v )?(\.venv/bin/)?python -m (qa_onnx|training\.finetune|export\.to_onnx|bench\.)", line)
+]
+PARSERS = {
+    "qa_onnx": cli.make_parser,
+    "training.finetune": finetune.make_parser,
+    "export.to_onnx": to_onnx.make_parser,
+    "bench.accuracy": accuracy.make_parser,
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, starter_bundle, heldout_file):
+    """A directory that looks as `make demo` leaves the checkout."""
+    directory = tmp_path_factory.mktemp("workplace")
+    demo = directory / "runs" / "demo"
+    demo.mkdir(parents=True)
+    shutil.copytree(starter_bundle, demo / "bundle")
+    shutil.copyfile(heldout_file, demo / "heldout.json")
+    return directory
+
+
+def run(workplace, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=workplace, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_there_are_commands_of_every_program():
+    programs = {shlex.split(command.split("python -m ", 1)[1])[0] for command in COMMANDS}
+    assert programs == set(PARSERS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_one_that_its_program_takes(command):
+    program, *arguments = shlex.split(command.split("python -m ", 1)[1])
+    PARSERS[program]().parse_args(arguments)
+
+
+def test_the_snippet_runs(workplace):
+    (snippet,) = (block for language, block in BLOCKS if language == "python")
+    assert len(run(workplace, "-c", snippet).splitlines()) >= 3
+
+
+def test_the_commands_that_ask_a_bundle_run_in_order(workplace):
+    commands = [command for command in COMMANDS if command.startswith("python -m qa_onnx")]
+    outputs = [run(workplace, *shlex.split(command)[1:]) for command in commands]
+    assert len(outputs) == 4
+    assert '"exact_match"' in outputs[2]
+    assert '"format_version": 1' in outputs[3]
