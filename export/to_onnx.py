@@ -24,6 +24,7 @@ import optimum.utils.logging
 import torch
 import transformers
 from optimum.exporters.onnx import onnx_export_from_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
 from export.passes import keep_last_logits
@@ -35,7 +36,7 @@ from qa_onnx.prompt import encode_prompts, load_tokenizer
 from qa_onnx.session import Session
 from qa_onnx.squad import read_squad
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("qa_onnx", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 VERIFY_QUESTIONS = 64
@@ -127,15 +128,16 @@ def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     """Loads model and tokenizer from safetensors and JSON: nothing is unpickled, no code of a repository is run."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config.model_type != "gpt2":
-            raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
-        tokenizer = GPT2TokenizerFast.from_pretrained(name)
-        model = GPT2LMHeadModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
-    except OSError as error:
+        if config.model_type == "gpt2":
+            tokenizer = GPT2TokenizerFast.from_pretrained(name)
+            model = GPT2LMHeadModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
         raise InvalidInputError(
             f"no model could be loaded from {name}: {str(error).strip().splitlines()[0]} Expected a directory that "
             "training.finetune wrote, or a hub id and a connection to the hub"
         ) from error
+    if config.model_type != "gpt2":
+        raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
     return model.eval(), tokenizer
 
 
@@ -207,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 with one line on standard error."""
+    """Runs the command line; returns 0, 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
     arguments = make_parser().parse_args(argv)
     _silence_exporters()
     try:
@@ -222,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QAOnnxError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was written\n")
+        return EXIT_INTERRUPTED
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
     print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
     print(json.dumps(manifest.parity))

@@ -16,17 +16,20 @@ from qa_onnx.metrics import evaluate
 from qa_onnx.session import PROVIDERS
 from qa_onnx.squad import read_predictions, read_squad
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 with one line on standard error for bad input."""
+    """Runs one command; returns 0, 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
     arguments = make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except QAOnnxError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader went away, as in `| head`: nothing is left to say, and no one to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -38,8 +38,7 @@ from training.data import LOSS_ON, Collator, LossOn, load_examples, tokenize
 from training.evaluation import generate_answers
 from training.model import ARCHITECTURES, GPT2LMHeadModel, build_model, load_model
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 LEARNING_RATE_PRETRAINED = 5e-5
 LEARNING_RATE_SMALL = 1e-3
 """For `starter` and for random weights: small or young models learn with steps that would wreck a pretrained GPT-2."""
@@ -298,6 +297,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         weight_decay=0.01,
         max_grad_norm=1.0,
         bf16=config.bf16,
+        use_cpu=config.bf16 and not torch.cuda.is_available(),
         group_by_length=True,
         length_column_name="length",
         eval_strategy="epoch",
@@ -360,12 +360,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 2 for bad input, or 130 after an interruption."""
     arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         config = FinetuneConfig(**vars(arguments))
         metrics = finetune(config)
     except QAOnnxError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted at once; --resume goes on from the last checkpoint, if there is one\n")
+        return EXIT_INTERRUPTED
     if metrics is None:
         print(f"stopped; go on with the same command and --resume (checkpoints are in {config.output})")
         return EXIT_INTERRUPTED

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, GPT2Config, GPT2TokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
@@ -100,14 +101,14 @@ def load_model(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     source = STARTER if name == "starter" else name
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type != "gpt2":
-            raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+    if config.model_type != "gpt2":
+        raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
+    try:
         model = GPT2LMHeadModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
-    except OSError as error:
-        raise InvalidInputError(
-            f"no model could be loaded from {name}: {_first_line(error)} Expected 'starter', a directory with "
-            "config.json and model.safetensors, or a hub id and a connection to the hub"
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _no_model(name, error) from error
     return model, load_tokenizer(source)
 
 
@@ -118,6 +119,13 @@ def build_model(architecture: str, tokenizer_name: str | Path) -> tuple[GPT2LMHe
     config.vocab_size = len(tokenizer)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     return GPT2LMHeadModel(config), tokenizer
+
+
+def _no_model(name: str, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"no model could be loaded from {name}: {_first_line(error)} Expected 'starter', a directory with config.json "
+        "and model.safetensors, or a hub id and a connection to the hub"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,12 @@ def test_the_same_seed_gives_the_same_weights(finetuned, tiny_model_dir, tmp_pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_bfloat16_trains_and_saves_fp32(tiny_model_dir, tmp_path):
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, "--bf16", "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")["transformer.wte.weight"].dtype == torch.float32
+
+
 def test_random_weights_of_a_named_architecture_train_and_are_seeded(tiny_model_dir, tmp_path, monkeypatch):
     small = model.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=256)
     monkeypatch.setitem(model.ARCHITECTURES, "gpt2", small)
@@ -258,3 +265,21 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(
     subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
     stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+
+
+def test_a_hub_id_is_loaded_from_the_hubs_cache(tiny_model_dir, tmp_path):
+    """The hub cannot be reached here: a cache as the hub's own client lays it out stands in for it."""
+    repository = tmp_path / "hub" / "models--gpt2"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_model_dir, repository / "snapshots" / ("0" * 40))
+    options = ["--train", "sample", "--eval", "sample", "--limit-train", "8", "--limit-eval", "2", "--max-steps", "1"]
+    subprocess.run(
+        [sys.executable, "-m", "training.finetune", "--model", "gpt2", *options, "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        check=True,
+        capture_output=True,
+    )
+    settings = json.loads((tmp_path / "out" / "training_config.json").read_text())
+    assert (settings["model"], settings["learning_rate"]) == ("gpt2", 5e-5)

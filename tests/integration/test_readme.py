@@ -24,7 +24,9 @@ COMMANDS = [
     for language, block in BLOCKS
     if not language
     for line in block.replace("\\\n", " ").splitlines()
-    if re.match(r"(/usr/bin/time -v )?(\.venv/bin/)?python -m (qa_onnx|training\.finetune|export\.to_onnx|bench\.)", line)
+    if re.match(
+        r"(/usr/bin/time -v )?(\.venv/bin/)?python -m (qa_onnx|training\.finetune|export\.to_onnx|bench\.)", line
+    )
 ]
 PARSERS = {
     "qa_onnx": cli.make_parser,
