@@ -250,6 +250,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         return None
+    if not trainer.scores or trainer.scores[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()  # a run stopped or resumed at its very last step
     trainer.save_model(str(config.output))
     (config.output / TRAINING_ARGS_NAME).unlink()  # a pickle; training_config.json says the same in JSON
     metrics = {
