@@ -29,16 +29,17 @@ from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
 from export.passes import keep_last_logits
 from export.verify import NEW_TOKENS, random_prompts, verify_parity
+from qa_onnx import __version__
 from qa_onnx.bundle import CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, Bundle, Manifest, write_manifest
 from qa_onnx.engine import Engine
 from qa_onnx.errors import InvalidInputError, QAOnnxError
 from qa_onnx.prompt import encode_prompts, load_tokenizer
 from qa_onnx.session import Session
-from qa_onnx.squad import read_squad
+from qa_onnx.squad import Example, read_squad
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 PRECISIONS = ("fp32", "fp16", "int8")
-PACKAGES = ("qa_onnx", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 VERIFY_QUESTIONS = 64
 DISK_SPACE_FACTOR = 3
 """Free disk an export needs, in sizes of the weights: Optimum's graph, the runtime's, and some room."""
@@ -59,8 +60,8 @@ def export(
         model_name: A directory that `training.finetune` wrote, or a hub id, of a GPT-2.
         output: The bundle's directory.
         precision: `fp32`; `fp16` and `int8` are not there yet.
-        verify: A SQuAD file whose questions the parity gate uses (the first of as many passages as it needs); without
-            it, random tokens of mixed lengths.
+        verify: A SQuAD file of which the parity gate asks the first questions of `VERIFY_QUESTIONS` passages, besides
+            prompts of random tokens.
         force: Replace an existing bundle.
         keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
 
@@ -73,7 +74,7 @@ def export(
     optimum_output = output.with_name(output.name + "-optimum")
     for path in (output, optimum_output) if keep_optimum else (output,):
         _check_replaceable(path, force=force, marker=MANIFEST_NAME if path == output else CONFIG_NAME)
-    examples = None if verify is None else read_squad(verify)
+    examples = [] if verify is None else read_squad(verify)
     model, tokenizer = _load(model_name)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
@@ -91,16 +92,13 @@ def export(
         session = Session(bundle / MODEL_NAME, provider="cpu")
         shape = {"heads": config.n_head, "head_size": config.n_embd // config.n_head}
         engine = Engine(session, eos_token_id=tokenizer.eos_token_id, max_positions=config.n_positions, **shape)
-        if examples is None:
-            prompts, source = random_prompts(config.vocab_size, config.n_positions), "random tokens"
-        else:
-            bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
-            first = list({example.context: example for example in reversed(examples)}.values())[::-1]
-            chosen = first[:VERIFY_QUESTIONS]
-            made = encode_prompts(bpe, [e.question for e in chosen], [e.context for e in chosen])
-            prompts = [prompt.ids for prompt in made if len(prompt) + NEW_TOKENS <= config.n_positions]
-            source = Path(str(verify)).name
-        parity = verify_parity(model, engine, prompts, source=source)
+        prompts = random_prompts(config.vocab_size, config.n_positions)
+        sources = [f"{len(prompts)} of random tokens"]
+        if verify is not None:
+            asked = _prompts_of(examples, bundle / TOKENIZER_NAME, longest=config.n_positions - NEW_TOKENS + 1)
+            prompts += asked
+            sources.append(f"{len(asked)} of {verify.name}")
+        parity = verify_parity(model, engine, prompts, source=", ".join(sources))
         manifest = write_manifest(
             bundle,
             {
@@ -112,7 +110,7 @@ def export(
                 "layers": config.n_layer,
                 "vocab_size": config.vocab_size,
                 "source_model": model_name,
-                "package_versions": {name: version(name) for name in PACKAGES},
+                "package_versions": {"qa_onnx": __version__, **{name: version(name) for name in PACKAGES}},
                 "parity": parity,
                 **shape,
             },
@@ -139,6 +137,15 @@ def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     if config.model_type != "gpt2":
         raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
     return model.eval(), tokenizer
+
+
+def _prompts_of(examples: list[Example], tokenizer_path: Path, *, longest: int) -> list[list[int]]:
+    """The prompts of the first question of each passage, without those that are longer than the gate can follow."""
+    first_of_passage = list({example.context: example for example in reversed(examples)}.values())[::-1]
+    chosen = first_of_passage[:VERIFY_QUESTIONS]
+    bpe = load_tokenizer(str(tokenizer_path))
+    prompts = encode_prompts(bpe, [example.question for example in chosen], [example.context for example in chosen])
+    return [prompt.ids for prompt in prompts if len(prompt) <= longest]
 
 
 def _write_runtime_graph(plain: Path, output: Path) -> None:
@@ -202,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="written by training.finetune, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
-    parser.add_argument("--verify", type=Path, metavar="FILE", help="SQuAD file for the parity gate's prompts")
+    parser.add_argument("--verify", type=Path, metavar="FILE", help="SQuAD file with more prompts for the parity gate")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--keep-optimum", action="store_true", help="keep Optimum's export as BUNDLE-optimum")
     return parser

@@ -40,7 +40,7 @@ from training.model import ARCHITECTURES, GPT2LMHeadModel, build_model, load_mod
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 LEARNING_RATE_PRETRAINED = 5e-5
-LEARNING_RATE_SMALL = 1e-3
+LEARNING_RATE_SMALL = 5e-4
 """For `starter` and for random weights: small or young models learn with steps that would wreck a pretrained GPT-2."""
 
 
@@ -58,7 +58,7 @@ class FinetuneConfig:
         epochs: Times over the training data.
         max_steps: Optimizer steps after which to stop; -1 leaves it to `epochs`.
         batch_size: Rows of a batch.
-        learning_rate: Peak; None is 5e-5, or 1e-3 for `starter` and random weights.
+        learning_rate: Peak; None is 5e-5, or 5e-4 for `starter` and random weights.
         loss_on: `answer` or `all`.
         limit_train: Use only the first so many training questions.
         limit_eval: Use only the first so many questions to evaluate.

@@ -42,8 +42,6 @@ WARM_UP_SHARE = 0.5
 """Share of the steps with short generated passages and many repeats, until copying and look-up are learned."""
 PREVIOUS_TOKEN_HEAD_GAIN = 1.5
 """Scale of that head's queries and keys at the start: its softmax puts nearly all weight on the previous token."""
-PASSAGE_LOSS_SHARE = 0.25
-"""Share of passage and question tokens that count in the loss; answer tokens always do."""
 
 Row = tuple[list[int], list[bool]]
 
@@ -71,8 +69,13 @@ def train_tokenizer(paragraphs: list[dict[str, Any]], vocab_size: int) -> GPT2To
     )
 
 
-def document(tokenizer: GPT2TokenizerFast, paragraph: dict[str, Any], draw: random.Random) -> Row:
-    """Writes a paragraph as a passage and a `Q:`/`A:` list; returns its tokens and which of them count in the loss."""
+def document(
+    tokenizer: GPT2TokenizerFast, paragraph: dict[str, Any], text_loss_share: float, draw: random.Random
+) -> Row:
+    """Writes a paragraph as a passage and a `Q:`/`A:` list; returns its tokens and which of them count in the loss.
+
+    Answer tokens always count, of the others a random share.
+    """
     pieces = [(paragraph["context"], False)]
     for qa in draw.sample(paragraph["qas"], len(paragraph["qas"])):
         pieces += [(f"\nQ: {qa['question']}\nA:", False), (f" {qa['answers'][0]['text']}", True)]
@@ -82,17 +85,21 @@ def document(tokenizer: GPT2TokenizerFast, paragraph: dict[str, Any], draw: rand
     for text, is_answer in pieces:
         ids = tokenizer.encode(text)
         tokens += ids
-        counts += [is_answer or draw.random() < PASSAGE_LOSS_SHARE for _ in ids]
+        counts += [is_answer or draw.random() < text_loss_share for _ in ids]
     return tokens, counts
 
 
 def packed_documents(
-    tokenizer: GPT2TokenizerFast, stream: Iterator[dict[str, Any]], row_tokens: int, draw: random.Random
+    tokenizer: GPT2TokenizerFast,
+    stream: Iterator[dict[str, Any]],
+    row_tokens: int,
+    text_loss_share: float,
+    draw: random.Random,
 ) -> Row:
     """Fills a row with documents, as long as they fit whole; one that is longer than a row is cut at its end."""
-    tokens, counts = document(tokenizer, next(stream), draw)
+    tokens, counts = document(tokenizer, next(stream), text_loss_share, draw)
     while len(tokens) < row_tokens:
-        more_tokens, more_counts = document(tokenizer, next(stream), draw)
+        more_tokens, more_counts = document(tokenizer, next(stream), text_loss_share, draw)
         if len(tokens) + len(more_tokens) > row_tokens:
             break
         tokens, counts = tokens + more_tokens, counts + more_counts
@@ -122,6 +129,20 @@ def shuffled_forever(paragraphs: list[dict[str, Any]], draw: random.Random) -> I
     """Yields the paragraphs in a new random order each time round."""
     while True:
         yield from draw.sample(paragraphs, len(paragraphs))
+
+
+def random_model(tokenizer: GPT2TokenizerFast) -> GPT2LMHeadModel:
+    """Builds the starter's architecture with random weights."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **CONFIG,
+    )
+    return GPT2LMHeadModel(config)
 
 
 @torch.no_grad()
@@ -184,21 +205,14 @@ def pretrain(arguments: argparse.Namespace) -> None:
     generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
     real = [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
     heldout = paragraphs_of(generate("heldout", questions=600))[:150]
-    tokenizer = train_tokenizer(generated[: len(real) or None] + real, arguments.vocab_size)
+    if arguments.start is None:
+        tokenizer = train_tokenizer(generated[: len(real) or None] + real, arguments.vocab_size)
+        model = random_model(tokenizer)
+        write_previous_token_head(model)
+    else:
+        tokenizer = GPT2TokenizerFast.from_pretrained(arguments.start)
+        model = GPT2LMHeadModel.from_pretrained(arguments.start, use_safetensors=True)
     tokenizer.save_pretrained(arguments.output)
-
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **CONFIG,
-        )
-    )
-    write_previous_token_head(model)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -217,7 +231,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     real_stream = shuffled_forever(real, draw) if real else generated_stream
     started = time.monotonic()
     for step in range(1, arguments.steps + 1):
-        warming_up = step < arguments.steps * WARM_UP_SHARE
+        warming_up = arguments.start is None and step < arguments.steps * WARM_UP_SHARE
         row_tokens = WARM_UP_ROW_TOKENS if warming_up else ROW_TOKENS
         rows = []
         for _ in range(arguments.batch_size):
@@ -227,10 +241,10 @@ def pretrain(arguments: argparse.Namespace) -> None:
             elif kind < 0.5:
                 rows.append(repeated_random_tokens(len(tokenizer), row_tokens, draw))
             elif warming_up:
-                rows.append(packed_documents(tokenizer, short_stream, row_tokens, draw))
+                rows.append(packed_documents(tokenizer, short_stream, row_tokens, arguments.text_loss_share, draw))
             else:
                 stream = real_stream if draw.random() < arguments.real_share else generated_stream
-                rows.append(packed_documents(tokenizer, stream, row_tokens, draw))
+                rows.append(packed_documents(tokenizer, stream, row_tokens, arguments.text_loss_share, draw))
         room = 0 if warming_up else CONFIG["n_positions"] - row_tokens
         offsets = [draw.choice((0, draw.randint(0, room))) for _ in rows]
         input_ids, position_ids, loss_mask = batch_of(rows, offsets)
@@ -260,6 +274,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the starter model on generated data and SQuAD files.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write the model and tokenizer to")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="SQuAD JSON files with real passages")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from a model of this command, without warm-up")
+    parser.add_argument("--text-loss-share", type=float, default=0.25, help="share of non-answer tokens in the loss")
     parser.add_argument("--real-share", type=float, default=0.25, help="share of document rows taken from --text")
     parser.add_argument("--sample-questions", type=int, default=120_000)
     parser.add_argument("--vocab-size", type=int, default=4096)
