@@ -28,5 +28,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[cpu,train,export,bench,dev]"
 	touch $@
 
-clean:
-	rm -rf runs $(VENV) build dist *.egg-info
+clean:  ## the environment and what tools left; runs/ stays, models are in it
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

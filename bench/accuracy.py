@@ -16,17 +16,20 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
-from qa_onnx import Answerer, QAOnnxError
+from qa_onnx import Answerer, InvalidInputError, QAOnnxError
+from qa_onnx.cli import positive
+from qa_onnx.errors import one_line
 from qa_onnx.metrics import evaluate
 from qa_onnx.prompt import encode_prompts
+from qa_onnx.session import import_onnxruntime
 from qa_onnx.squad import Example, read_squad
 from training.evaluation import generate_answers
 from training.model import load_model
 
-EXIT_BAD_INPUT, EXIT_DIFFERENT = 2, 1
+EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 TIE_MARGIN = 1e-4
 """Where PyTorch's two best logits are closer than this, either token is a right answer of the same arithmetic."""
-PACKAGES = ("torch", "transformers", "onnxruntime", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 @torch.inference_mode()
@@ -108,7 +111,11 @@ def compare(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "machine": f"{platform.machine()}, {_processor()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "onnxruntime": import_onnxruntime().__version__,
+            **{name: version(name) for name in PACKAGES},
+        },
     }
 
 
@@ -147,10 +154,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
     parser.add_argument("--torch", required=True, metavar="DIR", help="the model that the bundle was exported from")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
     return parser
 
@@ -160,6 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     try:
+        if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+            raise InvalidInputError(
+                f"{arguments.output}: cannot be written; expected a file in a directory that exists"
+            )
         result = compare(
             arguments.model,
             arguments.torch,
@@ -169,12 +180,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_new_tokens=arguments.max_new_tokens,
         )
     except QAOnnxError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
     print(table(result))
     print(json.dumps(result, ensure_ascii=False))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return 0 if result["of_these_ties"] == result["texts_differing_from_torch"] else EXIT_DIFFERENT
 
 

@@ -42,8 +42,9 @@ def run(command: str) -> None:
 def main() -> None:
     """Runs the demo."""
     started = time.monotonic()
-    if DIRECTORY.exists():
-        shutil.rmtree(DIRECTORY)
+    for path in (MODEL, BUNDLE):
+        if path.exists():
+            shutil.rmtree(path)
     for command in COMMANDS:
         run(command)
 

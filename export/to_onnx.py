@@ -32,14 +32,14 @@ from export.verify import NEW_TOKENS, random_prompts, verify_parity
 from qa_onnx import __version__
 from qa_onnx.bundle import CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, Bundle, Manifest, write_manifest
 from qa_onnx.engine import Engine
-from qa_onnx.errors import InvalidInputError, QAOnnxError
+from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.prompt import encode_prompts, load_tokenizer
-from qa_onnx.session import Session
+from qa_onnx.session import Session, import_onnxruntime
 from qa_onnx.squad import Example, read_squad
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 PRECISIONS = ("fp32", "fp16", "int8")
-PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
 VERIFY_QUESTIONS = 64
 DISK_SPACE_FACTOR = 3
 """Free disk an export needs, in sizes of the weights: Optimum's graph, the runtime's, and some room."""
@@ -70,13 +70,15 @@ def export(
         ParityError: The graph does not compute what PyTorch computes.
     """
     if precision != "fp32":
-        raise InvalidInputError(f"got precision {precision!r}; this version exports fp32 only")
+        raise InvalidInputError(f"got precision {precision!r}; this version exports fp32 only: use --precision fp32")
+    versions = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
+    versions |= {name: version(name) for name in PACKAGES}
+    output = output.absolute()
     optimum_output = output.with_name(output.name + "-optimum")
     for path in (output, optimum_output) if keep_optimum else (output,):
-        _check_replaceable(path, force=force, marker=MANIFEST_NAME if path == output else CONFIG_NAME)
+        _check_replaceable(path, force=force, marker=MANIFEST_NAME if path == output else MODEL_NAME)
     examples = [] if verify is None else read_squad(verify)
     model, tokenizer = _load(model_name)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
         plain, bundle = staging / "optimum", staging / "bundle"
         bundle.mkdir()
@@ -110,7 +112,7 @@ def export(
                 "layers": config.n_layer,
                 "vocab_size": config.vocab_size,
                 "source_model": model_name,
-                "package_versions": {"qa_onnx": __version__, **{name: version(name) for name in PACKAGES}},
+                "package_versions": versions,
                 "parity": parity,
                 **shape,
             },
@@ -131,11 +133,13 @@ def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
             model = GPT2LMHeadModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         raise InvalidInputError(
-            f"no model could be loaded from {name}: {str(error).strip().splitlines()[0]} Expected a directory that "
+            f"no model could be loaded from {name}: {one_line(error)} Expected a directory that "
             "training.finetune wrote, or a hub id and a connection to the hub"
         ) from error
     if config.model_type != "gpt2":
         raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= config.vocab_size:
+        raise InvalidInputError(f"the tokenizer of {name} has no <|endoftext|> token that the model knows")
     return model.eval(), tokenizer
 
 
@@ -166,13 +170,20 @@ def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:
 @contextmanager
 def _staging(output: Path, *, weights: int) -> Iterator[Path]:
     """A temporary sibling of the output, gone at the end whatever happens; a full disk is a clear error."""
+    if not output.parent.is_dir():
+        raise InvalidInputError(f"{output.parent} is not a directory; create it, or choose another --output")
     free = shutil.disk_usage(output.parent).free
     if free < weights * DISK_SPACE_FACTOR:
         raise InvalidInputError(
             f"{output.parent} has {free / 1e6:.0f} MB free; exporting {weights / 1e6:.0f} MB of weights needs "
             f"{weights * DISK_SPACE_FACTOR / 1e6:.0f} MB. Free some, or choose an --output on another disk"
         )
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise InvalidInputError(
+            f"{output.parent} cannot be written to ({error.strerror}); choose another --output"
+        ) from error
     try:
         yield staging
     except OSError as error:
@@ -187,10 +198,16 @@ def _staging(output: Path, *, weights: int) -> Iterator[Path]:
 
 
 def _move_into_place(directory: Path, output: Path, staging: Path) -> None:
-    """Renames a finished directory to its place; what was there before is removed with the staging directory."""
-    if output.exists():
-        os.rename(output, staging / f"replaced-{output.name}")
-    os.rename(directory, output)
+    """Renames a finished directory to its place; what was there before goes with `staging`, or comes back."""
+    replaced = staging / f"replaced-{output.name}"
+    try:
+        if output.exists():
+            os.rename(output, replaced)
+        os.rename(directory, output)
+    except BaseException:
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
+        raise
 
 
 def _silence_exporters() -> None:
@@ -207,7 +224,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Export a fine-tuned GPT-2 to a bundle for qa_onnx, and check it against PyTorch.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="written by training.finetune, or a hub id")
-    parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to write")
+    parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to create")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     parser.add_argument("--verify", type=Path, metavar="FILE", help="SQuAD file with more prompts for the parity gate")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -229,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep_optimum=arguments.keep_optimum,
         )
     except QAOnnxError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing was written\n")

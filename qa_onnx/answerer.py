@@ -68,6 +68,7 @@ class Answerer:
         bundle = Bundle.open(path)
         tokenizer = _load_tokenizer(bundle.tokenizer_path)
         session = Session(bundle.model_path, provider=provider, threads=threads)
+        bundle.check_graph(session.input_names, session.output_names)
         return cls(
             manifest=bundle.manifest,
             engine=Engine(

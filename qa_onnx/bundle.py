@@ -103,6 +103,21 @@ class Bundle:
             )
         return cls(directory=directory, manifest=manifest)
 
+    def check_graph(self, inputs: list[str], outputs: list[str]) -> None:
+        """Holds the names of a loaded graph's inputs and outputs against the manifest.
+
+        Raises:
+            BundleError: They differ.
+        """
+        for kind, got, expected in (
+            ("inputs", inputs, self.manifest.inputs),
+            ("outputs", outputs, self.manifest.outputs),
+        ):
+            if got != expected:
+                raise BundleError(
+                    f"{self.model_path} has {kind} {got}; the manifest says {expected}. Export the model again"
+                )
+
 
 def write_manifest(directory: Path, description: dict[str, Any]) -> Manifest:
     """Completes a bundle: lists the files of the directory with their checksums and writes the manifest.
@@ -162,6 +177,11 @@ def _read_manifest(directory: Path) -> Manifest:
         problems.append(f"prompt_template is {values['prompt_template']!r}, not {PROMPT_TEMPLATE!r}")
     if not problems and values["precision"] not in PRECISIONS:
         problems.append(f"precision {values['precision']!r} is not one of {', '.join(PRECISIONS)}")
+    if not problems:
+        counts = ("max_positions", "layers", "heads", "head_size", "vocab_size")
+        problems += [f"{name} is {values[name]}, not a positive number" for name in counts if values[name] < 1]
+        if not 0 <= values["eos_token_id"] < values["vocab_size"]:
+            problems.append(f"eos_token_id {values['eos_token_id']} is not one of {values['vocab_size']} tokens")
     if problems:
         raise BundleError(f"{path} is not a valid manifest: {'; '.join(problems)}. Export the model again")
     return Manifest(**values)

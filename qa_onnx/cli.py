@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qa_onnx.answerer import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Answerer
 from qa_onnx.bundle import Bundle
-from qa_onnx.errors import InvalidInputError, QAOnnxError
+from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.metrics import evaluate
 from qa_onnx.session import PROVIDERS
 from qa_onnx.squad import read_predictions, read_squad
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except QAOnnxError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -102,7 +102,8 @@ def _text_or_file(value: str) -> str:
         ) from error
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
@@ -125,18 +126,18 @@ def make_parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="answer every question of a SQuAD file")
     predict.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
     predict.add_argument("--output", required=True, type=Path, metavar="FILE", help="where to write {id: answer}")
-    predict.add_argument("--limit", type=_positive, metavar="N", help="answer only the first N questions")
+    predict.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     predict.add_argument(
-        "--batch-size", type=_positive, default=DEFAULT_BATCH_SIZE, metavar="N", help="default: %(default)s questions"
+        "--batch-size", type=positive, default=DEFAULT_BATCH_SIZE, metavar="N", help="default: %(default)s questions"
     )
     predict.set_defaults(run=_predict)
 
     for command in (answer, predict):
         command.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
         command.add_argument("--provider", choices=PROVIDERS, default="auto", help="default: %(default)s")
-        command.add_argument("--threads", type=_positive, metavar="N", help="default: one a physical core")
+        command.add_argument("--threads", type=positive, metavar="N", help="default: one a physical core")
         command.add_argument(
-            "--max-new-tokens", type=_positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
+            "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
         )
 
     scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")

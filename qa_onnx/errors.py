@@ -27,3 +27,8 @@ class ClosedError(QAOnnxError):
 
 class ParityError(QAOnnxError):
     """An exported graph does not compute what the PyTorch model computes."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, as the commands print it; the class's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

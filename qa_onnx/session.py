@@ -112,9 +112,17 @@ class Session:
         Returns:
             For each output name a value on the device.
         """
+        # Held until the run is over: on the CPU a value does not copy its array, and a binding may not hold the value.
+        arrays = {
+            name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
+            for name, value in inputs.items()
+        }
+        values = {
+            name: self.to_device(value) if isinstance(value, np.ndarray) else value for name, value in arrays.items()
+        }
         binding = self._session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, self.to_device(value) if isinstance(value, np.ndarray) else value)
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
         for name in self.output_names:
             binding.bind_output(name, self.provider)
         self._session.run_with_iobinding(binding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import signal
 import sys
@@ -27,10 +28,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qa_onnx.errors import InvalidInputError, QAOnnxError
+from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.metrics import evaluate
 from qa_onnx.prompt import check_prompt_lengths, encode_prompts
 from qa_onnx.squad import Example
@@ -39,6 +40,17 @@ from training.evaluation import generate_answers
 from training.model import ARCHITECTURES, GPT2LMHeadModel, build_model, load_model
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+CONFIG_NAME, METRICS_NAME = "training_config.json", "metrics.json"
+POSITIVE = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "limit_train",
+    "limit_eval",
+    "save_steps",
+    "max_new_tokens",
+    "eval_batch_size",
+)
 LEARNING_RATE_PRETRAINED = 5e-5
 LEARNING_RATE_SMALL = 5e-4
 """For `starter` and for random weights: small or young models learn with steps that would wreck a pretrained GPT-2."""
@@ -102,9 +114,12 @@ class FinetuneConfig:
             raise InvalidInputError("give either --model or --from-scratch, and not both")
         if (self.from_scratch is None) != (self.tokenizer is None):
             raise InvalidInputError("--from-scratch and --tokenizer go together: random weights need a vocabulary")
-        for name in ("epochs", "batch_size", "save_steps", "max_new_tokens", "eval_batch_size"):
-            if getattr(self, name) <= 0:
-                raise InvalidInputError(f"got {name} {getattr(self, name)}; expected a number above 0")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidInputError(f"got {name} {value}; expected a number above 0")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InvalidInputError(f"got max_steps {self.max_steps}; expected at least 1, or -1 for all epochs")
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -149,7 +164,6 @@ class GenerationTrainer(Trainer):
         self._tokenizer = tokenizer
         self._eval_examples = eval_examples
         self._config = config
-        self.scores: list[dict[str, Any]] = []
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Answers the evaluation questions and returns exact match and F1; Trainer's own arguments are not used."""
@@ -161,11 +175,22 @@ class GenerationTrainer(Trainer):
             batch_size=self._config.eval_batch_size,
         )
         scores = evaluate(self._eval_examples, answers)
-        epoch = round(float(self.state.epoch or 0.0), 3)
-        self.scores.append({"epoch": epoch, "step": self.state.global_step, **scores.to_dict()})
         metrics = {"eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
         self.log(metrics)
         return metrics
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Exact match and F1 of every evaluation so far, those before a resume included."""
+        return [
+            {
+                "epoch": row["epoch"],
+                "step": row["step"],
+                "exact_match": row["eval_exact_match"],
+                "f1": row["eval_f1"],
+            }
+            for row in self.state.log_history
+            if "eval_f1" in row
+        ]
 
 
 class StopWhenAsked(TrainerCallback):
@@ -220,6 +245,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
     """
     started = time.monotonic()
     checkpoint = _check_output(config)
+    if checkpoint is not None:
+        _check_same_settings(config)
     set_seed(config.seed)
     train_examples = load_examples(config.train, "train")[: config.limit_train]
     eval_examples = load_examples(config.eval, "eval")[: config.limit_eval]
@@ -238,7 +265,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         positions,
     )
     config.output.mkdir(parents=True, exist_ok=True)
-    _write_json(config.output / "training_config.json", config.to_dict())
+    _write_json(config.output / CONFIG_NAME, config.to_dict())
     trainer = GenerationTrainer(
         model=model,
         arguments=_training_arguments(config),
@@ -247,26 +274,26 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         eval_examples=eval_examples,
         config=config,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         return None
-    if not trainer.scores or trainer.scores[-1]["step"] != trainer.state.global_step:
+    if not any(row["step"] == trainer.state.global_step for row in trainer.evaluations()):
         trainer.evaluate()  # a run stopped or resumed at its very last step
+    evaluations = trainer.evaluations()
     trainer.save_model(str(config.output))
     (config.output / TRAINING_ARGS_NAME).unlink()  # a pickle; training_config.json says the same in JSON
     metrics = {
         "train_questions": len(train_examples),
         "eval_questions": len(eval_examples),
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
-        "train_seconds": result.metrics["train_runtime"],
+        "losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
+        "evaluations": evaluations,
+        "exact_match": evaluations[-1]["exact_match"],
+        "f1": evaluations[-1]["f1"],
         "seconds": time.monotonic() - started,
-        "evaluations": trainer.scores,
-        "exact_match": trainer.scores[-1]["exact_match"],
-        "f1": trainer.scores[-1]["f1"],
     }
-    _write_json(config.output / "metrics.json", metrics)
-    for path in config.output.glob("checkpoint-*"):
+    _write_json(config.output / METRICS_NAME, metrics)
+    for path in config.output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(path)
     return metrics
 
@@ -276,15 +303,39 @@ def _check_output(config: FinetuneConfig) -> str | None:
     output = config.output
     if output.exists() and not output.is_dir():
         raise InvalidInputError(f"--output {output} is a file; expected a directory that is new or empty")
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    checkpoint = _last_checkpoint(output)
     if config.resume:
         if checkpoint is None:
             raise InvalidInputError(f"--resume: {output} has no checkpoint to go on from; start without --resume")
-        return checkpoint
-    if output.is_dir() and any(output.iterdir()):
+        return str(checkpoint)
+    # A run that was killed before its first checkpoint leaves its settings alone: nothing is lost by starting again.
+    if output.is_dir() and any(path.name != CONFIG_NAME for path in output.iterdir()):
         mend = "go on from its last checkpoint with --resume, or " if checkpoint else ""
         raise InvalidInputError(f"--output {output} exists and is not empty; {mend}choose another directory")
     return None
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The last checkpoint that was written whole: the Trainer writes its state last."""
+    whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _check_same_settings(config: FinetuneConfig) -> None:
+    """Holds the settings of a resumed run against those it began with; only how far to go may change."""
+    began = json.loads((config.output / CONFIG_NAME).read_text(encoding="utf-8"))
+    free = ("resume", "output", "package_versions", "eval_at_start", "save_steps")
+    now = config.to_dict()
+    changed = [
+        f"{name} was {began.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in free and began.get(name) != value
+    ]
+    if changed:
+        raise InvalidInputError(
+            f"--resume: the settings are not those that the run in {config.output} began with: {'; '.join(changed)}. "
+            "Give the same ones, or start in another directory"
+        )
 
 
 def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
@@ -368,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = FinetuneConfig(**vars(arguments))
         metrics = finetune(config)
     except QAOnnxError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("interrupted at once; --resume goes on from the last checkpoint, if there is one\n")

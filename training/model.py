@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, GPT2Config, GPT2TokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from qa_onnx.errors import InvalidInputError
+from qa_onnx.errors import InvalidInputError, one_line
 from qa_onnx.prompt import prepare_tokenizer
 
 STARTER = Path(__file__).parent / "starter" / "model"
@@ -81,7 +81,7 @@ def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
         tokenizer = GPT2TokenizerFast.from_pretrained(name)
     except (OSError, ValueError, TypeError) as error:
         raise InvalidInputError(
-            f"no tokenizer could be loaded from {name}: {_first_line(error)}. Expected a directory with tokenizer.json "
+            f"no tokenizer could be loaded from {name}: {one_line(error)}. Expected a directory with tokenizer.json "
             "or a hub id and a connection to the hub"
         ) from error
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= len(tokenizer):
@@ -123,10 +123,6 @@ def build_model(architecture: str, tokenizer_name: str | Path) -> tuple[GPT2LMHe
 
 def _no_model(name: str, error: Exception) -> InvalidInputError:
     return InvalidInputError(
-        f"no model could be loaded from {name}: {_first_line(error)} Expected 'starter', a directory with config.json "
+        f"no model could be loaded from {name}: {one_line(error)} Expected 'starter', a directory with config.json "
         "and model.safetensors, or a hub id and a connection to the hub"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

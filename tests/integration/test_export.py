@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -124,6 +125,23 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_and_keeps_the_old_bundle(
     assert (output / "qa_onnx.json").read_text() == "old"
 
 
+def test_an_old_bundle_comes_back_when_the_last_rename_fails(tiny_model_dir, tmp_path, monkeypatch):
+    output = tmp_path / "bundle"
+    output.mkdir()
+    (output / "qa_onnx.json").write_text("old")
+    rename = os.rename
+
+    def fail_at_last(source, target):
+        if target == output and source.name == "bundle" and source.parent != tmp_path:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(to_onnx.os, "rename", fail_at_last)
+    assert run_export("--model", tiny_model_dir, "--output", output, "--force") == 130
+    assert (output / "qa_onnx.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
@@ -137,6 +155,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_
         (["--precision", "fp16"], "fp32 only"),
         (["--precision", "int8"], "fp32 only"),
         (["--model", "{nowhere}"], "no model could be loaded"),
+        (["--output", "{nowhere}/bundle"], "is not a directory; create it"),
         (["--model", "{pickled}"], "safetensors"),
         (["--model", "{remote}"], "no model could be loaded"),
         (["--model", "{cut}"], "no model could be loaded"),
@@ -161,7 +180,8 @@ def test_bad_input_is_one_clear_line(arguments, message, tiny_model_dir, tmp_pat
     places = {"nowhere": tmp_path / "nowhere", "pickled": pickled, "remote": remote, "cut": cut}
     given = [argument.format(**places) for argument in arguments]
     given += [] if "--model" in given else ["--model", str(tiny_model_dir)]
-    assert run_export(*given, "--output", tmp_path / "out") == 2
+    given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    assert run_export(*given) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -183,6 +203,16 @@ def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_p
     derived = ("format_version", "prompt_template", "files")
     write_manifest(bundle, {name: value for name, value in manifest.items() if name not in derived})
     with pytest.raises(BundleError, match="cannot be loaded"):
+        Answerer.from_pretrained(bundle, provider="cpu")
+
+
+def test_a_graph_of_other_inputs_than_the_manifest_says_is_refused(tiny_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / "qa_onnx.json").read_text())
+    manifest["outputs"] = manifest["outputs"][::-1]
+    (bundle / "qa_onnx.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="the manifest says"):
         Answerer.from_pretrained(bundle, provider="cpu")
 
 

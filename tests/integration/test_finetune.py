@@ -208,6 +208,10 @@ def test_the_named_architecture_is_gpt2_itself():
         (["--model", "starter", "--from-scratch", "gpt2"], "either --model or --from-scratch"),
         (["--from-scratch", "gpt2"], "--tokenizer"),
         (["--model", "starter", "--batch-size", "0"], "batch_size 0"),
+        (["--model", "starter", "--limit-eval", "0"], "limit_eval 0"),
+        (["--model", "starter", "--limit-train", "-1"], "limit_train -1"),
+        (["--model", "starter", "--max-steps", "0"], "max_steps 0"),
+        (["--model", "starter", "--learning-rate", "nan"], "learning_rate nan"),
         (["--model", "{missing}"], "no model could be loaded"),
         (["--model", "starter", "--train", "{broken}"], "not valid JSON at line 1"),
         (["--model", "starter", "--resume"], "no checkpoint"),
@@ -246,7 +250,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(
         options = ["--train", "sample", "--eval", "sample", "--epochs", "1", "--save-steps", "1000"]
         options += ["--limit-train", "960", "--limit-eval", "4"]
         places = ["--model", str(tiny_model_dir), "--output", str(tmp_path / name)]
-        return [sys.executable, "-m", "training.finetune", *places, *options, *more]
+        return [sys.executable, "-u", "-m", "training.finetune", *places, *options, *more]
 
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command("stopped"), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -261,10 +265,24 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(
     checkpoints = list((tmp_path / "stopped").glob("checkpoint-*"))
     assert len(checkpoints) == 1
     assert 20 <= int(checkpoints[0].name.split("-")[1]) < 60
+    (tmp_path / "stopped" / "checkpoint-999").mkdir()  # as a kill in the middle of saving leaves it
+    other = subprocess.run(
+        command("stopped", "--resume", "--batch-size", "8"), cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert (other.returncode, "batch_size was 16, is 8" in other.stderr) == (2, True)
     subprocess.run(command("stopped", "--resume"), cwd=ROOT, check=True, capture_output=True)
     subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
     stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("stopped", "whole")]
+    assert [row["step"] for row in metrics[0]["evaluations"]] == [row["step"] for row in metrics[1]["evaluations"]]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_start_again(tiny_model_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training_config.json").write_text("{}")
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 0
 
 
 def test_a_hub_id_is_loaded_from_the_hubs_cache(tiny_model_dir, tmp_path):
