@@ -65,6 +65,10 @@ def test_every_command_is_one_that_its_program_takes(command):
     PARSERS[program]().parse_args(arguments)
 
 
+def test_no_figure_is_left_to_fill_in():
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z]+\b(?<!QA_ONNX_DATA)(?<!TOKENIZER_DIR)(?<!ORT_DISABLE_TELEMETRY)", TEXT)
+
+
 def test_the_snippet_runs(workplace):
     (snippet,) = (block for language, block in BLOCKS if language == "python")
     assert len(run(workplace, "-c", snippet).splitlines()) >= 3

@@ -203,6 +203,9 @@ def pretrain(arguments: argparse.Namespace) -> None:
     set_seed(arguments.seed)
     draw = random.Random(arguments.seed)
     generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
+    contrasts = paragraphs_of(
+        generate("train", questions=arguments.sample_questions, seed=arguments.seed + 2, contrast=True)
+    )
     real = [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
     heldout = paragraphs_of(generate("heldout", questions=600))[:150]
     if arguments.start is None:
@@ -228,6 +231,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     generated.sort(key=lambda paragraph: len(paragraph["context"]))
     short_stream = shuffled_forever(generated[: len(generated) // 3], draw)
     generated_stream = shuffled_forever(generated, draw)
+    contrast_stream = shuffled_forever(contrasts, draw)
     real_stream = shuffled_forever(real, draw) if real else generated_stream
     started = time.monotonic()
     for step in range(1, arguments.steps + 1):
@@ -243,7 +247,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
             elif warming_up:
                 rows.append(packed_documents(tokenizer, short_stream, row_tokens, arguments.text_loss_share, draw))
             else:
-                stream = real_stream if draw.random() < arguments.real_share else generated_stream
+                source = draw.random()
+                if source < arguments.contrast_share:
+                    stream = contrast_stream
+                elif source < arguments.contrast_share + arguments.real_share:
+                    stream = real_stream
+                else:
+                    stream = generated_stream
                 rows.append(packed_documents(tokenizer, stream, row_tokens, arguments.text_loss_share, draw))
         room = 0 if warming_up else CONFIG["n_positions"] - row_tokens
         offsets = [draw.choice((0, draw.randint(0, room))) for _ in rows]
@@ -277,6 +287,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, metavar="DIR", help="go on from a model of this command, without warm-up")
     parser.add_argument("--text-loss-share", type=float, default=0.25, help="share of non-answer tokens in the loss")
     parser.add_argument("--real-share", type=float, default=0.25, help="share of document rows taken from --text")
+    parser.add_argument("--contrast-share", type=float, default=0.0, help="share of rows that tell subjects apart")
     parser.add_argument("--sample-questions", type=int, default=120_000)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=2_400)

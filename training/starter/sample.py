@@ -366,13 +366,16 @@ def _tell(maker: _Maker, domain: Domain, relations: list[Relation], passage: _Pa
     return qas
 
 
-def _paragraph(maker: _Maker, domain: Domain) -> dict[str, Any]:
+def _paragraph(maker: _Maker, domain: Domain, *, contrast: bool) -> dict[str, Any]:
     draw = maker.random
     passage = _Passage()
-    facts = draw.sample(domain.relations, draw.randint(2, len(domain.relations)))
-    rival = draw.sample(domain.relations, draw.randint(1, 2)) if draw.random() < 0.75 else []
-    subjects = [group for group in (facts, rival) if group]
-    draw.shuffle(subjects)
+    if contrast:
+        subjects = [[draw.choice(domain.relations)]] * 2
+    else:
+        facts = draw.sample(domain.relations, draw.randint(2, len(domain.relations)))
+        rival = draw.sample(domain.relations, draw.randint(1, 2)) if draw.random() < 0.75 else []
+        subjects = [group for group in (facts, rival) if group]
+        draw.shuffle(subjects)
     qas = []
     for group in subjects:
         if draw.random() < 0.3:
@@ -384,13 +387,15 @@ def _paragraph(maker: _Maker, domain: Domain) -> dict[str, Any]:
     return {"context": passage.text, "qas": qas}
 
 
-def generate(split: Split, *, questions: int | None = None, seed: int = 0) -> dict[str, Any]:
+def generate(split: Split, *, questions: int | None = None, seed: int = 0, contrast: bool = False) -> dict[str, Any]:
     """Generates one part of `sample` in the SQuAD v1.1 format.
 
     Args:
         split: `train` or `heldout`; the two share no made name, date, number or phrase, whatever their seeds.
         questions: How many questions; the default is `QUESTIONS[split]`.
         seed: The same seed gives the same part, byte for byte.
+        contrast: Short passages on subjects of which the same is told, so that nothing but the subject tells the
+            answers apart; for pretraining.
     """
     wanted = QUESTIONS[split] if questions is None else questions
     maker = _Maker(split, seed)
@@ -398,7 +403,7 @@ def generate(split: Split, *, questions: int | None = None, seed: int = 0) -> di
     count = 0
     while count < wanted:
         domain = maker.random.choice(DOMAINS)
-        paragraph = _paragraph(maker, domain)
+        paragraph = _paragraph(maker, domain, contrast=contrast)
         paragraph["qas"] = paragraph["qas"][: wanted - count]
         for qa in paragraph["qas"]:
             qa["id"] = f"sample-{split}-{seed}-{count:06d}"
