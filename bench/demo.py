@@ -19,7 +19,7 @@ from qa_onnx.squad import read_squad
 DIRECTORY = Path("runs/demo")
 MODEL, BUNDLE = DIRECTORY / "model", DIRECTORY / "bundle"
 HELDOUT, ACCURACY = DIRECTORY / "heldout.json", DIRECTORY / "accuracy.json"
-TRAIN_QUESTIONS = 4_000
+TRAIN_QUESTIONS = 8_000
 SHOWN = 6
 
 COMMANDS = (
