@@ -12,15 +12,13 @@ from tokenizers import Tokenizer
 from qa_onnx.bundle import Bundle, Manifest
 from qa_onnx.engine import Engine, FinishReason, Generation
 from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
-from qa_onnx.planner import plan_batches
+from qa_onnx.planner import MAX_BATCH_TOKENS, plan_batches
 from qa_onnx.progress import Progress
 from qa_onnx.prompt import Prompt, check_prompt_lengths, encode_prompts, load_tokenizer
 from qa_onnx.session import Session
 
 DEFAULT_MAX_NEW_TOKENS = 32
 DEFAULT_BATCH_SIZE = 32
-MAX_BATCH_TOKENS = 8192
-"""Prompt tokens in a batch, padding included: bounds the memory of a prefill whatever the batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_BATCH_TOKENS = 8192
+"""Prompt tokens in a batch, padding included: bounds the memory of a prefill whatever the batch size."""
+
 
 def plan_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
     """Groups prompts of like length, longest first, so that little of a batch is padding.

@@ -112,13 +112,9 @@ class Session:
         Returns:
             For each output name a value on the device.
         """
-        # Held until the run is over: on the CPU a value does not copy its array, and a binding may not hold the value.
-        arrays = {
-            name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
-            for name, value in inputs.items()
-        }
+        # Held until the run is over: on the CPU a value is its array's memory, and a binding may not hold the value.
         values = {
-            name: self.to_device(value) if isinstance(value, np.ndarray) else value for name, value in arrays.items()
+            name: self.to_device(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()
         }
         binding = self._session.io_binding()
         for name, value in values.items():
@@ -129,7 +125,7 @@ class Session:
         return dict(zip(self.output_names, binding.get_outputs(), strict=True))
 
     def to_device(self, array: np.ndarray) -> onnxruntime.OrtValue:
-        """Copies an array to the provider's device."""
+        """Puts an array on the provider's device; on the CPU the value shares the array's memory and keeps it alive."""
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.provider)
 
     def select_rows(self, value: onnxruntime.OrtValue, rows: np.ndarray) -> onnxruntime.OrtValue:
