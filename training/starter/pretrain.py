@@ -2,13 +2,16 @@
 
 A model that answers from a passage has to copy from its context, and what copies is a pair of heads: one that looks at
 the previous token, and one that finds where the current token stood before (Olsson et al., 2022, "In-context Learning
-and Induction Heads"). From random weights that pair takes longer to appear than this machine has time for, so the
-first of the two is written into the initial weights (`write_previous_token_head`); training may change it as it likes.
+and Induction Heads"). To answer, it also has to find the place whose words are most like the question's. From random
+weights these circuits take longer to appear than this machine has time for, so rough versions of them are written into
+the initial weights (`write_look_up_heads`; the idea of Trockman and Kolter, 2023, "Mimetic Initialization of
+Self-Attention Layers"), and training makes of them what it likes.
 
 Four kinds of rows:
 
 - documents of `sample`: a passage, then its questions and answers as a plain `Q:`/`A:` list. That is not the prompt
-  format, and nothing ends an answer with end-of-text: both are left to fine-tuning;
+  format, and nothing ends an answer with end-of-text: both are left to fine-tuning. Some are contrasts, in which
+  nothing but the subject asked about tells the answers apart;
 - the same from SQuAD files (`--text`), for real words and for copying from real text;
 - pieces of passages, repeated;
 - random tokens, repeated: copying where nothing else helps.
@@ -20,6 +23,7 @@ Rows start at a random position, so that all 1,024 position embeddings train on 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -36,12 +40,20 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, set_see
 from training.starter.sample import generate
 
 END_OF_TEXT = "<|endoftext|>"
-CONFIG = {"n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 1024, "initializer_range": 0.07}
+CONFIG = {"n_embd": 192, "n_layer": 6, "n_head": 6, "n_positions": 1024, "initializer_range": 0.07}
 ROW_TOKENS, WARM_UP_ROW_TOKENS = 256, 128
 WARM_UP_SHARE = 0.5
-"""Share of the steps with short generated passages and many repeats, until copying and look-up are learned."""
-PREVIOUS_TOKEN_HEAD_GAIN = 1.5
-"""Scale of that head's queries and keys at the start: its softmax puts nearly all weight on the previous token."""
+"""Share of the steps with short generated rows, half of them contrasts, until copying and look-up are learned."""
+ROW_KINDS = {  # share of the rows warming up, and later
+    "random repeats": (0.1, 0.05),
+    "passage repeats": (0.1, 0.05),
+    "contrasts": (0.4, 0.25),
+    "short": (0.4, 0.0),
+    "generated": (0.0, 0.4),
+    "real": (0.0, 0.25),
+}
+POSITION_GAIN, PREVIOUS_MATCH_GAIN, WINDOW_MATCH_GAIN, COPY_GAIN = 1.5, 2.0, 1.0, 4.0
+"""Scales of the written heads: of their queries and keys, and of what the looking-up ones write."""
 
 Row = tuple[list[int], list[bool]]
 
@@ -146,30 +158,61 @@ def random_model(tokenizer: GPT2TokenizerFast) -> GPT2LMHeadModel:
 
 
 @torch.no_grad()
-def write_previous_token_head(model: GPT2LMHeadModel) -> None:
-    """Initialises head 0 of layer 0 so that it looks at the previous token.
+def write_look_up_heads(model: GPT2LMHeadModel) -> None:
+    """Initialises the weights so that the model roughly copies and looks up before it has learned anything.
 
-    The first `head_size` dimensions of the position embeddings become sines and cosines of the position; the token
-    embeddings leave these dimensions free. Keys read them as they are, queries turned back by one position, so that
-    their product is largest where key position = query position - 1.
+    The first `head_size` dimensions hold sines and cosines of the position, the others the token. In layer 0 three
+    heads look back by position and write what they find into frames (random orthonormal directions) of their own: the
+    token before, and two blurred windows over the last words. In every later layer two heads look for the place whose
+    previous token is this token, two for a place whose window is like this one, and each writes the token it finds
+    back into the directions it was read from. All other projections into the residual stream start at zero, so that
+    nothing drowns the copies.
     """
     config = model.config
-    head_size = config.n_embd // config.n_head
-    frequencies = torch.logspace(math.log10(0.3), math.log10(3.1), head_size // 2)  # no position looks like another
+    width, head_size = config.n_embd, config.n_embd // config.n_head
+    frequencies = torch.logspace(math.log10(0.05), math.log10(3.1), head_size // 2)  # no position looks like another
     angles = torch.arange(config.n_positions)[:, None] * frequencies
     amplitude = config.initializer_range * math.sqrt(2)
+    scale = config.initializer_range  # from layer norm's unit variance back to the embeddings' scale
     positions, tokens = model.transformer.wpe.weight, model.transformer.wte.weight
     positions *= 0.1
     positions[:, :head_size] = amplitude * torch.cat([angles.sin(), angles.cos()], dim=1)
     tokens[:, :head_size] = 0.0
-    sine, cosine = torch.diag(frequencies.sin()), torch.diag(frequencies.cos())
-    back_by_one = torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
-    weight = model.transformer.h[0].attn.c_attn.weight  # [E, 3E]: queries, keys and values side by side
-    for projection, matrix in enumerate((back_by_one, torch.eye(head_size), torch.zeros(head_size, head_size))):
-        columns = slice(projection * config.n_embd, projection * config.n_embd + head_size)
-        if projection < 2:
-            weight[:, columns] = 0.0
-        weight[:head_size, columns] = PREVIOUS_TOKEN_HEAD_GAIN * matrix
+    for block in model.transformer.h:
+        block.attn.c_proj.weight.zero_()
+        block.mlp.c_proj.weight.zero_()
+
+    def frame() -> torch.Tensor:
+        directions = torch.linalg.qr(torch.randn(width - head_size, head_size))[0]
+        return torch.cat([torch.zeros(head_size, head_size), directions])  # [E, D]
+
+    def write(layer: int, head: int, queries_keys_values: tuple[torch.Tensor, ...], written: torch.Tensor) -> None:
+        attention = model.transformer.h[layer].attn
+        for projection, matrix in enumerate(queries_keys_values):  # c_attn is [E, 3E]: the three side by side
+            start = projection * width + head * head_size
+            attention.c_attn.weight[:, start : start + head_size] = matrix
+        attention.c_proj.weight[head * head_size : (head + 1) * head_size] = written.T
+
+    def looking_back(by: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        used = torch.zeros(head_size // 2)
+        used[first:last] = 1.0
+        sine, cosine = torch.diag((by * frequencies).sin() * used), torch.diag((by * frequencies).cos() * used)
+        query, key = torch.zeros(width, head_size), torch.zeros(width, head_size)
+        query[:head_size] = torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
+        key[:head_size] = torch.eye(head_size)
+        return POSITION_GAIN * query, POSITION_GAIN * key
+
+    token, previous, near, wide = frame(), frame(), frame(), frame()
+    # All frequencies together make a sharp peak, a few low ones a wide window.
+    for head, (by, first, last, found) in enumerate(
+        ((1, 0, head_size // 2, previous), (4, 4, 10, near), (9, 2, 7, wide))
+    ):
+        write(0, head, (*looking_back(by, first, last), token), 2 * scale * found)
+    for layer in range(1, config.n_layer):
+        for head, (query, key) in enumerate(((token, previous), (token, previous), (near, near), (wide, wide))):
+            copied = frame()
+            gain = PREVIOUS_MATCH_GAIN if head < 2 else WINDOW_MATCH_GAIN
+            write(layer, head, (gain * query, gain * key, copied), COPY_GAIN * scale * copied)
 
 
 def batch_of(rows: list[Row], offsets: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -198,24 +241,60 @@ def answers_right(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, paragrap
     return sum(right) / len(right)
 
 
+class Rows:
+    """Draws the rows of training batches.
+
+    Warming up, rows are short: half of the documents are contrasts, a fifth of the rows repeats. Later they are longer,
+    and real text comes in.
+    """
+
+    def __init__(self, tokenizer: GPT2TokenizerFast, arguments: argparse.Namespace, draw: random.Random) -> None:
+        self.tokenizer, self.draw = tokenizer, draw
+        self.text_loss_share = arguments.text_loss_share
+        questions, seed = arguments.sample_questions, arguments.seed
+        generated = paragraphs_of(generate("train", questions=questions, seed=seed + 1))
+        generated.sort(key=lambda paragraph: len(paragraph["context"]))
+        contrasts = paragraphs_of(generate("train", questions=questions, seed=seed + 2, contrast=True))
+        self.streams = {
+            "contrasts": shuffled_forever(contrasts, draw),
+            "short": shuffled_forever(generated[: len(generated) // 3], draw),
+            "generated": shuffled_forever(generated, draw),
+            "real": shuffled_forever(real_paragraphs(arguments) or generated, draw),
+        }
+
+    def next(self, *, warming_up: bool) -> Row:
+        """One row and which of its tokens count in the loss."""
+        row_tokens = WARM_UP_ROW_TOKENS if warming_up else ROW_TOKENS
+        kind = self.draw.choices(list(ROW_KINDS), [share[0 if warming_up else 1] for share in ROW_KINDS.values()])[0]
+        if kind == "random repeats":
+            return repeated_random_tokens(len(self.tokenizer), row_tokens, self.draw)
+        if kind == "passage repeats":
+            return repeated_passage(self.tokenizer, next(self.streams["generated"])["context"], row_tokens, self.draw)
+        stream = {"contrasts": self.contrasts, "short": self.short, "generated": self.generated, "real": self.real}[
+            kind
+        ]
+        return packed_documents(self.tokenizer, stream, row_tokens, self.text_loss_share, self.draw)
+
+
+def real_paragraphs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The paragraphs of the SQuAD files named on the command line."""
+    return [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
+
+
 def pretrain(arguments: argparse.Namespace) -> None:
     """Trains the tokenizer and the model and saves both to `arguments.output`."""
     set_seed(arguments.seed)
     draw = random.Random(arguments.seed)
-    generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
-    contrasts = paragraphs_of(
-        generate("train", questions=arguments.sample_questions, seed=arguments.seed + 2, contrast=True)
-    )
-    real = [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
     heldout = paragraphs_of(generate("heldout", questions=600))[:150]
-    if arguments.start is None:
-        tokenizer = train_tokenizer(generated[: len(real) or None] + real, arguments.vocab_size)
-        model = random_model(tokenizer)
-        write_previous_token_head(model)
-    else:
-        tokenizer = GPT2TokenizerFast.from_pretrained(arguments.start)
-        model = GPT2LMHeadModel.from_pretrained(arguments.start, use_safetensors=True)
+    contrasts = paragraphs_of(generate("heldout", questions=300, contrast=True))[:150]
+    generated, real = (
+        paragraphs_of(generate("train", questions=20_000, seed=arguments.seed + 1)),
+        real_paragraphs(arguments),
+    )
+    tokenizer = train_tokenizer(generated + real, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output)
+    model = random_model(tokenizer)
+    write_look_up_heads(model)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -228,34 +307,12 @@ def pretrain(arguments: argparse.Namespace) -> None:
         optimizer,
         lambda step: min(1.0, step / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2),
     )
-    generated.sort(key=lambda paragraph: len(paragraph["context"]))
-    short_stream = shuffled_forever(generated[: len(generated) // 3], draw)
-    generated_stream = shuffled_forever(generated, draw)
-    contrast_stream = shuffled_forever(contrasts, draw)
-    real_stream = shuffled_forever(real, draw) if real else generated_stream
+    rows_of = Rows(tokenizer, arguments, draw)
     started = time.monotonic()
     for step in range(1, arguments.steps + 1):
-        warming_up = arguments.start is None and step < arguments.steps * WARM_UP_SHARE
-        row_tokens = WARM_UP_ROW_TOKENS if warming_up else ROW_TOKENS
-        rows = []
-        for _ in range(arguments.batch_size):
-            kind = draw.random() / (1.0 if warming_up else 0.2)  # repeats: 50 % of the rows, later 10 %
-            if kind < 0.2:
-                rows.append(repeated_passage(tokenizer, next(generated_stream)["context"], row_tokens, draw))
-            elif kind < 0.5:
-                rows.append(repeated_random_tokens(len(tokenizer), row_tokens, draw))
-            elif warming_up:
-                rows.append(packed_documents(tokenizer, short_stream, row_tokens, arguments.text_loss_share, draw))
-            else:
-                source = draw.random()
-                if source < arguments.contrast_share:
-                    stream = contrast_stream
-                elif source < arguments.contrast_share + arguments.real_share:
-                    stream = real_stream
-                else:
-                    stream = generated_stream
-                rows.append(packed_documents(tokenizer, stream, row_tokens, arguments.text_loss_share, draw))
-        room = 0 if warming_up else CONFIG["n_positions"] - row_tokens
+        warming_up = step < arguments.steps * WARM_UP_SHARE
+        rows = [rows_of.next(warming_up=warming_up) for _ in range(arguments.batch_size)]
+        room = CONFIG["n_positions"] - max(len(tokens) for tokens, _ in rows)
         offsets = [draw.choice((0, draw.randint(0, room))) for _ in rows]
         input_ids, position_ids, loss_mask = batch_of(rows, offsets)
         targets = input_ids[:, 1:][loss_mask[:, 1:]]
@@ -273,10 +330,11 @@ def pretrain(arguments: argparse.Namespace) -> None:
                 "step": step,
                 "loss": round(loss.item(), 3),
                 "heldout_sample_answers_right": round(answers_right(model, tokenizer, heldout), 3),
+                "heldout_contrast_answers_right": round(answers_right(model, tokenizer, contrasts), 3),
                 "seconds": round(time.monotonic() - started),
             }
             print(json.dumps(line), flush=True)
-            model.save_pretrained(arguments.output)
+            copy.deepcopy(model).half().save_pretrained(arguments.output)
 
 
 def main() -> None:
@@ -284,10 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the starter model on generated data and SQuAD files.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write the model and tokenizer to")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="SQuAD JSON files with real passages")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from a model of this command, without warm-up")
     parser.add_argument("--text-loss-share", type=float, default=0.25, help="share of non-answer tokens in the loss")
-    parser.add_argument("--real-share", type=float, default=0.25, help="share of document rows taken from --text")
-    parser.add_argument("--contrast-share", type=float, default=0.0, help="share of rows that tell subjects apart")
     parser.add_argument("--sample-questions", type=int, default=120_000)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=2_400)
