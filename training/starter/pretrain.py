@@ -270,10 +270,7 @@ class Rows:
             return repeated_random_tokens(len(self.tokenizer), row_tokens, self.draw)
         if kind == "passage repeats":
             return repeated_passage(self.tokenizer, next(self.streams["generated"])["context"], row_tokens, self.draw)
-        stream = {"contrasts": self.contrasts, "short": self.short, "generated": self.generated, "real": self.real}[
-            kind
-        ]
-        return packed_documents(self.tokenizer, stream, row_tokens, self.text_loss_share, self.draw)
+        return packed_documents(self.tokenizer, self.streams[kind], row_tokens, self.text_loss_share, self.draw)
 
 
 def real_paragraphs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -287,11 +284,8 @@ def pretrain(arguments: argparse.Namespace) -> None:
     draw = random.Random(arguments.seed)
     heldout = paragraphs_of(generate("heldout", questions=600))[:150]
     contrasts = paragraphs_of(generate("heldout", questions=300, contrast=True))[:150]
-    generated, real = (
-        paragraphs_of(generate("train", questions=20_000, seed=arguments.seed + 1)),
-        real_paragraphs(arguments),
-    )
-    tokenizer = train_tokenizer(generated + real, arguments.vocab_size)
+    generated = paragraphs_of(generate("train", questions=20_000, seed=arguments.seed + 1))
+    tokenizer = train_tokenizer(generated + real_paragraphs(arguments), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output)
     model = random_model(tokenizer)
     write_look_up_heads(model)
