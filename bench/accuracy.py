@@ -16,9 +16,8 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
-from qa_onnx import Answerer, InvalidInputError, QAOnnxError
-from qa_onnx.cli import positive
-from qa_onnx.errors import one_line
+from qa_onnx import Answerer, InvalidInputError
+from qa_onnx.cli import positive, run_command
 from qa_onnx.metrics import evaluate
 from qa_onnx.prompt import encode_prompts
 from qa_onnx.session import import_onnxruntime
@@ -26,7 +25,7 @@ from qa_onnx.squad import Example, read_squad
 from training.evaluation import generate_answers
 from training.model import load_model
 
-EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DIFFERENT = 1
 TIE_MARGIN = 1e-4
 """Where PyTorch's two best logits are closer than this, either token is a right answer of the same arithmetic."""
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -163,28 +162,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 1 where answers differ by more than a tie, or 2 for bad input."""
+    """Runs the command line; returns 1 where answers differ by more than a tie, else as `run_command` does."""
     arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
-    try:
-        if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-            raise InvalidInputError(
-                f"{arguments.output}: cannot be written; expected a file in a directory that exists"
-            )
-        result = compare(
-            arguments.model,
-            arguments.torch,
-            read_squad(arguments.data)[: arguments.limit],
-            threads=arguments.threads,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-    except QAOnnxError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
+    return run_command(lambda: _compare_and_report(arguments))
+
+
+def _compare_and_report(arguments: argparse.Namespace) -> int:
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise InvalidInputError(f"{arguments.output}: cannot be written; expected a file in a directory that exists")
+    result = compare(
+        arguments.model,
+        arguments.torch,
+        read_squad(arguments.data)[: arguments.limit],
+        threads=arguments.threads,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+    )
     print(table(result))
     print(json.dumps(result, ensure_ascii=False))
     if arguments.output is not None:

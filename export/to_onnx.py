@@ -31,13 +31,13 @@ from export.passes import keep_last_logits
 from export.verify import NEW_TOKENS, random_prompts, verify_parity
 from qa_onnx import __version__
 from qa_onnx.bundle import CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, Bundle, Manifest, write_manifest
+from qa_onnx.cli import run_command
 from qa_onnx.engine import Engine
-from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
+from qa_onnx.errors import InvalidInputError, one_line
 from qa_onnx.prompt import encode_prompts, load_tokenizer
 from qa_onnx.session import Session, import_onnxruntime
 from qa_onnx.squad import Example, read_squad
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
 VERIFY_QUESTIONS = 64
@@ -233,28 +233,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
+    """Runs the command line; returns its exit status (see `qa_onnx.cli.run_command`)."""
     arguments = make_parser().parse_args(argv)
     _silence_exporters()
-    try:
-        manifest = export(
-            arguments.model,
-            arguments.output,
-            precision=arguments.precision,
-            verify=arguments.verify,
-            force=arguments.force,
-            keep_optimum=arguments.keep_optimum,
-        )
-    except QAOnnxError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
-        return EXIT_INTERRUPTED
+    return run_command(lambda: _export_and_report(arguments), interrupted="interrupted; nothing was written")
+
+
+def _export_and_report(arguments: argparse.Namespace) -> None:
+    manifest = export(
+        arguments.model,
+        arguments.output,
+        precision=arguments.precision,
+        verify=arguments.verify,
+        force=arguments.force,
+        keep_optimum=arguments.keep_optimum,
+    )
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
     print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
     print(json.dumps(manifest.parity))
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qa_onnx.answerer import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Answerer
@@ -20,19 +21,37 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
+    """Runs one command; returns its exit status (see `run_command`)."""
     arguments = make_parser().parse_args(argv)
+    return run_command(lambda: arguments.run(arguments))
+
+
+def run_command(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command of this project as a program does: with exit statuses, and one line instead of a traceback.
+
+    SIGTERM ends it as Ctrl-C does, by `KeyboardInterrupt`, so that whatever was begun is tidied up.
+
+    Args:
+        command: Returns its exit status; None is 0.
+        interrupted: What to say after Ctrl-C or SIGTERM.
+
+    Returns:
+        The command's status, 2 with one line on standard error for bad input, or 130 after Ctrl-C or SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        arguments.run(arguments)
+        return command() or 0
     except QAOnnxError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write(f"{interrupted}\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader went away, as in `| head`: nothing is left to say, and no one to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _answer(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,8 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
+from qa_onnx.cli import EXIT_INTERRUPTED, run_command
+from qa_onnx.errors import InvalidInputError
 from qa_onnx.metrics import evaluate
 from qa_onnx.prompt import check_prompt_lengths, encode_prompts
 from qa_onnx.squad import Example
@@ -39,7 +40,6 @@ from training.data import LOSS_ON, Collator, LossOn, load_examples, tokenize
 from training.evaluation import generate_answers
 from training.model import ARCHITECTURES, GPT2LMHeadModel, build_model, load_model
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 CONFIG_NAME, METRICS_NAME = "training_config.json", "metrics.json"
 POSITIVE = (
     "epochs",
@@ -410,20 +410,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 2 for bad input, or 130 after an interruption."""
+    """Runs the command line; returns its exit status (see `qa_onnx.cli.run_command`)."""
     arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    try:
-        config = FinetuneConfig(**vars(arguments))
-        metrics = finetune(config)
-    except QAOnnxError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted at once; --resume goes on from the last checkpoint, if there is one\n")
-        return EXIT_INTERRUPTED
+    return run_command(
+        lambda: _finetune_and_report(FinetuneConfig(**vars(arguments))),
+        interrupted="interrupted at once; --resume goes on from the last checkpoint, if there is one",
+    )
+
+
+def _finetune_and_report(config: FinetuneConfig) -> int:
+    metrics = finetune(config)
     if metrics is None:
         print(f"stopped; go on with the same command and --resume (checkpoints are in {config.output})")
         return EXIT_INTERRUPTED
