@@ -323,7 +323,13 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 def _check_same_settings(config: FinetuneConfig) -> None:
     """Holds the settings of a resumed run against those it began with; only how far to go may change."""
-    began = json.loads((config.output / CONFIG_NAME).read_text(encoding="utf-8"))
+    try:
+        began = json.loads((config.output / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"--resume: {config.output / CONFIG_NAME} cannot be read ({error}); the settings that the run began with "
+            "are in it. Bring it back, or start in another directory"
+        ) from error
     free = ("resume", "output", "package_versions", "eval_at_start", "save_steps")
     now = config.to_dict()
     changed = [

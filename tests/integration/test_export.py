@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,6 +125,19 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_and_keeps_the_old_bundle(
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (output / "qa_onnx.json").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_sigterm_leaves_nothing(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(to_onnx, "verify_parity", stop)
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_an_old_bundle_comes_back_when_the_last_rename_fails(tiny_model_dir, tmp_path, monkeypatch):

@@ -270,6 +270,11 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(
         command("stopped", "--resume", "--batch-size", "8"), cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert (other.returncode, "batch_size was 16, is 8" in other.stderr) == (2, True)
+    settings = tmp_path / "stopped" / "training_config.json"
+    settings.rename(tmp_path / "elsewhere")
+    other = subprocess.run(command("stopped", "--resume"), cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (other.returncode, "training_config.json cannot be read" in other.stderr) == (2, True)
+    (tmp_path / "elsewhere").rename(settings)
     subprocess.run(command("stopped", "--resume"), cwd=ROOT, check=True, capture_output=True)
     subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
     stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))

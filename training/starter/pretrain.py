@@ -29,6 +29,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,20 @@ ROW_KINDS = {  # share of the rows warming up, and later
     "generated": (0.0, 0.4),
     "real": (0.0, 0.25),
 }
-POSITION_GAIN, PREVIOUS_MATCH_GAIN, WINDOW_MATCH_GAIN, COPY_GAIN = 1.5, 2.0, 1.0, 4.0
+GUIDED_HEADS = {"subject": (1, 4), "answer": (3, 4)}
+"""Layer and head that learn, while warming up, to look at the subject told or asked about, and at the answer."""
+GUIDANCE_WEIGHT = 0.3
+POSITION_GAIN, PREVIOUS_MATCH_GAIN, WINDOW_MATCH_GAIN, SUBJECT_MATCH_GAIN, COPY_GAIN = 1.5, 2.0, 1.0, 1.5, 4.0
 """Scales of the written heads: of their queries and keys, and of what the looking-up ones write."""
 
-Row = tuple[list[int], list[bool]]
+
+@dataclass
+class Row:
+    """Tokens, which of them count in the loss, and where guided heads should look: (guide, from, to) positions."""
+
+    tokens: list[int]
+    counts: list[bool]
+    looks: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 def paragraphs_of(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -68,7 +79,7 @@ def train_tokenizer(paragraphs: list[dict[str, Any]], vocab_size: int) -> GPT2To
     texts = (
         text
         for paragraph in paragraphs
-        for text in (paragraph["context"], *(qa["question"] for qa in paragraph["qas"]))
+        for text in (f" {paragraph['context']}", *(f" {qa['question']}" for qa in paragraph["qas"]))
     )
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
@@ -84,21 +95,44 @@ def train_tokenizer(paragraphs: list[dict[str, Any]], vocab_size: int) -> GPT2To
 def document(
     tokenizer: GPT2TokenizerFast, paragraph: dict[str, Any], text_loss_share: float, draw: random.Random
 ) -> Row:
-    """Writes a paragraph as a passage and a `Q:`/`A:` list; returns its tokens and which of them count in the loss.
+    """Writes a paragraph as a passage and a `Q:`/`A:` list.
 
-    Answer tokens always count, of the others a random share.
+    Answer tokens always count in the loss, of the others a random share. Where a question names its subject, guided
+    heads learn to look from an answer and from `A:` to the subject, and from `A:` to the answer.
     """
-    pieces = [(paragraph["context"], False)]
+    context = f" {paragraph['context']}"  # a first word has the same tokens as anywhere else
+    passage = tokenizer(context)
+    row = Row(tokens=list(passage["input_ids"]), counts=[])
+    answers: list[tuple[int, int]] = []
     for qa in draw.sample(paragraph["qas"], len(paragraph["qas"])):
-        pieces += [(f"\nQ: {qa['question']}\nA:", False), (f" {qa['answers'][0]['text']}", True)]
-    pieces.append((f"\n{END_OF_TEXT}", False))
-    tokens: list[int] = []
-    counts: list[bool] = []
-    for text, is_answer in pieces:
-        ids = tokenizer.encode(text)
-        tokens += ids
-        counts += [is_answer or draw.random() < text_loss_share for _ in ids]
-    return tokens, counts
+        question = f"\nQ: {qa['question']}\nA:"
+        asked = tokenizer(question)
+        start = len(row.tokens)
+        last = start + len(asked["input_ids"]) - 1
+        answer = tokenizer.encode(f" {qa['answers'][0]['text']}")
+        row.tokens += asked["input_ids"] + answer
+        answers.append((last + 1, len(row.tokens)))
+        if "subject" in qa:
+            character = qa["answers"][0]["answer_start"] + 1
+            first = passage.char_to_token(character)
+            row.looks.append(("answer", last, first))
+            named = _end_of(qa["subject"], context[:character])
+            if named is not None:
+                row.looks.append(("subject", first, passage.char_to_token(named)))
+            named = _end_of(qa["subject"], question)
+            if named is not None:
+                row.looks.append(("subject", last, start + asked.char_to_token(named)))
+    row.tokens += tokenizer.encode(f"\n{END_OF_TEXT}")
+    row.counts = [draw.random() < text_loss_share for _ in row.tokens]
+    for first, end in answers:
+        row.counts[first:end] = [True] * (end - first)
+    return row
+
+
+def _end_of(name: str, text: str) -> int | None:
+    """The last character of the last mention of a name in a text."""
+    start = text.lower().rfind(name.lower())
+    return None if start < 0 else start + len(name) - 1
 
 
 def packed_documents(
@@ -109,19 +143,22 @@ def packed_documents(
     draw: random.Random,
 ) -> Row:
     """Fills a row with documents, as long as they fit whole; one that is longer than a row is cut at its end."""
-    tokens, counts = document(tokenizer, next(stream), text_loss_share, draw)
-    while len(tokens) < row_tokens:
-        more_tokens, more_counts = document(tokenizer, next(stream), text_loss_share, draw)
-        if len(tokens) + len(more_tokens) > row_tokens:
+    row = document(tokenizer, next(stream), text_loss_share, draw)
+    while len(row.tokens) < row_tokens:
+        more = document(tokenizer, next(stream), text_loss_share, draw)
+        offset = len(row.tokens)
+        if offset + len(more.tokens) > row_tokens:
             break
-        tokens, counts = tokens + more_tokens, counts + more_counts
-    return tokens[:row_tokens], counts[:row_tokens]
+        row.looks += [(guide, query + offset, key + offset) for guide, query, key in more.looks]
+        row.tokens, row.counts = row.tokens + more.tokens, row.counts + more.counts
+    inside = [look for look in row.looks if look[1] < row_tokens]
+    return Row(tokens=row.tokens[:row_tokens], counts=row.counts[:row_tokens], looks=inside)
 
 
 def repeated(piece: list[int], row_tokens: int) -> Row:
     """A piece repeated to the end of the row; the repeats count in the loss."""
     tokens = (piece * math.ceil(row_tokens / len(piece)))[:row_tokens]
-    return tokens, [index >= len(piece) for index in range(row_tokens)]
+    return Row(tokens=tokens, counts=[index >= len(piece) for index in range(row_tokens)])
 
 
 def repeated_passage(tokenizer: GPT2TokenizerFast, context: str, row_tokens: int, draw: random.Random) -> Row:
@@ -186,11 +223,14 @@ def write_look_up_heads(model: GPT2LMHeadModel) -> None:
         directions = torch.linalg.qr(torch.randn(width - head_size, head_size))[0]
         return torch.cat([torch.zeros(head_size, head_size), directions])  # [E, D]
 
-    def write(layer: int, head: int, queries_keys_values: tuple[torch.Tensor, ...], written: torch.Tensor) -> None:
+    def write(
+        layer: int, head: int, queries_keys_values: tuple[torch.Tensor | None, ...], written: torch.Tensor
+    ) -> None:
         attention = model.transformer.h[layer].attn
         for projection, matrix in enumerate(queries_keys_values):  # c_attn is [E, 3E]: the three side by side
             start = projection * width + head * head_size
-            attention.c_attn.weight[:, start : start + head_size] = matrix
+            if matrix is not None:  # else it stays random
+                attention.c_attn.weight[:, start : start + head_size] = matrix
         attention.c_proj.weight[head * head_size : (head + 1) * head_size] = written.T
 
     def looking_back(by: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,17 +253,43 @@ def write_look_up_heads(model: GPT2LMHeadModel) -> None:
             copied = frame()
             gain = PREVIOUS_MATCH_GAIN if head < 2 else WINDOW_MATCH_GAIN
             write(layer, head, (gain * query, gain * key, copied), COPY_GAIN * scale * copied)
+    # The guided heads: where the first looks is left to training, and what it finds there the second compares.
+    subject, copied, half = frame(), frame(), head_size // 2
+    name = torch.cat([previous[:, :half], near[:, :half]], dim=1)
+    layer, head = GUIDED_HEADS["subject"]
+    write(layer, head, (None, None, name), COPY_GAIN * scale * subject)
+    layer, head = GUIDED_HEADS["answer"]
+    write(layer, head, (SUBJECT_MATCH_GAIN * subject, SUBJECT_MATCH_GAIN * subject, copied), COPY_GAIN * scale * copied)
 
 
 def batch_of(rows: list[Row], offsets: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pads rows on the right: input_ids, position_ids and the loss mask, each [B, T]."""
-    width = max(len(tokens) for tokens, _ in rows)
+    width = max(len(row.tokens) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, (tokens, counts) in enumerate(rows):
-        input_ids[index, : len(tokens)] = torch.tensor(tokens)
-        loss_mask[index, : len(counts)] = torch.tensor(counts)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        loss_mask[index, : len(row.counts)] = torch.tensor(row.counts)
     return input_ids, torch.tensor(offsets)[:, None] + torch.arange(width), loss_mask
+
+
+def guidance_loss(attentions: tuple[torch.Tensor, ...], rows: list[Row]) -> torch.Tensor:
+    """How far the guided heads are from looking where they should.
+
+    Args:
+        attentions: Of each layer, [B, H, T, T].
+        rows: The batch.
+
+    Returns:
+        The sum over `GUIDED_HEADS` of the mean of -log(attention to the place), a scalar.
+    """
+    loss = torch.zeros(())
+    for guide, (layer, head) in GUIDED_HEADS.items():
+        looks = [(index, *look[1:]) for index, row in enumerate(rows) for look in row.looks if look[0] == guide]
+        if looks:
+            index, query, key = torch.tensor(looks).T
+            loss = loss - (attentions[layer][index, head, query, key].float() + 1e-6).log().mean()
+    return loss
 
 
 @torch.no_grad()
@@ -233,7 +299,7 @@ def answers_right(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, paragrap
     right = []
     for paragraph in paragraphs:
         qa = paragraph["qas"][0]
-        prompt = tokenizer.encode(f"{paragraph['context']}\nQ: {qa['question']}\nA:")
+        prompt = tokenizer.encode(f" {paragraph['context']}\nQ: {qa['question']}\nA:")
         answer = tokenizer.encode(f" {qa['answers'][0]['text']}")
         logits = model(torch.tensor([prompt + answer])[:, : CONFIG["n_positions"]]).logits[0]
         right.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer)
@@ -284,7 +350,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     draw = random.Random(arguments.seed)
     heldout = paragraphs_of(generate("heldout", questions=600))[:150]
     contrasts = paragraphs_of(generate("heldout", questions=300, contrast=True))[:150]
-    generated = paragraphs_of(generate("train", questions=20_000, seed=arguments.seed + 1))
+    generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
     tokenizer = train_tokenizer(generated + real_paragraphs(arguments), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output)
     model = random_model(tokenizer)
@@ -305,16 +371,20 @@ def pretrain(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     for step in range(1, arguments.steps + 1):
         warming_up = step < arguments.steps * WARM_UP_SHARE
+        model.set_attn_implementation("eager" if warming_up else "sdpa")  # only eager attention shows its weights
         rows = [rows_of.next(warming_up=warming_up) for _ in range(arguments.batch_size)]
-        room = CONFIG["n_positions"] - max(len(tokens) for tokens, _ in rows)
+        room = CONFIG["n_positions"] - max(len(row.tokens) for row in rows)
         offsets = [draw.choice((0, draw.randint(0, room))) for _ in rows]
         input_ids, position_ids, loss_mask = batch_of(rows, offsets)
         targets = input_ids[:, 1:][loss_mask[:, 1:]]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16):
-            hidden = model.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-            logits = model.lm_head(hidden[:, :-1][loss_mask[:, 1:]])
+            output = model.transformer(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, output_attentions=warming_up
+            )
+            logits = model.lm_head(output.last_hidden_state[:, :-1][loss_mask[:, 1:]])
         loss = cross_entropy(logits.float(), targets)
-        loss.backward()
+        guidance = guidance_loss(output.attentions, rows) if warming_up else torch.zeros(())
+        (loss + GUIDANCE_WEIGHT * guidance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -323,6 +393,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
             line = {
                 "step": step,
                 "loss": round(loss.item(), 3),
+                "guidance_loss": round(guidance.item(), 3),
                 "heldout_sample_answers_right": round(answers_right(model, tokenizer, heldout), 3),
                 "heldout_contrast_answers_right": round(answers_right(model, tokenizer, contrasts), 3),
                 "seconds": round(time.monotonic() - started),

@@ -362,7 +362,7 @@ def _tell(maker: _Maker, domain: Domain, relations: list[Relation], passage: _Pa
         start = passage.add(f"{before}{value}{after}.") + len(before)
         question = maker.random.choice(relation.asked).format(s=subject)
         answer = passage.text[start : start + len(value)]
-        qas.append({"question": question, "answers": [{"text": answer, "answer_start": start}]})
+        qas.append({"question": question, "answers": [{"text": answer, "answer_start": start}], "subject": subject})
     return qas
 
 
@@ -388,7 +388,7 @@ def _paragraph(maker: _Maker, domain: Domain, *, contrast: bool) -> dict[str, An
 
 
 def generate(split: Split, *, questions: int | None = None, seed: int = 0, contrast: bool = False) -> dict[str, Any]:
-    """Generates one part of `sample` in the SQuAD v1.1 format.
+    """Generates one part of `sample` in the SQuAD v1.1 format; each question also names its `subject`.
 
     Args:
         split: `train` or `heldout`; the two share no made name, date, number or phrase, whatever their seeds.
