@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from training.starter import pretrain
+from training.starter.circuits import write_look_up_heads
 from training.starter.sample import generate
 
 
@@ -27,7 +28,7 @@ def written(tokenizer):
     set_seed(0)
     model = pretrain.random_model(tokenizer).eval()
     model.set_attn_implementation("eager")
-    pretrain.write_look_up_heads(model)
+    write_look_up_heads(model)
     return model
 
 
