@@ -6,7 +6,7 @@ tokens in every way it can be run: with the cache and without, alone and in batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from qa_onnx.errors import ParityError
 LOGITS_TOLERANCE = 1e-3
 NEW_TOKENS = 8
 LAST_STEP = NEW_TOKENS - 1
-BATCH_SIZE = 8
+BATCH_SIZE, BATCH_TOKENS = 8, 2048
+"""The most rows of a batch and the most tokens, padding included: a batch bounds the gate's memory."""
 RANDOM_PROMPT_LENGTHS = (1, 2, 3, 7, 16, 17, 33, 64, 90, 121, 128, 177, 200, 255, 301, 400)
 
 
@@ -113,8 +114,15 @@ def verify_parity(
     }
 
 
-def _batches(references: Sequence[Reference], size: int) -> Iterable[Sequence[Reference]]:
-    return (references[start : start + size] for start in range(0, len(references), size))
+def _batches(references: Sequence[Reference], size: int) -> list[list[Reference]]:
+    """Neighbours in the order given, so that lengths are mixed, in batches of at most `size` rows."""
+    batches: list[list[Reference]] = [[]]
+    for reference in references:
+        width = max(len(row.prompt) for row in (*batches[-1], reference))
+        if batches[-1] and (len(batches[-1]) == size or (len(batches[-1]) + 1) * width > BATCH_TOKENS):
+            batches.append([])
+        batches[-1].append(reference)
+    return batches
 
 
 def _compare(way: str, logits: np.ndarray, references: Sequence[Reference], steps: list[int]) -> float:
