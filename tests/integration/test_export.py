@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from optimum.onnxruntime import ORTModelForCausalLM
 
 from bench import accuracy
-from export import to_onnx
+from export import to_onnx, verify
 from export.passes import keep_last_logits
 from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import write_manifest
@@ -251,3 +251,11 @@ def test_train_export_answer(heldout_file, tmp_path):
     )
     assert compared == 0
     assert json.loads(result.read_text())["texts_differing_from_torch"] == 0
+
+
+def test_the_gates_batches_are_bounded_in_rows_and_tokens_and_hold_every_prompt_in_order():
+    references = [verify.Reference(prompt=[0] * n, tokens=[], logits=np.empty(0)) for n in (3, 900, 40, 1017, 5, 6)]
+    batches = verify._batches(references, 3)
+    assert [len(row.prompt) for batch in batches for row in batch] == [3, 900, 40, 1017, 5, 6]
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert [len(batch) for batch in verify._batches(references, 1)] == [1] * 6
