@@ -241,18 +241,24 @@ class Rows:
     and real text comes in.
     """
 
-    def __init__(self, tokenizer: GPT2TokenizerFast, arguments: argparse.Namespace, draw: random.Random) -> None:
+    def __init__(
+        self,
+        tokenizer: GPT2TokenizerFast,
+        *,
+        generated: list[dict[str, Any]],
+        contrasts: list[dict[str, Any]],
+        real: list[dict[str, Any]],
+        text_loss_share: float,
+        draw: random.Random,
+    ) -> None:
         self.tokenizer, self.draw = tokenizer, draw
-        self.text_loss_share = arguments.text_loss_share
-        questions, seed = arguments.sample_questions, arguments.seed
-        generated = paragraphs_of(generate("train", questions=questions, seed=seed + 1))
-        generated.sort(key=lambda paragraph: len(paragraph["context"]))
-        contrasts = paragraphs_of(generate("train", questions=questions, seed=seed + 2, contrast=True))
+        self.text_loss_share = text_loss_share
+        generated = sorted(generated, key=lambda paragraph: len(paragraph["context"]))
         self.streams = {
             "contrasts": shuffled_forever(contrasts, draw),
             "short": shuffled_forever(generated[: len(generated) // 3], draw),
             "generated": shuffled_forever(generated, draw),
-            "real": shuffled_forever(real_paragraphs(arguments) or generated, draw),
+            "real": shuffled_forever(real or generated, draw),
         }
 
     def next(self, *, warming_up: bool) -> Row:
@@ -266,19 +272,17 @@ class Rows:
         return packed_documents(self.tokenizer, self.streams[kind], row_tokens, self.text_loss_share, self.draw)
 
 
-def real_paragraphs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The paragraphs of the SQuAD files named on the command line."""
-    return [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
-
-
 def pretrain(arguments: argparse.Namespace) -> None:
     """Trains the tokenizer and the model and saves both to `arguments.output`."""
     set_seed(arguments.seed)
     draw = random.Random(arguments.seed)
     heldout = paragraphs_of(generate("heldout", questions=600))[:150]
-    contrasts = paragraphs_of(generate("heldout", questions=300, contrast=True))[:150]
-    generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
-    tokenizer = train_tokenizer(generated + real_paragraphs(arguments), arguments.vocab_size)
+    heldout_contrasts = paragraphs_of(generate("heldout", questions=300, contrast=True))[:150]
+    questions, seed = arguments.sample_questions, arguments.seed
+    generated = paragraphs_of(generate("train", questions=questions, seed=seed + 1))
+    contrasts = paragraphs_of(generate("train", questions=questions, seed=seed + 2, contrast=True))
+    real = [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
+    tokenizer = train_tokenizer(generated + real, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output)
     model = random_model(tokenizer)
     write_look_up_heads(model)
@@ -294,7 +298,14 @@ def pretrain(arguments: argparse.Namespace) -> None:
         optimizer,
         lambda step: min(1.0, step / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2),
     )
-    rows_of = Rows(tokenizer, arguments, draw)
+    rows_of = Rows(
+        tokenizer,
+        generated=generated,
+        contrasts=contrasts,
+        real=real,
+        text_loss_share=arguments.text_loss_share,
+        draw=draw,
+    )
     started = time.monotonic()
     for step in range(1, arguments.steps + 1):
         warming_up = step < arguments.steps * WARM_UP_SHARE
@@ -322,7 +333,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
                 "loss": round(loss.item(), 3),
                 "guidance_loss": round(guidance.item(), 3),
                 "heldout_sample_answers_right": round(answers_right(model, tokenizer, heldout), 3),
-                "heldout_contrast_answers_right": round(answers_right(model, tokenizer, contrasts), 3),
+                "heldout_contrast_answers_right": round(answers_right(model, tokenizer, heldout_contrasts), 3),
                 "seconds": round(time.monotonic() - started),
             }
             print(json.dumps(line), flush=True)
