@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qa_onnx.prompt import Prompt
 
 MAX_BATCH_TOKENS = 8192
 """Prompt tokens in a batch, padding included: bounds the memory of a prefill whatever the batch size."""
@@ -28,3 +32,72 @@ def plan_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> l
             batches.append([index])
             width = lengths[index]
     return batches
+
+
+MAX_GROUP_ROWS = 16
+"""The most questions of one group; the questions on a passage that has more are spread over several groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Questions on one passage.
+
+    Attributes:
+        passage_ids: The passage's tokens; empty where the whole prompt is in `question_ids`.
+        prompts: Which prompts they are, indices into the list that was planned.
+    """
+
+    passage_ids: tuple[int, ...]
+    prompts: list[int]
+
+
+def plan_groups(prompts: Sequence[Prompt], *, max_rows: int) -> deque[Group]:
+    """Groups prompts by passage.
+
+    Groups of as many questions follow each other, longer passages first, and groups of one passage are neighbours: what
+    is read together is of like size, and little of the grid of attention is padding.
+
+    Args:
+        prompts: The prompts.
+        max_rows: The most rows of a batch, and so of a group.
+    """
+    prompts_of: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        prompts_of.setdefault(tuple(prompt.passage_ids), []).append(index)
+    most = min(MAX_GROUP_ROWS, max_rows)
+    rows_of = {passage: -(-len(members) // -(-len(members) // most)) for passage, members in prompts_of.items()}
+    return deque(
+        Group(passage_ids=passage, prompts=prompts_of[passage][first : first + rows_of[passage]])
+        for passage in sorted(prompts_of, key=lambda passage: (-rows_of[passage], -len(passage)))
+        for first in range(0, len(prompts_of[passage]), rows_of[passage])
+    )
+
+
+def take_batch(groups: deque[Group], prompts: Sequence[Prompt], *, max_rows: int, max_tokens: int) -> list[Group]:
+    """Takes the next groups off the front of the queue, as many as go together but at least one prompt.
+
+    Of a first group of too many rows a part is taken, and the rest stays at the front.
+
+    Args:
+        groups: From `plan_groups`.
+        prompts: The prompts that they were made from.
+        max_rows: The most prompts to take.
+        max_tokens: The most tokens to take, counted as the cache holds them: each passage as wide as the longest, and
+            each row as wide as the longest question.
+    """
+    if len(groups[0].prompts) > max_rows:
+        first = groups.popleft()
+        groups.appendleft(replace(first, prompts=first.prompts[max_rows:]))
+        return [replace(first, prompts=first.prompts[:max_rows])]
+    batch: list[Group] = []
+    rows = passage_width = row_width = 0
+    while groups:
+        group = groups[0]
+        rows += len(group.prompts)
+        passage_width = max(passage_width, len(group.passage_ids))
+        row_width = max(row_width, *(len(prompts[index].question_ids) for index in group.prompts))
+        tokens = (len(batch) + 1) * passage_width + rows * row_width
+        if batch and (rows > max_rows or tokens > max_tokens):
+            break
+        batch.append(groups.popleft())
+    return batch

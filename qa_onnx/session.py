@@ -103,14 +103,20 @@ class Session:
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]
 
-    def run(self, inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue],
+        *,
+        in_place: Mapping[str, onnxruntime.OrtValue] | None = None,
+    ) -> dict[str, onnxruntime.OrtValue]:
         """Runs the graph by I/O binding: outputs of one run can be inputs of the next without leaving the device.
 
         Args:
             inputs: For each input name an array, or a value that is on the device already.
+            in_place: For some output names the value to write to, which may be an input's.
 
         Returns:
-            For each output name a value on the device.
+            For each other output name a value on the device.
         """
         # Held until the run is over: on the CPU a value is its array's memory, and a binding may not hold the value.
         values = {
@@ -119,10 +125,15 @@ class Session:
         binding = self._session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
+        in_place = in_place or {}
         for name in self.output_names:
-            binding.bind_output(name, self.provider)
+            if name in in_place:
+                binding.bind_ortvalue_output(name, in_place[name])
+            else:
+                binding.bind_output(name, self.provider)
         self._session.run_with_iobinding(binding)
-        return dict(zip(self.output_names, binding.get_outputs(), strict=True))
+        outputs = zip(self.output_names, binding.get_outputs(), strict=True)
+        return {name: value for name, value in outputs if name not in in_place}
 
     def to_device(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """Puts an array on the provider's device; on the CPU the value shares the array's memory and keeps it alive."""
