@@ -187,10 +187,7 @@ class _Builder:
         heads = np.arange(self.heads)
         self.constant("head_rows", [-1, self.head_size])
         self.constant("token_rows", [-1, self.config.n_embd])
-        self.constant("zero", [0])
         self.constant("one", [1])
-        self.constant("last", [-1])
-        self.constant("end", [np.iinfo(np.int64).max])
         grid = self.op("Shape", "slot_index", start=1)  # R, T
         slots = self.op("ReduceProd", grid, keepdims=1)
         # The product with c_attn gives each token 3 H rows of size D: the heads of its query, its key, its value.
