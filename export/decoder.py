@@ -13,11 +13,11 @@ A row attends to its passage's keys [G, H, 1, P, D], which its neighbours share 
 [G, H, R, C, D], into which the graph writes the new tokens in place, at column `write_index[g]`. `attention_bias` masks
 both. Only the tokens of `output_index` go through the last layer's feed-forward part and the output layer: all of a
 question's tokens but the last stop at their keys and values, and a passage's tokens, with an empty `output_index`, do
-so too. The three phases:
+so too. The three phases, and where `write_index` points in each:
 
-    prefill of passages     R = 1, P = 0, T = passage    write_index 0    output_index empty
-    prefill of questions    T = question                 write_index 0    output_index: each row's last token
-    decode step             T = 1                        write_index: one further each step
+    prefill of passages     R = 1, P = 0, T = passage    T columns before the last    output_index empty
+    prefill of questions    T = question                 T columns before their end   output_index: each row's last token
+    decode step             T = 1                        one further each step
 
 What one layer's products share (E is the model's width, D = E / H):
 
@@ -252,13 +252,13 @@ class _Builder:
         scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
         return self.op("LayerNormalization", hidden, scale, bias, epsilon=self.config.layer_norm_epsilon)
 
-    def _linear(self, name: str, hidden: str, output: str | None = None) -> str:
+    def _linear(self, name: str, hidden: str) -> str:
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight not in self.quantized:
-            return self.op("Gemm", hidden, self.weight(weight), self.weight(bias), name=output)
+            return self.op("Gemm", hidden, self.weight(weight), self.weight(bias))
         self.initializers[weight] = self.quantized[weight].values
         self.used.add(weight)
-        return self.op("Add", self._quantized_product(weight, hidden), self.weight(bias), name=output)
+        return self.op("Add", self._quantized_product(weight, hidden), self.weight(bias))
 
     def _quantized_product(self, weight: str, hidden: str) -> str:
         """Multiplies in int8 with one scale a row of `hidden`, so that no row depends on its neighbours.

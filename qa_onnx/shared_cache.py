@@ -60,16 +60,6 @@ class KVCache:
         self._is_shared = session.provider == "cpu"
         self._values = [session.to_device(layer) for layer in array]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[2 * layers, G, H, R, C, D]."""
-        return self._array.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the keys and values take."""
-        return self._array.nbytes
-
     def to_host(self) -> np.ndarray:
         """The array, with what the graph has written into the cache; on the CPU it always has that."""
         if not self._is_shared:

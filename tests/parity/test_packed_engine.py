@@ -61,9 +61,8 @@ def mixed_prompts(seed=1, passages=7, questions=24):
     ]
 
 
-def decode(session, prompts, batch_size, *, cache_bytes=0):
-    engine = engine_of(session, cache_bytes=cache_bytes)
-    return engine.greedy_decode(prompts, max_new_tokens=20, batch_size=batch_size)
+def decode(session, prompts, batch_size):
+    return engine_of(session).greedy_decode(prompts, max_new_tokens=20, batch_size=batch_size)
 
 
 def test_logits_and_tokens_are_pytorchs(tiny, session):
