@@ -16,7 +16,7 @@ question's tokens but the last stop at their keys and values, and a passage's to
 so too. The three phases, and where `write_index` points in each:
 
     prefill of passages     R = 1, P = 0, T = passage    T columns before the last    output_index empty
-    prefill of questions    T = question                 T columns before their end   output_index: each row's last token
+    prefill of questions    T = question                 T columns before their end    output_index: the last tokens
     decode step             T = 1                        one further each step
 
 What one layer's products share (E is the model's width, D = E / H):
