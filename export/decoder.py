@@ -37,7 +37,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import GPT2Config
 
 from qa_onnx.errors import InvalidInputError, ParityError
-from qa_onnx.shared_cache import PASSAGE_PREFIX, PAST_PREFIX, PRESENT_PREFIX
+from qa_onnx.kv_cache import PASSAGE_PREFIX, PAST_PREFIX, PRESENT_PREFIX
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 24, 1, 11
 CONTRIB = "com.microsoft"
@@ -84,11 +84,17 @@ def weights_of(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
         ParityError: The graph does not end in the product of hidden states and output weights.
     """
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in plain.graph.initializer}
-    weights = {
-        name.removeprefix("transformer."): array
-        for name, array in stored.items()
-        if name.startswith("transformer.") and array.dtype == np.float32
-    }
+    weights = {}
+    for node in plain.graph.node:
+        # Of equal tensors Optimum keeps one, which the others stand for; the modules, `/transformer/h.0/ln_1/...`,
+        # still tell whose they are.
+        module = ".".join(node.name.split("/")[2:-1])
+        if node.op_type == "Identity" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
+        if node.op_type == "Gather" and node.input[0].startswith("transformer."):
+            weights[f"{module}.weight"] = stored[node.input[0]]
+        if node.op_type in ("Gemm", "LayerNormalization"):
+            weights[f"{module}.weight"], weights[f"{module}.bias"] = (stored[name] for name in node.input[1:])
     producers = {name: node for node in plain.graph.node for name in node.output}
     product = producers["logits"]
     if product.op_type != "MatMul":

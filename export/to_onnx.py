@@ -1,7 +1,7 @@
 """Exports a fine-tuned GPT-2 to a bundle: `python -m export.to_onnx --help`.
 
-Optimum writes the plain graph, passes turn it into the runtime's, the parity gate compares it with PyTorch, and only
-then is the bundle renamed into place. Whatever fails, nothing half-written stays behind.
+Optimum writes the plain graph, the runtime's is built from its weights, the parity gate compares it with PyTorch, and
+only then is the bundle renamed into place. Whatever fails, nothing half-written stays behind.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ import torch
 import transformers
 from optimum.exporters.onnx import onnx_export_from_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from export.passes import keep_last_logits
+from export.decoder import build_decoder, weights_of
 from export.verify import NEW_TOKENS, random_prompts, verify_parity
 from qa_onnx import __version__
 from qa_onnx.bundle import CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, Bundle, Manifest, write_manifest
 from qa_onnx.cli import run_command
 from qa_onnx.engine import Engine
 from qa_onnx.errors import InvalidInputError, one_line
-from qa_onnx.prompt import encode_prompts, load_tokenizer
+from qa_onnx.kv_cache import CacheLayout, PassageCache
+from qa_onnx.prompt import Prompt, encode_prompts, load_tokenizer
 from qa_onnx.session import Session, import_onnxruntime
 from qa_onnx.squad import Example, read_squad
 
 PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
 VERIFY_QUESTIONS = 64
+VERIFY_CACHE_BYTES = 64 * 2**20
 DISK_SPACE_FACTOR = 3
 """Free disk an export needs, in sizes of the weights: Optimum's graph, the runtime's, and some room."""
 
@@ -86,14 +88,20 @@ def export(
         tokenizer.save_pretrained(plain)
         shutil.copyfile(plain / CONFIG_NAME, bundle / CONFIG_NAME)
         tokenizer.backend_tokenizer.save(str(bundle / TOKENIZER_NAME))
-        _write_runtime_graph(plain / MODEL_NAME, bundle / MODEL_NAME)
+        _write_runtime_graph(plain / MODEL_NAME, bundle / MODEL_NAME, model.config)
         if not keep_optimum:
             shutil.rmtree(plain)
 
         config = model.config
         session = Session(bundle / MODEL_NAME, provider="cpu")
-        shape = {"heads": config.n_head, "head_size": config.n_embd // config.n_head}
-        engine = Engine(session, eos_token_id=tokenizer.eos_token_id, max_positions=config.n_positions, **shape)
+        shape = {"layers": config.n_layer, "heads": config.n_head, "head_size": config.n_embd // config.n_head}
+        engine = Engine(
+            session,
+            layout=CacheLayout(**shape),
+            eos_token_id=tokenizer.eos_token_id,
+            max_positions=config.n_positions,
+            passage_cache=PassageCache(VERIFY_CACHE_BYTES),
+        )
         prompts = random_prompts(config.vocab_size, config.n_positions)
         sources = [f"{len(prompts)} of random tokens"]
         if verify is not None:
@@ -109,7 +117,6 @@ def export(
                 "outputs": session.output_names,
                 "eos_token_id": tokenizer.eos_token_id,
                 "max_positions": config.n_positions,
-                "layers": config.n_layer,
                 "vocab_size": config.vocab_size,
                 "source_model": model_name,
                 "package_versions": versions,
@@ -143,19 +150,17 @@ def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     return model.eval(), tokenizer
 
 
-def _prompts_of(examples: list[Example], tokenizer_path: Path, *, longest: int) -> list[list[int]]:
+def _prompts_of(examples: list[Example], tokenizer_path: Path, *, longest: int) -> list[Prompt]:
     """The prompts of the first question of each passage, without those that are longer than the gate can follow."""
     first_of_passage = list({example.context: example for example in reversed(examples)}.values())[::-1]
     chosen = first_of_passage[:VERIFY_QUESTIONS]
     bpe = load_tokenizer(str(tokenizer_path))
     prompts = encode_prompts(bpe, [example.question for example in chosen], [example.context for example in chosen])
-    return [prompt.ids for prompt in prompts if len(prompt) <= longest]
+    return [prompt for prompt in prompts if len(prompt) <= longest]
 
 
-def _write_runtime_graph(plain: Path, output: Path) -> None:
-    model = onnx.load(plain)
-    keep_last_logits(model)
-    onnx.save(model, output)
+def _write_runtime_graph(plain: Path, output: Path, config: GPT2Config) -> None:
+    onnx.save(build_decoder(weights_of(onnx.load(plain)), config), output)
 
 
 def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:

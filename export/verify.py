@@ -1,7 +1,8 @@
 """The parity gate: an exported graph must compute what the PyTorch model computes, or the export fails.
 
 PyTorch generates greedily from each prompt alone. The runtime's engine then has to give the same logits and the same
-tokens in every way it can be run: with the cache and without, alone and in batches of mixed lengths.
+tokens in every way it can be run: with the cache and without, alone and in batches of mixed lengths, on passages that
+it shares between questions or remembers.
 """
 
 from __future__ import annotations
@@ -14,40 +15,52 @@ import numpy as np
 import torch
 from transformers import GPT2LMHeadModel
 
-from qa_onnx.engine import Engine
+from qa_onnx.engine import DecodeState, Engine
 from qa_onnx.errors import ParityError
+from qa_onnx.planner import plan_groups
+from qa_onnx.prompt import Prompt
 
 LOGITS_TOLERANCE = 1e-3
 NEW_TOKENS = 8
 LAST_STEP = NEW_TOKENS - 1
 BATCH_SIZE, BATCH_TOKENS = 8, 2048
 """The most rows of a batch and the most tokens, padding included: a batch bounds the gate's memory."""
-RANDOM_PROMPT_LENGTHS = (1, 2, 3, 7, 16, 17, 33, 64, 90, 121, 128, 177, 200, 255, 301, 400)
+RANDOM_LENGTHS = ((0, 1), (1, 1), (0, 3), (5, 2), (15, 17), (40, 24), (89, 32), (120, 8), (177, 23), (400, 1))
+"""Tokens of the passages and questions of random prompts."""
+SHARED_LENGTHS = (3, 16, 29)
+"""Tokens of more questions on every second of those passages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """What PyTorch says: the greedy tokens after a prompt, and the logits (float32 [N, V]) each was chosen from."""
 
-    prompt: list[int]
+    prompt: Prompt
     tokens: list[int]
     logits: np.ndarray
 
 
-def random_prompts(vocab_size: int, max_positions: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of random tokens, of mixed lengths in mixed order, one of them as long as the model allows."""
+def random_prompts(vocab_size: int, max_positions: int, seed: int = 0) -> list[Prompt]:
+    """Prompts of random tokens in mixed order of length; some share a passage, one is as long as the model allows."""
     draw = np.random.default_rng(seed)
     longest = max_positions - NEW_TOKENS + 1
-    lengths = [min(length, longest) for length in (*RANDOM_PROMPT_LENGTHS, longest)]
-    return [draw.integers(0, vocab_size, length).tolist() for length in draw.permutation(lengths)]
+    prompts = []
+    for index, (passage, question) in enumerate([*RANDOM_LENGTHS, (longest - 20, 20)]):
+        questions = (question, *SHARED_LENGTHS) if index % 2 else (question,)
+        passage_ids = draw.integers(0, vocab_size, min(passage, longest - max(questions))).tolist()
+        prompts += [
+            Prompt(passage_ids=passage_ids, question_ids=draw.integers(0, vocab_size, length).tolist())
+            for length in questions
+        ]
+    return [prompts[index] for index in draw.permutation(len(prompts))]
 
 
 @torch.inference_mode()
-def torch_reference(model: GPT2LMHeadModel, prompt: list[int]) -> Reference:
+def torch_reference(model: GPT2LMHeadModel, prompt: Prompt) -> Reference:
     """Generates `NEW_TOKENS` tokens greedily, with neither a batch nor padding (end-of-text does not stop it)."""
     tokens: list[int] = []
     logits: list[np.ndarray] = []
-    output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+    output = model(torch.tensor([prompt.ids]), use_cache=True, logits_to_keep=1)
     while True:
         logits.append(output.logits[0, -1].float().numpy())
         tokens.append(int(logits[-1].argmax()))
@@ -57,29 +70,38 @@ def torch_reference(model: GPT2LMHeadModel, prompt: list[int]) -> Reference:
 
 
 def with_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray:
-    """Prefills the prompts together and feeds PyTorch's tokens one by one: logits, float32 [B, N, V]."""
-    state = engine.prefill([reference.prompt for reference in references])
+    """Reads the prompts together and feeds PyTorch's tokens one by one: logits, float32 [B, N, V]."""
+    state = _prefill(engine, [reference.prompt for reference in references])
     logits = [state.logits]
     for step in range(NEW_TOKENS - 1):
-        state = engine.decode_step(state, np.array([reference.tokens[step] for reference in references]))
+        state = engine.decode_step(state, np.array([references[prompt].tokens[step] for prompt in state.prompts]))
         logits.append(state.logits)
-    return np.stack(logits, axis=1)
+    return np.stack(logits, axis=1)[np.argsort(state.prompts)]
 
 
 def without_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray:
-    """Reads each prompt with PyTorch's tokens behind it from scratch: logits of the last step, float32 [B, 1, V]."""
-    return engine.prefill([reference.prompt + reference.tokens[:LAST_STEP] for reference in references]).logits[:, None]
+    """Reads each prompt with PyTorch's tokens behind it as one text: logits of the last step, float32 [B, 1, V]."""
+    state = _prefill(
+        engine,
+        [
+            Prompt(passage_ids=[], question_ids=reference.prompt.ids + reference.tokens[:LAST_STEP])
+            for reference in references
+        ],
+    )
+    return state.logits[np.argsort(state.prompts), None]
 
 
-def verify_parity(
-    model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[list[int]], *, source: str
-) -> dict[str, Any]:
+def _prefill(engine: Engine, prompts: Sequence[Prompt]) -> DecodeState:
+    return engine.prefill(prompts, list(plan_groups(prompts, max_rows=len(prompts))))
+
+
+def verify_parity(model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[Prompt], *, source: str) -> dict[str, Any]:
     """Compares the engine with the PyTorch model on every prompt, in every way.
 
     Args:
         model: In evaluation mode, float32, on the CPU.
-        engine: Of the exported graph.
-        prompts: Token lists of at most `max_positions - NEW_TOKENS + 1` tokens, in mixed order of length.
+        engine: Of the exported graph, with room in its passage cache.
+        prompts: Each of at most `max_positions - NEW_TOKENS + 1` tokens, in mixed order of length.
         source: Where the prompts are from, for the report.
 
     Returns:
@@ -101,8 +123,8 @@ def verify_parity(
             differences[name] = max(
                 _compare(name, compute(engine, batch), batch, steps) for batch in _batches(references, batch_size)
             )
-    for batch in _batches(references, BATCH_SIZE):
-        _compare_decoding(engine, batch)
+    for _ in range(2):  # the second time some passages are remembered
+        _compare_decoding(engine, references)
     return {
         "source": source,
         "prompts": len(references),
@@ -146,8 +168,10 @@ def _compare(way: str, logits: np.ndarray, references: Sequence[Reference], step
 
 
 def _compare_decoding(engine: Engine, references: Sequence[Reference]) -> None:
-    """Runs the engine's own loop, rows leaving the batch at end-of-text, against PyTorch's tokens up to there."""
-    generations = engine.greedy_decode([reference.prompt for reference in references], max_new_tokens=NEW_TOKENS)
+    """Runs the engine's own loop, rows leaving the batch and others joining, against PyTorch's tokens."""
+    generations = engine.greedy_decode(
+        [reference.prompt for reference in references], max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE
+    )
     for generation, reference in zip(generations, references, strict=True):
         tokens = reference.tokens
         expected = tokens[: tokens.index(engine.eos_token_id)] if engine.eos_token_id in tokens else tokens

@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 from qa_onnx.bundle import Bundle, Manifest
 from qa_onnx.engine import Engine, FinishReason, Generation
 from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
-from qa_onnx.planner import MAX_BATCH_TOKENS, plan_batches
+from qa_onnx.kv_cache import PassageCache
 from qa_onnx.progress import Progress
 from qa_onnx.prompt import Prompt, check_prompt_lengths, encode_prompts, load_tokenizer
 from qa_onnx.session import Session
 
 DEFAULT_MAX_NEW_TOKENS = 32
-DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCH_SIZE = 64
+DEFAULT_PASSAGE_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +50,34 @@ class Answerer:
         self._provider = provider
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, provider: str = "auto", threads: int | None = None) -> Answerer:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        passage_cache_bytes: int = DEFAULT_PASSAGE_CACHE_BYTES,
+    ) -> Answerer:
         """Loads a bundle.
 
         Args:
             path: The directory that `python -m export.to_onnx` wrote.
             provider: `cpu`, `cuda`, or `auto`: CUDA where this ONNX Runtime has it, else the CPU. A provider that does
                 not start is an error; none is ever replaced by another.
-            threads: CPU threads of one operator; None is one a physical core.
+            threads: CPU threads of one operator, at most as many as the machine has; None is one a physical core.
+            passage_cache_bytes: Memory for the keys and values of the passages read last: another question on one of
+                them costs only the question. 0 keeps none.
 
         Raises:
             BundleError: The bundle is missing, incomplete, altered or of another format version.
             ProviderError: ONNX Runtime or the provider is not there.
-            InvalidInputError: An unknown provider, or a thread count below 1.
+            InvalidInputError: An unknown provider, a thread count that the machine does not have, or a negative
+                `passage_cache_bytes`.
         """
+        if isinstance(passage_cache_bytes, bool) or not isinstance(passage_cache_bytes, int) or passage_cache_bytes < 0:
+            raise InvalidInputError(
+                f"got passage_cache_bytes {passage_cache_bytes!r}; expected a whole number of bytes, 0 to keep none"
+            )
         bundle = Bundle.open(path)
         tokenizer = _load_tokenizer(bundle.tokenizer_path)
         session = Session(bundle.model_path, provider=provider, threads=threads)
@@ -71,10 +86,10 @@ class Answerer:
             manifest=bundle.manifest,
             engine=Engine(
                 session,
-                heads=bundle.manifest.heads,
-                head_size=bundle.manifest.head_size,
+                layout=bundle.manifest.cache_layout,
                 eos_token_id=bundle.manifest.eos_token_id,
                 max_positions=bundle.manifest.max_positions,
+                passage_cache=PassageCache(passage_cache_bytes),
             ),
             tokenizer=tokenizer,
             provider=session.provider,
@@ -141,14 +156,11 @@ class Answerer:
                 raise InvalidInputError(f"got {name} {value!r}; expected a whole number of at least 1")
         prompts = encode_prompts(self._tokenizer, questions, contexts)
         check_prompt_lengths(prompts, self._manifest.max_positions)
-        generations: dict[int, Generation] = {}
-        lengths = [len(prompt) for prompt in prompts]
         with Progress(len(prompts), "answering", enabled=progress) as bar:
-            for batch in plan_batches(lengths, max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS):
-                made = engine.greedy_decode([prompts[index].ids for index in batch], max_new_tokens=max_new_tokens)
-                generations.update(zip(batch, made, strict=True))
-                bar.advance(len(batch))
-        return [self._to_answer(prompt, generations[index]) for index, prompt in enumerate(prompts)]
+            generations = engine.greedy_decode(
+                prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, on_finished=bar.advance
+            )
+        return [self._to_answer(prompt, generation) for prompt, generation in zip(prompts, generations, strict=True)]
 
     def close(self) -> None:
         """Lets go of the model. Calls under way finish; later ones raise `ClosedError`. Closing twice is harmless."""

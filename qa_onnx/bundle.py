@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from qa_onnx.errors import BundleError
+from qa_onnx.kv_cache import CacheLayout
 from qa_onnx.prompt import PROMPT_TEMPLATE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "qa_onnx.json"
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
 REQUIRED_FILES = (MODEL_NAME, TOKENIZER_NAME, CONFIG_NAME)
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class Manifest:
     package_versions: dict[str, str]
     parity: dict[str, Any]
     files: dict[str, dict[str, Any]]
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What keys and values of this model look like."""
+        return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as the JSON object that is on disk."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qa_onnx.shared_cache import CacheLayout, aligned
+from qa_onnx.kv_cache import CacheLayout, aligned
 
 GROWTH = 16
 """Columns that rows get at a time for new tokens."""

@@ -1,8 +1,15 @@
-"""past_key_values as an object: the keys and values of the tokens that the model has already read."""
+"""past_key_values as an object: the keys and values of the tokens that the model has already read.
+
+A cache is a grid of rows: G groups (a group is the questions on one passage) of R rows, each with room for C tokens.
+The passages have a cache of their own, of one row a group, which all rows of a group attend to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,44 +19,94 @@ from qa_onnx.session import Session
 if TYPE_CHECKING:
     import onnxruntime
 
-PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
+PASSAGE_PREFIX, PAST_PREFIX, PRESENT_PREFIX = "passage.", "past_key_values.", "present."
+ALIGNMENT = 16
+"""Columns begin at multiples of this. The sum over a row's keys then takes the same steps whatever stands before it,
+so that a row's result is the same to the last bit in any batch."""
+
+
+def aligned(columns: int) -> int:
+    """`columns`, rounded up to a multiple of `ALIGNMENT`."""
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayout:
+    """What the caches of a model have in common."""
+
+    layers: int
+    heads: int
+    head_size: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the keys and values of one token take."""
+        return 2 * self.layers * self.heads * self.head_size * np.dtype(np.float32).itemsize
+
+    def zeros(self, *, groups: int, rows: int, columns: int) -> np.ndarray:
+        """An empty cache's array, float32 [2 * layers, G, H, R, C, D]."""
+        return np.zeros((2 * self.layers, groups, self.heads, rows, columns, self.head_size), np.float32)
 
 
 class KVCache:
-    """Keys and values of every layer, each float32 [B, H, P, D] on the session's device."""
+    """Keys and values of every layer on the session's device, where the graph writes into them in place."""
 
-    def __init__(self, session: Session, values: Mapping[str, onnxruntime.OrtValue]) -> None:
-        """Takes the values by their input names, `past_key_values.{layer}.key` and `.value`."""
-        self._session = session
-        self.values = dict(values)
+    def __init__(self, session: Session, array: np.ndarray) -> None:
+        """Puts [2 * layers, G, H, R, C, D] (keys of the first layer, its values, keys of the second...) on the device.
 
-    @classmethod
-    def empty(cls, session: Session, *, batch_size: int, heads: int, head_size: int) -> KVCache:
-        """A cache of no tokens for `batch_size` rows."""
-        nothing = session.to_device(np.zeros((batch_size, heads, 0, head_size), np.float32))
-        return cls(session, {name: nothing for name in session.input_names if name.startswith(PAST_PREFIX)})
+        On the CPU that takes no copy: the graph reads and writes the array itself.
+        """
+        self._array = array
+        self._is_shared = session.provider == "cpu"
+        self._values = [session.to_device(layer) for layer in array]
 
-    def updated(self, outputs: Mapping[str, onnxruntime.OrtValue]) -> KVCache:
-        """The cache after a run: the graph's `present.*` outputs become the next run's past."""
-        return KVCache(
-            self._session,
-            {name: outputs[PRESENT_PREFIX + name.removeprefix(PAST_PREFIX)] for name in self.values},
-        )
+    def to_host(self) -> np.ndarray:
+        """The array, with what the graph has written into the cache; on the CPU it always has that."""
+        if not self._is_shared:
+            for layer, value in zip(self._array, self._values, strict=True):
+                layer[...] = value.numpy()
+        return self._array
 
-    def select_rows(self, rows: Sequence[int] | np.ndarray) -> KVCache:
-        """A cache of the given rows only, in the given order."""
-        index = np.asarray(rows, np.int64)
-        return KVCache(
-            self._session, {name: self._session.select_rows(value, index) for name, value in self.values.items()}
-        )
+    def named(self, prefix: str) -> dict[str, onnxruntime.OrtValue]:
+        """The values by the graph's names, `{prefix}{layer}.key` and `{prefix}{layer}.value`."""
+        return {
+            f"{prefix}{index // 2}.{'value' if index % 2 else 'key'}": value for index, value in enumerate(self._values)
+        }
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Rows, heads, tokens and head size: [B, H, P, D]."""
-        rows, heads, tokens, head_size = next(iter(self.values.values())).shape()
-        return rows, heads, tokens, head_size
+
+class PassageCache:
+    """Keys and values of the passages read last, for questions still to come. Safe to use from several threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Keeps at most `max_bytes` bytes; with 0 it keeps nothing."""
+        self.max_bytes = max_bytes
+        self._passages: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+        self._nbytes = 0
+        self._lock = Lock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the keys and values take."""
-        return len(self.values) * int(np.prod(self.shape)) * np.dtype(np.float32).itemsize
+        """Bytes that it holds."""
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def get(self, passage_ids: Sequence[int]) -> np.ndarray | None:
+        """The keys and values of a passage, [2 * layers, H, P, D] with P aligned, or None. Not to be written to."""
+        with self._lock:
+            key = tuple(passage_ids)
+            if key in self._passages:
+                self._passages.move_to_end(key)
+            return self._passages.get(key)
+
+    def put(self, passage_ids: Sequence[int], array: np.ndarray) -> None:
+        """Keeps a copy of a passage's keys and values, and lets go of the passages that were used longest ago."""
+        if array.nbytes > self.max_bytes:
+            return
+        with self._lock:
+            key = tuple(passage_ids)
+            self._nbytes += array.nbytes - (self._passages.pop(key).nbytes if key in self._passages else 0)
+            self._passages[key] = array.copy()
+            while self._nbytes > self.max_bytes:
+                self._nbytes -= self._passages.popitem(last=False)[1].nbytes

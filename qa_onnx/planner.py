@@ -8,32 +8,6 @@ from dataclasses import dataclass, replace
 
 from qa_onnx.prompt import Prompt
 
-MAX_BATCH_TOKENS = 8192
-"""Prompt tokens in a batch, padding included: bounds the memory of a prefill whatever the batch size."""
-
-
-def plan_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
-    """Groups prompts of like length, longest first, so that little of a batch is padding.
-
-    Args:
-        lengths: Tokens of each prompt.
-        max_rows: The most prompts in a batch.
-        max_tokens: The most tokens in a batch, padding included; a single longer prompt is a batch of its own.
-
-    Returns:
-        Batches of indices into `lengths`; every index is in one batch.
-    """
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * width <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            width = lengths[index]
-    return batches
-
-
 MAX_GROUP_ROWS = 16
 """The most questions of one group; the questions on a passage that has more are spread over several groups."""
 
@@ -85,10 +59,12 @@ def take_batch(groups: deque[Group], prompts: Sequence[Prompt], *, max_rows: int
         max_tokens: The most tokens to take, counted as the cache holds them: each passage as wide as the longest, and
             each row as wide as the longest question.
     """
-    if len(groups[0].prompts) > max_rows:
-        first = groups.popleft()
-        groups.appendleft(replace(first, prompts=first.prompts[max_rows:]))
-        return [replace(first, prompts=first.prompts[:max_rows])]
+    first = groups[0]
+    widest = max(len(prompts[index].question_ids) for index in first.prompts)
+    fitting = min(max_rows, max((max_tokens - len(first.passage_ids)) // widest, 1))
+    if len(first.prompts) > fitting:
+        groups[0] = replace(first, prompts=first.prompts[fitting:])
+        return [replace(first, prompts=first.prompts[:fitting])]
     batch: list[Group] = []
     rows = passage_width = row_width = 0
     while groups:

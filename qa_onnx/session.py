@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,8 +17,28 @@ if TYPE_CHECKING:
 
 Provider = Literal["auto", "cpu", "cuda"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much a provider works on at a time.
+
+    Attributes:
+        prefill_tokens: Tokens that one run of a prefill should have: on the CPU few enough for its caches, on CUDA
+            many enough to fill the device.
+        batch_tokens: Tokens whose keys and values a batch holds at most, which bounds its memory.
+    """
+
+    prefill_tokens: int
+    batch_tokens: int
+
+
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 """TF32 rounds the inputs of fp32 products to 10 bits: faster, and no longer the same answers as PyTorch's."""
+_LIMITS = {
+    "cpu": Limits(prefill_tokens=1024, batch_tokens=4096),
+    "cuda": Limits(prefill_tokens=32768, batch_tokens=32768),
+}
 _ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -72,19 +93,22 @@ class Session:
             threads: Threads of one operator; None leaves it to ONNX Runtime (one a physical core).
 
         Raises:
-            InvalidInputError: An unknown provider or a thread count below 1.
+            InvalidInputError: An unknown provider, or a thread count below 1 or above the machine's.
             ProviderError: The provider is not there, or ONNX Runtime would have replaced it by another.
             BundleError: ONNX Runtime cannot load the file.
         """
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InvalidInputError(f"got threads {threads!r}; expected a whole number of at least 1, or None")
+        _check_threads(threads)
+        self.path = model_path
         self.provider = resolve_provider(provider)
+        self.limits = _LIMITS[self.provider]
         self._ort = import_onnxruntime()
         if self.provider == "cuda" and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()
         name = _ONNX_RUNTIME_NAMES[self.provider]
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
+        # The graph comes optimised from the export; fusing more (Add with LayerNormalization) makes it slower.
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -107,9 +131,9 @@ class Session:
         self,
         inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue],
         *,
-        in_place: Mapping[str, onnxruntime.OrtValue] | None = None,
+        in_place: Mapping[str, onnxruntime.OrtValue],
     ) -> dict[str, onnxruntime.OrtValue]:
-        """Runs the graph by I/O binding: outputs of one run can be inputs of the next without leaving the device.
+        """Runs the graph by I/O binding: nothing leaves the device.
 
         Args:
             inputs: For each input name an array, or a value that is on the device already.
@@ -125,7 +149,6 @@ class Session:
         binding = self._session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        in_place = in_place or {}
         for name in self.output_names:
             if name in in_place:
                 binding.bind_ortvalue_output(name, in_place[name])
@@ -139,6 +162,15 @@ class Session:
         """Puts an array on the provider's device; on the CPU the value shares the array's memory and keeps it alive."""
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.provider)
 
-    def select_rows(self, value: onnxruntime.OrtValue, rows: np.ndarray) -> onnxruntime.OrtValue:
-        """Copies the given rows (int64 [N], along the first axis) of a value on the device."""
-        return self.to_device(value.numpy()[rows])
+
+def _check_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    most = os.cpu_count() or 1
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise InvalidInputError(f"got threads {threads!r}; expected a whole number of at least 1, or None")
+    if threads > most:
+        raise InvalidInputError(
+            f"got threads {threads}; this machine has {most} processors, and more threads than that only wait for "
+            "each other. Pass at most as many, or None"
+        )

@@ -8,10 +8,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
-from qa_onnx.engine import pad_left
-from qa_onnx.planner import MAX_BATCH_TOKENS, plan_batches
 from qa_onnx.prompt import check_prompt_lengths, encode_prompts
 from qa_onnx.squad import Example
+from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 
 
 def generate_answers(

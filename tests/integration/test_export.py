@@ -12,16 +12,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnx.reference
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from optimum.onnxruntime import ORTModelForCausalLM
 
 from bench import accuracy
 from export import to_onnx, verify
-from export.passes import keep_last_logits
 from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import write_manifest
+from qa_onnx.prompt import Prompt
 from qa_onnx.session import Session
 from training import finetune
 
@@ -51,29 +50,6 @@ def test_logits_are_of_the_last_position_and_the_embedding_is_stored_once(tiny_b
     shape = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape
     assert len(shape.dim) == 2
     assert sum(600 in tensor.dims for tensor in graph.initializer) == 1
-
-
-def test_a_transposed_copy_of_the_embedding_is_dropped(tiny_bundle):
-    """Larger models are exported with the output weights written a second time."""
-    embedding = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    nodes = [
-        helper.make_node("Gather", ["wte", "ids"], ["hidden"]),
-        helper.make_node("MatMul", ["hidden", "output_weights"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "t"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "t", 9])],
-        [numpy_helper.from_array(embedding, "wte"), numpy_helper.from_array(embedding.T.copy(), "output_weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    keep_last_logits(model)
-    onnx.checker.check_model(model, full_check=True)
-    assert [tensor.name for tensor in model.graph.initializer if 9 in tensor.dims] == ["wte"]
-    ids = np.array([[1, 2, 3], [4, 5, 6]])
-    got = onnx.reference.ReferenceEvaluator(model).run(None, {"ids": ids})[0]
-    np.testing.assert_allclose(got, embedding[ids[:, -1]] @ embedding.T, rtol=1e-5)
 
 
 def test_optimums_own_export_can_be_kept_and_loads_in_optimum(tiny_model_dir, tmp_path):
@@ -254,7 +230,10 @@ def test_train_export_answer(heldout_file, tmp_path):
 
 
 def test_the_gates_batches_are_bounded_in_rows_and_tokens_and_hold_every_prompt_in_order():
-    references = [verify.Reference(prompt=[0] * n, tokens=[], logits=np.empty(0)) for n in (3, 900, 40, 1017, 5, 6)]
+    references = [
+        verify.Reference(prompt=Prompt(passage_ids=[], question_ids=[0] * n), tokens=[], logits=np.empty(0))
+        for n in (3, 900, 40, 1017, 5, 6)
+    ]
     batches = verify._batches(references, 3)
     assert [len(row.prompt) for batch in batches for row in batch] == [3, 900, 40, 1017, 5, 6]
     assert [len(batch) for batch in batches] == [2, 2, 2]

@@ -33,6 +33,16 @@ def test_the_prompts_are_of_mixed_lengths_up_to_the_last_position():
     assert lengths != sorted(lengths)
 
 
+def damage_exports(monkeypatch, damage):
+    def damaged(*arguments):
+        model = build_decoder(*arguments)
+        damage(model)
+        return model
+
+    build_decoder = to_onnx.build_decoder
+    monkeypatch.setattr(to_onnx, "build_decoder", damaged)
+
+
 def alter_embedding(model):
     tensor = next(tensor for tensor in model.graph.initializer if "wpe" in tensor.name)
     values = numpy_helper.to_array(tensor).copy()
@@ -50,22 +60,26 @@ def ignore_positions(model):
 
 
 def ignore_padding(model):
-    """An attention mask of ones, as if padding were text: only rows that are padded go wrong."""
-    one = numpy_helper.from_array(np.array(1, np.int64), "one")
-    model.graph.initializer.append(one)
+    """No mask, as if padding were text: only rows beside longer ones go wrong."""
+    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
+    model.graph.initializer.append(zero)
     for node in model.graph.node:
-        node.input[:] = ["all_ones" if name == "attention_mask" else name for name in node.input]
-    model.graph.node.insert(0, onnx.helper.make_node("Max", ["attention_mask", "one"], ["all_ones"]))
+        node.input[:] = ["no_bias" if name == "attention_bias" else name for name in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["attention_bias", "zero"], ["no_bias"]))
 
 
-@pytest.mark.parametrize("damage", [alter_embedding, ignore_positions, ignore_padding])
+def write_to_the_first_column(model):
+    """Every step's keys and values in one column, as if `write_index` had been forgotten."""
+    zero = numpy_helper.from_array(np.array(0, np.int64), "zero")
+    model.graph.initializer.append(zero)
+    for node in model.graph.node:
+        node.input[:] = ["first" if name == "write_index" else name for name in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["write_index", "zero"], ["first"]))
+
+
+@pytest.mark.parametrize("damage", [alter_embedding, ignore_positions, ignore_padding, write_to_the_first_column])
 def test_a_graph_that_computes_something_else_is_not_written(tiny_model_dir, tmp_path, monkeypatch, capsys, damage):
-    def damaged(model):
-        keep_last_logits(model)
-        damage(model)
-
-    keep_last_logits = to_onnx.keep_last_logits
-    monkeypatch.setattr(to_onnx, "keep_last_logits", damaged)
+    damage_exports(monkeypatch, damage)
     with pytest.raises(ParityError, match="not written"):
         to_onnx.export(str(tiny_model_dir), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -76,13 +90,11 @@ def test_a_graph_that_computes_something_else_is_not_written(tiny_model_dir, tmp
 
 def test_nan_does_not_pass(tiny_model_dir, tmp_path, monkeypatch):
     def nan_logits(model):
-        keep_last_logits(model)
         model.graph.initializer.append(numpy_helper.from_array(np.array(np.nan, np.float32), "nan"))
         for node in model.graph.node:
             node.output[:] = ["finite_logits" if name == "logits" else name for name in node.output]
         model.graph.node.append(onnx.helper.make_node("Add", ["finite_logits", "nan"], ["logits"]))
 
-    keep_last_logits = to_onnx.keep_last_logits
-    monkeypatch.setattr(to_onnx, "keep_last_logits", nan_logits)
+    damage_exports(monkeypatch, nan_logits)
     with pytest.raises(ParityError, match="nan"):
         to_onnx.export(str(tiny_model_dir), tmp_path / "bundle")

@@ -8,7 +8,7 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qa_onnx.answerer import Answerer
-from qa_onnx.bundle import Manifest
+from qa_onnx.bundle import FORMAT_VERSION, Manifest
 from qa_onnx.engine import Generation
 from qa_onnx.prompt import prepare_tokenizer
 
@@ -65,16 +65,17 @@ class SpyTokenizer:
 
 
 class EchoEngine:
-    """Answers with the question. Notes the batches that it was given."""
+    """Answers with the question. Notes what it was asked."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.batches = []
+        self.prompts = self.batch_size = None
 
-    def greedy_decode(self, prompts, *, max_new_tokens):
-        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
-        self.batches.append(texts)
-        return [self._echo(text, max_new_tokens) for text in texts]
+    def greedy_decode(self, prompts, *, max_new_tokens, batch_size, on_finished):
+        self.prompts, self.batch_size = prompts, batch_size
+        for _ in prompts:
+            on_finished(1)
+        return [self._echo(self.tokenizer.decode(prompt.ids), max_new_tokens) for prompt in prompts]
 
     def _echo(self, prompt, max_new_tokens):
         question = prompt.rpartition("\nQuestion:")[2].removesuffix("\nAnswer:")
@@ -104,7 +105,9 @@ def manifest_fields(**changes):
 
 def echo_answerer(**manifest_changes):
     """An answerer that answers each question with the question."""
-    manifest = Manifest(format_version=1, prompt_template="", files={}, **manifest_fields(**manifest_changes))
+    manifest = Manifest(
+        format_version=FORMAT_VERSION, prompt_template="", files={}, **manifest_fields(**manifest_changes)
+    )
     tokenizer = small_tokenizer()
     return Answerer(manifest=manifest, engine=EchoEngine(tokenizer), tokenizer=tokenizer, provider="cpu")
 

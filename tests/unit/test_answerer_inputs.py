@@ -24,7 +24,7 @@ def test_answers_come_in_the_order_asked(answerer):
     questions, contexts = zip(*together, strict=True)
     answers = answerer.answer_batch(questions, contexts, max_new_tokens=64, batch_size=6)
     assert [answer.text for answer in answers] == list(questions)
-    assert max(len(batch) for batch in answerer._engine.batches) == 6
+    assert answerer._engine.batch_size == 6
 
 
 def test_an_answer_tells_its_tokens_and_why_it_ended(answerer):
@@ -40,16 +40,8 @@ def test_one_call_and_a_batch_of_one_agree(answerer):
     assert answerer.answer_batch(["Who?"], [PASSAGE]) == [answerer.answer("Who?", PASSAGE)]
 
 
-def test_a_batch_is_bounded_by_tokens_too(answerer, monkeypatch):
-    monkeypatch.setattr(answerer_module, "MAX_BATCH_TOKENS", 100)
-    answerer.answer_batch(["Who?"] * 8, [PASSAGE] * 8)
-    tokens = answerer.answer("Who?", PASSAGE).prompt_tokens
-    assert [len(batch) for batch in answerer._engine.batches[:-1]] == [100 // tokens] * (8 // (100 // tokens))
-
-
 def test_nothing_asked_is_nothing_answered(answerer):
     assert answerer.answer_batch([], []) == []
-    assert answerer._engine.batches == []
 
 
 @pytest.mark.parametrize(
@@ -68,7 +60,7 @@ def test_nothing_asked_is_nothing_answered(answerer):
 def test_bad_questions_and_contexts_are_refused(answerer, questions, contexts, words):
     with pytest.raises(InvalidInputError, match=words):
         answerer.answer_batch(questions, contexts)
-    assert answerer._engine.batches == []
+    assert answerer._engine.prompts is None
 
 
 @pytest.mark.parametrize("option", ["max_new_tokens", "batch_size"])
@@ -89,7 +81,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_computed():
     answerer = echo_answerer(max_positions=tokens - 2)
     with pytest.raises(PromptTooLongError, match=rf"prompt 1 has {tokens} tokens .*at least 2 tokens, or split it"):
         answerer.answer_batch(["Who?", "Who?"], ["Short.", PASSAGE])
-    assert answerer._engine.batches == []
+    assert answerer._engine.prompts is None
 
 
 def test_after_close_every_call_is_an_error(answerer):
@@ -132,3 +124,9 @@ def test_a_tokenizer_that_cannot_be_read_is_a_bundle_error(tmp_path, monkeypatch
     monkeypatch.setattr(answerer_module, "Session", lambda *_, **__: type("FakeSession", (), {"provider": "cpu"}))
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         Answerer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [-1, True, "1", 2.5, None])
+def test_the_passage_cache_has_a_whole_number_of_bytes(tmp_path, size):
+    with pytest.raises(InvalidInputError, match=f"passage_cache_bytes {size!r}; expected a whole number of bytes"):
+        Answerer.from_pretrained(tmp_path, passage_cache_bytes=size)

@@ -1,39 +1,54 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qa_onnx.planner import plan_batches
+from qa_onnx.planner import MAX_GROUP_ROWS, plan_groups, take_batch
+from qa_onnx.prompt import Prompt
 
-lengths_and_limits = {
-    "lengths": st.lists(st.integers(1, 60), max_size=50),
-    "max_rows": st.integers(1, 9),
-    "max_tokens": st.integers(1, 200),
-}
-
-
-@given(**lengths_and_limits)
-def test_every_prompt_is_in_one_batch_longest_first(lengths, max_rows, max_tokens):
-    order = [index for batch in plan_batches(lengths, max_rows=max_rows, max_tokens=max_tokens) for index in batch]
-    assert sorted(order) == list(range(len(lengths)))
-    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+prompts = st.lists(
+    st.builds(
+        Prompt,
+        passage_ids=st.integers(0, 5).map(lambda length: [9] * length * 7),
+        question_ids=st.integers(1, 30).map(lambda length: [8] * length),
+    ),
+    max_size=60,
+)
 
 
-@given(**lengths_and_limits)
-def test_batches_keep_the_limits_and_a_longer_prompt_is_alone(lengths, max_rows, max_tokens):
-    for batch in plan_batches(lengths, max_rows=max_rows, max_tokens=max_tokens):
-        padded = len(batch) * max(lengths[index] for index in batch)
-        assert 1 <= len(batch) <= max_rows
-        assert padded <= max_tokens or len(batch) == 1
+@given(prompts=prompts, max_rows=st.integers(1, 40))
+def test_every_prompt_is_in_one_group_of_its_passage(prompts, max_rows):
+    groups = plan_groups(prompts, max_rows=max_rows)
+    assert sorted(index for group in groups for index in group.prompts) == list(range(len(prompts)))
+    for group in groups:
+        assert 1 <= len(group.prompts) <= min(max_rows, MAX_GROUP_ROWS)
+        assert all(tuple(prompts[index].passage_ids) == group.passage_ids for index in group.prompts)
 
 
-@given(**lengths_and_limits)
-def test_a_batch_ends_only_where_one_more_would_break_a_limit(lengths, max_rows, max_tokens):
-    for batch, _ in pairwise(plan_batches(lengths, max_rows=max_rows, max_tokens=max_tokens)):
-        assert len(batch) == max_rows or (len(batch) + 1) * lengths[batch[0]] > max_tokens
+@given(prompts=prompts, max_rows=st.integers(1, 40))
+def test_the_groups_of_a_passage_are_neighbours_and_as_few_as_can_be(prompts, max_rows):
+    groups = list(plan_groups(prompts, max_rows=max_rows))
+    order = [group.passage_ids for group in groups]
+    changes = sum(left != right for left, right in pairwise(order))
+    assert changes == max(len(set(order)) - 1, 0)
+    asked = Counter(tuple(prompt.passage_ids) for prompt in prompts)
+    most = min(max_rows, MAX_GROUP_ROWS)
+    assert Counter(order) == {passage: -(-count // most) for passage, count in asked.items()}
 
 
-def test_prompts_of_one_length_keep_their_order():
-    assert plan_batches([5, 7, 5, 7], max_rows=3, max_tokens=100) == [[1, 3, 0], [2]]
+@given(prompts=prompts, max_rows=st.integers(1, 40), max_tokens=st.integers(1, 500))
+def test_batches_take_every_prompt_once_and_keep_the_limits(prompts, max_rows, max_tokens):
+    queue = plan_groups(prompts, max_rows=16)
+    taken = []
+    while queue:
+        batch = take_batch(queue, prompts, max_rows=max_rows, max_tokens=max_tokens)
+        rows = [index for group in batch for index in group.prompts]
+        width = max(len(prompts[index].question_ids) for index in rows)
+        tokens = len(batch) * max(len(group.passage_ids) for group in batch) + len(rows) * width
+        assert 1 <= len(rows) <= max_rows
+        assert tokens <= max_tokens or len(rows) == 1
+        taken += rows
+    assert sorted(taken) == list(range(len(prompts)))

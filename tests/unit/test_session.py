@@ -21,6 +21,8 @@ class FakeRuntime:
         self.working = available if working is None else working
         self.asked_for = self.options = None
 
+    GraphOptimizationLevel = SimpleNamespace(ORT_ENABLE_BASIC="basic")
+
     def get_available_providers(self):
         return self.available
 
@@ -97,10 +99,24 @@ def test_threads_have_to_be_a_positive_whole_number(use, tmp_path, threads):
 
 
 @pytest.mark.parametrize(("threads", "set_to"), [(None, 0), (3, 3)])
-def test_threads_are_those_of_one_operator(use, tmp_path, threads, set_to):
+def test_threads_are_those_of_one_operator(use, tmp_path, monkeypatch, threads, set_to):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     runtime = use(CPU)
     Session(tmp_path / "model.onnx", threads=threads)
     assert runtime.options.intra_op_num_threads == set_to
+
+
+def test_more_threads_than_processors_are_refused(use, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    use(CPU)
+    with pytest.raises(InvalidInputError, match="got threads 4; this machine has 3 processors"):
+        Session(tmp_path / "model.onnx", threads=4)
+
+
+def test_the_graph_is_not_fused_further(use, tmp_path):
+    runtime = use(CPU)
+    Session(tmp_path / "model.onnx")
+    assert runtime.options.graph_optimization_level == "basic"
 
 
 def test_without_onnxruntime_the_extras_are_named(monkeypatch):
