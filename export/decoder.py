@@ -41,7 +41,7 @@ from qa_onnx.kv_cache import PASSAGE_PREFIX, PAST_PREFIX, PRESENT_PREFIX
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 24, 1, 11
 CONTRIB = "com.microsoft"
-TOKEN_EMBEDDING = "wte.weight"
+TOKEN_EMBEDDING, POSITION_EMBEDDING, OUTPUT_WEIGHTS = "wte.weight", "wpe.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def weights_of(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
         head = stored[output].T if output in stored else None
     if head is None:
         raise ParityError(f"the output weights {output!r} are not stored in the graph. Report this model")
-    if not np.array_equal(head, weights["wte.weight"]):
-        weights["lm_head.weight"] = head
+    if not np.array_equal(head, weights[TOKEN_EMBEDDING]):
+        weights[OUTPUT_WEIGHTS] = head
     return weights
 
 
@@ -156,7 +156,7 @@ class _Builder:
 
     def build(self) -> onnx.ModelProto:
         self._prepare_indices()
-        residual = self.op("Add", self._embedding(), self.op("Gather", self.weight("wpe.weight"), "position_ids"))
+        residual = self.op("Add", self._embedding(), self.op("Gather", self.weight(POSITION_EMBEDDING), "position_ids"))
         for layer in range(self.config.n_layer):
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
         self._output_layer(self._layer_norm("ln_f", residual))
@@ -298,8 +298,8 @@ class _Builder:
         return self.op("Mul", self.op("Cast", rows, to=TensorProto.FLOAT), scales)
 
     def _output_layer(self, hidden: str) -> None:
-        tied = "lm_head.weight" not in self.weights
-        name = TOKEN_EMBEDDING if tied else "lm_head.weight"
+        tied = OUTPUT_WEIGHTS not in self.weights
+        name = TOKEN_EMBEDDING if tied else OUTPUT_WEIGHTS
         if name not in self.quantized:
             self.op("Gemm", hidden, self.weight(name), name="logits", transB=1)
             return

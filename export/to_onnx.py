@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 import optimum.utils.logging
@@ -25,26 +26,37 @@ import torch
 import transformers
 from optimum.exporters.onnx import onnx_export_from_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+from tokenizers import Tokenizer
+from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
 from export.decoder import build_decoder, weights_of
+from export.quantize import measure_loss, quantize_weights
 from export.verify import NEW_TOKENS, random_prompts, verify_parity
 from qa_onnx import __version__
-from qa_onnx.bundle import CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, Bundle, Manifest, write_manifest
+from qa_onnx.bundle import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    PRECISIONS,
+    TOKENIZER_NAME,
+    Bundle,
+    Manifest,
+    write_manifest,
+)
 from qa_onnx.cli import run_command
 from qa_onnx.engine import Engine
-from qa_onnx.errors import InvalidInputError, one_line
+from qa_onnx.errors import InvalidInputError, ParityError, one_line
 from qa_onnx.kv_cache import CacheLayout, PassageCache
 from qa_onnx.prompt import Prompt, encode_prompts, load_tokenizer
 from qa_onnx.session import Session, import_onnxruntime
 from qa_onnx.squad import Example, read_squad
 
-PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
-VERIFY_QUESTIONS = 64
+VERIFY_PASSAGES, LOSS_QUESTIONS, CALIBRATION_PROMPTS = 64, 256, 32
 VERIFY_CACHE_BYTES = 64 * 2**20
-DISK_SPACE_FACTOR = 3
-"""Free disk an export needs, in sizes of the weights: Optimum's graph, the runtime's, and some room."""
+MAX_F1_DROP = 0.5
+DISK_SPACE_FACTOR = 4
+"""Free disk an export needs, in sizes of the weights: Optimum's graph, the fp32 one, the bundle's, some room."""
 
 
 def export(
@@ -53,6 +65,7 @@ def export(
     *,
     precision: str = "fp32",
     verify: Path | None = None,
+    max_f1_drop: float = MAX_F1_DROP,
     force: bool = False,
     keep_optimum: bool = False,
 ) -> Manifest:
@@ -61,18 +74,22 @@ def export(
     Args:
         model_name: A directory that `training.finetune` wrote, or a hub id, of a GPT-2.
         output: The bundle's directory.
-        precision: `fp32`; `fp16` and `int8` are not there yet.
-        verify: A SQuAD file of which the parity gate asks the first questions of `VERIFY_QUESTIONS` passages, besides
-            prompts of random tokens.
+        precision: One of `PRECISIONS`. What another one than fp32 loses beside fp32 is measured and written into the
+            manifest.
+        verify: A SQuAD file of which the parity gate asks the first questions of `VERIFY_PASSAGES` passages, besides
+            prompts of random tokens; and on which a loss of F1 is measured.
+        max_f1_drop: The most F1, in points, that the precision may lose on that file.
         force: Replace an existing bundle.
         keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
 
     Raises:
         InvalidInputError: The model, the precision or the output is not what it has to be, or the disk is full.
-        ParityError: The graph does not compute what PyTorch computes.
+        ParityError: The graph does not compute what PyTorch computes, or loses more F1 than it may.
     """
-    if precision != "fp32":
-        raise InvalidInputError(f"got precision {precision!r}; this version exports fp32 only: use --precision fp32")
+    if precision not in PRECISIONS:
+        raise InvalidInputError(f"got precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if not max_f1_drop >= 0:
+        raise InvalidInputError(f"got max_f1_drop {max_f1_drop}; expected points of F1, at least 0")
     versions = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
     versions |= {name: version(name) for name in PACKAGES}
     output = output.absolute()
@@ -88,27 +105,47 @@ def export(
         tokenizer.save_pretrained(plain)
         shutil.copyfile(plain / CONFIG_NAME, bundle / CONFIG_NAME)
         tokenizer.backend_tokenizer.save(str(bundle / TOKENIZER_NAME))
-        _write_runtime_graph(plain / MODEL_NAME, bundle / MODEL_NAME, model.config)
+        weights = weights_of(onnx.load(plain / MODEL_NAME))
         if not keep_optimum:
             shutil.rmtree(plain)
 
         config = model.config
-        session = Session(bundle / MODEL_NAME, provider="cpu")
         shape = {"layers": config.n_layer, "heads": config.n_head, "head_size": config.n_embd // config.n_head}
-        engine = Engine(
-            session,
-            layout=CacheLayout(**shape),
-            eos_token_id=tokenizer.eos_token_id,
-            max_positions=config.n_positions,
-            passage_cache=PassageCache(VERIFY_CACHE_BYTES),
-        )
+
+        def load(path: Path) -> tuple[Session, Engine]:
+            session = Session(path, provider="cpu")
+            return session, Engine(
+                session,
+                layout=CacheLayout(**shape),
+                eos_token_id=tokenizer.eos_token_id,
+                max_positions=config.n_positions,
+                passage_cache=PassageCache(VERIFY_CACHE_BYTES),
+            )
+
+        fp32_path = (bundle if precision == "fp32" else staging) / MODEL_NAME
+        onnx.save(build_decoder(weights, config), fp32_path)
+        session, engine = load(fp32_path)
         prompts = random_prompts(config.vocab_size, config.n_positions)
         sources = [f"{len(prompts)} of random tokens"]
+        bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
+        examples, asked = _fitting(examples, bpe, longest=config.n_positions - NEW_TOKENS + 1)
         if verify is not None:
-            asked = _prompts_of(examples, bundle / TOKENIZER_NAME, longest=config.n_positions - NEW_TOKENS + 1)
-            prompts += asked
-            sources.append(f"{len(asked)} of {verify.name}")
+            first_on_passage = list({tuple(prompt.passage_ids): prompt for prompt in reversed(asked)}.values())[::-1]
+            prompts += first_on_passage
+            sources.append(f"{len(first_on_passage)} of {verify.name}")
         parity = verify_parity(model, engine, prompts, source=", ".join(sources))
+        precision_loss: dict[str, Any] = {}
+        if precision == "int8":
+            quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
+            onnx.save(build_decoder(weights, config, quantized), bundle / MODEL_NAME)
+            session, int8_engine = load(bundle / MODEL_NAME)
+            precision_loss = measure_loss(engine, int8_engine, asked or prompts, examples, bpe)
+            precision_loss["products_kept_in_fp32"] = kept
+            if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
+                raise ParityError(
+                    f"int8 loses {precision_loss['f1_drop']:.2f} points of F1 on {verify}; at most {max_f1_drop:g} are "
+                    "allowed (--max-f1-drop). The bundle was not written; use --precision fp32, or allow more"
+                )
         manifest = write_manifest(
             bundle,
             {
@@ -121,6 +158,7 @@ def export(
                 "source_model": model_name,
                 "package_versions": versions,
                 "parity": parity,
+                "precision_loss": precision_loss,
                 **shape,
             },
         )
@@ -150,17 +188,13 @@ def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     return model.eval(), tokenizer
 
 
-def _prompts_of(examples: list[Example], tokenizer_path: Path, *, longest: int) -> list[Prompt]:
-    """The prompts of the first question of each passage, without those that are longer than the gate can follow."""
-    first_of_passage = list({example.context: example for example in reversed(examples)}.values())[::-1]
-    chosen = first_of_passage[:VERIFY_QUESTIONS]
-    bpe = load_tokenizer(str(tokenizer_path))
+def _fitting(examples: list[Example], bpe: Tokenizer, *, longest: int) -> tuple[list[Example], list[Prompt]]:
+    """The questions on the first passages, and their prompts, without those longer than the gate can follow."""
+    passages = set(list(dict.fromkeys(example.context for example in examples))[:VERIFY_PASSAGES])
+    chosen = [example for example in examples if example.context in passages][:LOSS_QUESTIONS]
     prompts = encode_prompts(bpe, [example.question for example in chosen], [example.context for example in chosen])
-    return [prompt for prompt in prompts if len(prompt) <= longest]
-
-
-def _write_runtime_graph(plain: Path, output: Path, config: GPT2Config) -> None:
-    onnx.save(build_decoder(weights_of(onnx.load(plain)), config), output)
+    pairs = [(example, prompt) for example, prompt in zip(chosen, prompts, strict=True) if len(prompt) <= longest]
+    return [example for example, _ in pairs], [prompt for _, prompt in pairs]
 
 
 def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:
@@ -232,6 +266,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to create")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     parser.add_argument("--verify", type=Path, metavar="FILE", help="SQuAD file with more prompts for the parity gate")
+    parser.add_argument(
+        "--max-f1-drop",
+        type=float,
+        default=MAX_F1_DROP,
+        metavar="POINTS",
+        help="F1 that int8 may lose on FILE beside fp32; default: %(default)s",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--keep-optimum", action="store_true", help="keep Optimum's export as BUNDLE-optimum")
     return parser
@@ -250,12 +291,18 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
         arguments.output,
         precision=arguments.precision,
         verify=arguments.verify,
+        max_f1_drop=arguments.max_f1_drop,
         force=arguments.force,
         keep_optimum=arguments.keep_optimum,
     )
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
     print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
     print(json.dumps(manifest.parity))
+    if manifest.precision_loss:
+        print(f"{manifest.precision} beside fp32:")
+        print(json.dumps(manifest.precision_loss))
+        if arguments.verify is None:
+            print("loss of F1 not measured: pass --verify FILE")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Manifest:
         vocab_size: Width of the logits.
         source_model: The model that was exported, as the export was told it.
         package_versions: Versions of the packages that made the bundle.
-        parity: The report of the export's parity gate.
+        parity: The report of the export's parity gate, which compares the fp32 graph with PyTorch.
+        precision_loss: Where the precision is not fp32, what the export measured beside fp32; else empty.
         files: For each file, `bytes` and `sha256`.
     """
 
@@ -61,6 +62,7 @@ class Manifest:
     source_model: str
     package_versions: dict[str, str]
     parity: dict[str, Any]
+    precision_loss: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
     @property

@@ -78,7 +78,7 @@ def test_force_does_not_delete_what_is_no_bundle(tiny_model_dir, tmp_path, capsy
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("moment", ["_write_runtime_graph", "verify_parity", "write_manifest"])
+@pytest.mark.parametrize("moment", ["build_decoder", "verify_parity", "write_manifest"])
 @pytest.mark.parametrize(
     ("failure", "status", "message"),
     [
@@ -143,8 +143,8 @@ def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--precision", "fp16"], "fp32 only"),
-        (["--precision", "int8"], "fp32 only"),
+        (["--precision", "int8", "--max-f1-drop", "-1"], "max_f1_drop -1"),
+        (["--precision", "int8", "--max-f1-drop", "nan"], "max_f1_drop nan"),
         (["--model", "{nowhere}"], "no model could be loaded"),
         (["--output", "{nowhere}/bundle"], "is not a directory; create it"),
         (["--model", "{pickled}"], "safetensors"),

@@ -100,6 +100,7 @@ def manifest_fields(**changes):
         "source_model": "small",
         "package_versions": {"qa_onnx": "0"},
         "parity": {},
+        "precision_loss": {},
     } | changes
 
 

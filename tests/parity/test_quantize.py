@@ -1,0 +1,118 @@
+"""int8: calibration, the report in the manifest, and the limit on what it may lose."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from export import to_onnx
+from export.quantize import MAX_PRODUCT_ERROR, measure_loss, quantize, quantize_weights
+from qa_onnx import Answerer, ParityError
+from qa_onnx.engine import Generation
+from qa_onnx.prompt import Prompt
+from training.starter.sample import generate
+
+PROMPTS = [Prompt(passage_ids=list(range(1, 40)), question_ids=[5, length, 9]) for length in range(1, 9)]
+
+
+@pytest.fixture
+def tiny(tiny_model_dir):
+    return GPT2LMHeadModel.from_pretrained(tiny_model_dir).eval()
+
+
+def write_sample(path, questions):
+    path.write_text(json.dumps(generate("heldout", questions=questions)))
+    return path
+
+
+def weights_of_torch(model):
+    state = model.state_dict().items()
+    return {name.removeprefix("transformer."): tensor.numpy() for name, tensor in state if name != "lm_head.weight"}
+
+
+def test_each_column_is_rounded_on_its_own():
+    matrix = np.array([[1.0, -1000.0, 0.0], [-0.5, 3.0, 0.0]], np.float32)
+    quantized = quantize(matrix)
+    assert quantized.values.dtype == np.int8
+    assert quantized.values.tolist() == [[127, -127, 0], [-64, 0, 0]]
+    np.testing.assert_allclose(quantized.values * quantized.scales, matrix, atol=1000 / 127)
+    np.testing.assert_allclose((quantized.values * quantized.scales)[:, 0], matrix[:, 0], atol=1 / 127)
+
+
+def test_a_product_with_outliers_stays_in_float32(tiny):
+    _, kept = quantize_weights(tiny, weights_of_torch(tiny), PROMPTS)
+    assert kept == {}
+    with torch.no_grad():  # the same function; but the other channels' scale follows one of 100 times their size
+        tiny.transformer.h[1].ln_2.weight[3] *= 100
+        tiny.transformer.h[1].ln_2.bias[3] *= 100
+        tiny.transformer.h[1].mlp.c_fc.weight[3] /= 100
+    quantized, kept = quantize_weights(tiny, weights_of_torch(tiny), PROMPTS)
+    assert kept.keys() == {"h.1.mlp.c_fc.weight"}
+    assert kept["h.1.mlp.c_fc.weight"] > MAX_PRODUCT_ERROR
+    assert quantized.keys() == {name for name in weights_of_torch(tiny) if is_matrix(name)} - kept.keys()
+
+
+def is_matrix(name):
+    return name == "wte.weight" or (name.endswith(".weight") and ("attn" in name or "mlp" in name))
+
+
+def test_the_report_counts_equal_answers_tokens_and_the_loss_of_f1():
+    def answers(*token_ids):
+        generations = [Generation(token_ids=list(ids), finish_reason="stop") for ids in token_ids]
+        return SimpleNamespace(greedy_decode=lambda *_, **__: generations)
+
+    gold = [SimpleNamespace(id=name, answers=[SimpleNamespace(text=text)]) for name, text in (("a", "1 2"), ("b", "7"))]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    report = measure_loss(answers([1, 2], [7], [4]), answers([1, 2], [8, 7], [4]), [None] * 3, gold, tokenizer)
+    assert report["equal_answers_percent"] == pytest.approx(200 / 3)
+    assert report["equal_tokens_percent"] == pytest.approx(60)
+    assert (report["fp32"]["f1"], report["quantized"]["exact_match"]) == (100, 50)
+    assert report["f1_drop"] == pytest.approx(100 - report["quantized"]["f1"])
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tiny_model_dir, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("int8")
+    data = write_sample(directory / "data.json", 12)
+    to_onnx.export(str(tiny_model_dir), directory / "bundle", precision="int8", verify=data, max_f1_drop=100)
+    return directory / "bundle"
+
+
+def test_the_manifest_holds_the_report_and_the_weights_are_int8(int8_bundle):
+    manifest = json.loads((int8_bundle / "qa_onnx.json").read_text())
+    assert manifest["precision"] == "int8"
+    assert manifest["precision_loss"]["questions"] == 12
+    assert {"equal_answers_percent", "equal_tokens_percent", "f1_drop"} <= manifest["precision_loss"].keys()
+    weights = [tensor for tensor in onnx.load(int8_bundle / "model.onnx").graph.initializer if len(tensor.dims) == 2]
+    in_float = {tensor.name for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert in_float == {"wpe.weight"}
+    assert sum(600 in tensor.dims for tensor in weights) == 1
+
+
+def test_an_int8_bundle_answers_the_same_alone_and_in_any_batch(int8_bundle):
+    data = generate("heldout", questions=12)
+    pairs = [
+        (question["question"], paragraph["context"])
+        for article in data["data"]
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    with Answerer.from_pretrained(int8_bundle, provider="cpu", passage_cache_bytes=0) as answerer:
+        alone = [answerer.answer(*pair, max_new_tokens=6) for pair in pairs]
+        for batch_size in (3, 64):
+            assert answerer.answer_batch(*zip(*pairs, strict=True), max_new_tokens=6, batch_size=batch_size) == alone
+
+
+def test_a_loss_beyond_the_limit_fails_the_export(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(to_onnx, "measure_loss", lambda *_: {"f1_drop": 0.7})
+    data = write_sample(tmp_path / "data.json", 4)
+    with pytest.raises(ParityError, match=r"int8 loses 0\.70 points of F1 on .*data\.json; at most 0\.5 are allowed"):
+        to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=data)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+    to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=data, max_f1_drop=0.7)
