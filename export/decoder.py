@@ -209,6 +209,18 @@ class _Builder:
         past = self.op("Shape", f"{PASSAGE_PREFIX}0.key", start=3, end=4)
         own = self.op("Shape", f"{PAST_PREFIX}0.key", start=3, end=4)
         self.op("Concat", past, own, name="key_counts", axis=0)
+        # Rows and new tokens of a passage in one dimension; in a decode step the rows stay apart (`_attention`).
+        heads = self.constant("head_count", [self.heads])
+        size = self.constant("head_width", [self.head_size])
+        groups = self.op("Shape", "slot_index", start=0, end=1)
+        width = self.op("Shape", "slot_index", start=2)
+        self.op("Concat", groups, heads, grid, size, name="query_shape", axis=0)
+        self.op("Concat", groups, heads, slots, size, name="flat_rows", axis=0)
+        self.op("Concat", groups, heads, past, size, name="flat_keys", axis=0)
+        self.op("Concat", groups, heads, grid, past, name="passage_scores", axis=0)
+        is_long = self.op("Min", self.op("Sub", width, "one"), "one")
+        folded = self.op("Add", "one", self.op("Mul", is_long, self.op("Sub", slots, "one")))
+        self.op("Concat", groups, heads, self.op("Div", slots, folded), folded, past, name="folded_rows", axis=0)
 
     def _layer(self, layer: int, residual: str, *, is_last: bool) -> str:
         name = f"h.{layer}"
@@ -241,16 +253,30 @@ class _Builder:
             )
             for part, new in (("key", key), ("value", value))
         )
+        # One product a passage for the scores of all its rows: the keys are the same, and packed only once.
+        on_passage = self.op(
+            "FusedMatMul",
+            self.op("Reshape", query, "flat_rows"),
+            self.op("Reshape", passage_key, "flat_keys", allowzero=1),
+            domain=CONTRIB,
+            transB=1,
+            alpha=scale,
+        )
         scores = self.op(
             "Concat",
-            self.op("FusedMatMul", query, passage_key, domain=CONTRIB, transB=1, alpha=scale),
+            self.op("Reshape", on_passage, "passage_scores", allowzero=1),
             self.op("FusedMatMul", query, own_key, domain=CONTRIB, transB=1, alpha=scale),
             axis=-1,
         )
         probabilities = self.op("Softmax", self.op("Add", scores, "attention_bias"), axis=-1)
         on_passage, on_own = f"{probabilities}_passage", f"{probabilities}_own"
         self.nodes.append(helper.make_node("Split", [probabilities, "key_counts"], [on_passage, on_own], axis=-1))
-        context = self.op("Add", self.op("MatMul", on_passage, passage_value), self.op("MatMul", on_own, own_value))
+        # The same for the context, but not in a decode step: a product of one row takes other steps than one of two,
+        # and a question's numbers must not depend on whether it has neighbours.
+        folded = self.op("MatMul", self.op("Reshape", on_passage, "folded_rows", allowzero=1), passage_value)
+        context = self.op(
+            "Add", self.op("Reshape", folded, "query_shape"), self.op("MatMul", on_own, own_value)
+        )
         context = self.op("Gather", self.op("Reshape", context, "head_rows"), "context_index")
         return self.op("Reshape", context, "token_rows")
 

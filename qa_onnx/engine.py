@@ -26,6 +26,7 @@ from qa_onnx.kv_cache import (
     PAST_PREFIX,
     PRESENT_PREFIX,
     CacheLayout,
+    CachePool,
     KVCache,
     PassageCache,
     aligned,
@@ -101,6 +102,7 @@ class Engine:
         """Takes the graph and the few facts of the model that decoding needs (see `Manifest`)."""
         self._session = session
         self._layout = layout
+        self._pool = CachePool(layout)
         self.eos_token_id = eos_token_id
         self._max_positions = max_positions
         self._passage_cache = passage_cache
@@ -152,11 +154,15 @@ class Engine:
                 free = batch_size - (0 if state is None else len(state.prompts))
                 budget = self._session.limits.batch_tokens * free // batch_size
                 groups = take_batch(queue, prompts, max_rows=free, max_tokens=budget)
-                state = self.prefill(prompts, groups, carried=state, known=known)
+                carried, state = state, self.prefill(prompts, groups, carried=state, known=known)
+                if carried is not None:
+                    carried.grid.give_back()
                 known = self._keep_passages(state.grid, queue)
             rows = 0 if state is None else len(state.prompts)
             while state is not None and (not queue or len(state.prompts) > rows * REFILL_BELOW):
-                state = advance(state)
+                grid, state = state.grid, advance(state)
+                if state is None:
+                    grid.give_back()
         return [
             Generation(token_ids=token_ids, finish_reason=reasons[index]) for index, token_ids in enumerate(new_ids)
         ]
@@ -177,7 +183,8 @@ class Engine:
             carried: A batch to go on with; its rows follow the new ones.
             known: Keys and values of passages that need not be read, as `PassageCache.get` gives them.
         """
-        known = {(): self._layout.zeros(groups=1, rows=1, columns=0)[:, 0, :, 0], **(known or {})}
+        nothing = np.zeros(self._layout.shape(groups=1, rows=1, columns=0), np.float32)
+        known = {(): nothing[:, 0, :, 0], **(known or {})}
         for group in groups:
             cached = self._passage_cache.get(group.passage_ids)
             if cached is not None:
@@ -187,6 +194,7 @@ class Engine:
         to_read = [
             group for group in groups if group.passage_ids not in known and first_with[group.passage_ids] is group
         ]
+        to_read.sort(key=lambda group: -len(group.passage_ids))  # like lengths together
         groups = to_read + [group for group in groups if not any(group is other for other in to_read)]
         grid = self._make_grid(prompts, groups, carried)
         self._read_passages(grid, len(to_read))
@@ -245,7 +253,7 @@ class Engine:
             rows = max(rows, int(carried.rows.max()) + 1)
             columns = max(columns, carried.grid.own.shape[4])
         passage_width = aligned(max(map(len, passage_ids)))
-        grid = Grid.empty(self._layout, passage_ids, passage_width=passage_width, rows=rows, columns=columns)
+        grid = Grid.empty(self._pool, passage_ids, passage_width=passage_width, rows=rows, columns=columns)
         if carried is not None:
             carried_rows = int(carried.rows.max()) + 1
             for index, group in enumerate(survivors, len(groups)):

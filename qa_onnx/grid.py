@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qa_onnx.kv_cache import CacheLayout, aligned
+from qa_onnx.kv_cache import CachePool, aligned
 
 GROWTH = 16
 """Columns that rows get at a time for new tokens."""
@@ -28,6 +28,7 @@ class Grid:
     """G groups (the questions on one passage each) of R rows. Every text ends in the last column it may have.
 
     Attributes:
+        pool: Where `passages` and `own` come from.
         passage_ids: The tokens of the G passages.
         passages: Their keys and values, [2 * layers, G, H, 1, P, D].
         own: Keys and values of the rows' own tokens, [2 * layers, G, H, R, C, D].
@@ -35,6 +36,7 @@ class Grid:
         write_index: int64 [G], the column of `own` that the group's next tokens go to.
     """
 
+    pool: CachePool
     passage_ids: list[tuple[int, ...]]
     passages: np.ndarray
     own: np.ndarray
@@ -43,14 +45,15 @@ class Grid:
 
     @classmethod
     def empty(
-        cls, layout: CacheLayout, passage_ids: Sequence[tuple[int, ...]], *, passage_width: int, rows: int, columns: int
+        cls, pool: CachePool, passage_ids: Sequence[tuple[int, ...]], *, passage_width: int, rows: int, columns: int
     ) -> Grid:
         """Makes the caches of some passages and of `rows` rows on each, all of them unread."""
         groups = len(passage_ids)
         return cls(
+            pool=pool,
             passage_ids=list(passage_ids),
-            passages=layout.zeros(groups=groups, rows=1, columns=passage_width),
-            own=layout.zeros(groups=groups, rows=rows, columns=columns),
+            passages=pool.take(groups=groups, rows=1, columns=passage_width),
+            own=pool.take(groups=groups, rows=rows, columns=columns),
             own_mask=np.zeros((groups, rows, columns), bool),
             write_index=np.zeros(groups, np.int64),
         )
@@ -81,7 +84,13 @@ class Grid:
 
     def grow(self) -> None:
         """Gives every row `GROWTH` more columns."""
-        extra = [(0, 0)] * self.own.ndim
-        extra[4] = (0, GROWTH)
-        self.own = np.pad(self.own, extra)
+        groups, rows, columns = self.own_mask.shape
+        narrow, self.own = self.own, self.pool.take(groups=groups, rows=rows, columns=columns + GROWTH)
+        self.own[..., :columns, :] = narrow
+        self.pool.give_back(narrow)
         self.own_mask = np.pad(self.own_mask, [(0, 0), (0, 0), (0, GROWTH)])
+
+    def give_back(self) -> None:
+        """Gives the memory of the caches back. The grid is of no use any more."""
+        self.pool.give_back(self.passages)
+        self.pool.give_back(self.own)

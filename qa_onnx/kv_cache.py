@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -43,9 +44,43 @@ class CacheLayout:
         """Bytes that the keys and values of one token take."""
         return 2 * self.layers * self.heads * self.head_size * np.dtype(np.float32).itemsize
 
-    def zeros(self, *, groups: int, rows: int, columns: int) -> np.ndarray:
-        """An empty cache's array, float32 [2 * layers, G, H, R, C, D]."""
-        return np.zeros((2 * self.layers, groups, self.heads, rows, columns, self.head_size), np.float32)
+    def shape(self, *, groups: int, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape of a cache's array, [2 * layers, G, H, R, C, D]: keys of the first layer, its values, and so on."""
+        return (2 * self.layers, groups, self.heads, rows, columns, self.head_size)
+
+
+class CachePool:
+    """Memory for the arrays of caches, used again and again: the first touch of fresh memory is slow.
+
+    What an array held before stays in it. Those are finite numbers, and columns that hold no token are masked.
+    Safe to use from several threads.
+    """
+
+    MAX_FREE = 4
+
+    def __init__(self, layout: CacheLayout) -> None:
+        """Makes arrays of a layout. There are none yet."""
+        self.layout = layout
+        self._free: list[np.ndarray] = []
+        self._lock = Lock()
+
+    def take(self, *, groups: int, rows: int, columns: int) -> np.ndarray:
+        """An array for a cache, float32 [2 * layers, G, H, R, C, D], finite numbers in it."""
+        shape = self.layout.shape(groups=groups, rows=rows, columns=columns)
+        size = prod(shape)
+        with self._lock:
+            fitting = [index for index, buffer in enumerate(self._free) if buffer.size >= size]
+            smallest = min(fitting, key=lambda index: self._free[index].size, default=None)
+            buffer = np.zeros(size, np.float32) if smallest is None else self._free.pop(smallest)
+        return buffer[:size].reshape(shape)
+
+    def give_back(self, array: np.ndarray) -> None:
+        """Takes an array from `take` back; nobody may use it any more. Of all those given back the largest are kept."""
+        buffer = array
+        while isinstance(buffer.base, np.ndarray):
+            buffer = buffer.base
+        with self._lock:
+            self._free = sorted([*self._free, buffer], key=lambda free: -free.size)[: self.MAX_FREE]
 
 
 class KVCache:
