@@ -274,9 +274,7 @@ class _Builder:
         # The same for the context, but not in a decode step: a product of one row takes other steps than one of two,
         # and a question's numbers must not depend on whether it has neighbours.
         folded = self.op("MatMul", self.op("Reshape", on_passage, "folded_rows", allowzero=1), passage_value)
-        context = self.op(
-            "Add", self.op("Reshape", folded, "query_shape"), self.op("MatMul", on_own, own_value)
-        )
+        context = self.op("Add", self.op("Reshape", folded, "query_shape"), self.op("MatMul", on_own, own_value))
         context = self.op("Gather", self.op("Reshape", context, "head_rows"), "context_index")
         return self.op("Reshape", context, "token_rows")
 

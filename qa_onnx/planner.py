@@ -28,8 +28,8 @@ class Group:
 def plan_groups(prompts: Sequence[Prompt], *, max_rows: int) -> deque[Group]:
     """Groups prompts by passage.
 
-    Groups of as many questions follow each other, longer passages first, and groups of one passage are neighbours: what
-    is read together is of like size, and little of the grid of attention is padding.
+    Groups of about as many questions (1, 2, up to 4, up to 8...) follow each other, longer passages first, and groups
+    of one passage are neighbours: what is read together is of like size, and little of attention's grid is padding.
 
     Args:
         prompts: The prompts.
@@ -42,7 +42,7 @@ def plan_groups(prompts: Sequence[Prompt], *, max_rows: int) -> deque[Group]:
     rows_of = {passage: -(-len(members) // -(-len(members) // most)) for passage, members in prompts_of.items()}
     return deque(
         Group(passage_ids=passage, prompts=prompts_of[passage][first : first + rows_of[passage]])
-        for passage in sorted(prompts_of, key=lambda passage: (-rows_of[passage], -len(passage)))
+        for passage in sorted(prompts_of, key=lambda passage: (-(rows_of[passage] - 1).bit_length(), -len(passage)))
         for first in range(0, len(prompts_of[passage]), rows_of[passage])
     )
 

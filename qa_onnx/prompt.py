@@ -1,8 +1,8 @@
 r"""The prompt: the only place that knows how a passage, a question and an answer become text and tokens.
 
 A prompt is `Context: {context}\nQuestion: {question}\nAnswer:`, and training adds ` {answer}<|endoftext|>`. The
-passage comes first, so that all questions on a passage share their first tokens. The two parts are tokenised apart for
-the same reason: a passage has the same tokens whatever is asked about it.
+passage comes first, so that all questions on a passage share their first tokens, up to the question's first word. What
+they share is tokenised apart for the same reason: a passage has the same tokens whatever is asked about it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from tokenizers import Tokenizer
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 
 PASSAGE_TEMPLATE = "Context: {context}"
-QUESTION_TEMPLATE = "\nQuestion: {question}\nAnswer:"
+QUESTION_LABEL = "\nQuestion:"
+QUESTION_TEMPLATE = " {question}\nAnswer:"
 ANSWER_TEMPLATE = " {answer}"
-PROMPT_TEMPLATE = PASSAGE_TEMPLATE + QUESTION_TEMPLATE
+PROMPT_TEMPLATE = PASSAGE_TEMPLATE + QUESTION_LABEL + QUESTION_TEMPLATE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The tokens of one prompt, in its two parts."""
+    """The tokens of one prompt, in two parts: what all questions on a passage share, and the question."""
 
     passage_ids: list[int]
     question_ids: list[int]
@@ -70,7 +71,8 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
             _check_text(text, kind, index)
     distinct = list(dict.fromkeys(contexts))
     passages = _encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context) for context in distinct])
-    passage_of = dict(zip(distinct, passages, strict=True))
+    (label,) = _encode(tokenizer, [QUESTION_LABEL])
+    passage_of = {context: ids + label for context, ids in zip(distinct, passages, strict=True)}
     asked = _encode(tokenizer, [QUESTION_TEMPLATE.format(question=question.strip()) for question in questions])
     return [
         Prompt(passage_ids=passage_of[context], question_ids=question_ids)

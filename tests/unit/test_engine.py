@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qa_onnx.engine import Engine
-from qa_onnx.kv_cache import CacheLayout, KVCache, PassageCache
+from qa_onnx.kv_cache import CacheLayout, CachePool, KVCache, PassageCache
 from qa_onnx.prompt import Prompt
 from qa_onnx.session import Limits
 
@@ -212,7 +212,19 @@ def test_a_passage_cache_of_no_bytes_keeps_nothing():
 
 
 def test_a_cache_names_its_layers_as_the_graph_does():
-    array = CacheLayout(layers=2, heads=3, head_size=4).zeros(groups=2, rows=5, columns=6)
+    array = CachePool(CacheLayout(layers=2, heads=3, head_size=4)).take(groups=2, rows=5, columns=6)
     assert array.shape == (4, 2, 3, 5, 6, 4)
     names = list(KVCache(FakeSession(), array).named("past."))
     assert names == ["past.0.key", "past.0.value", "past.1.key", "past.1.value"]
+
+
+def test_memory_that_was_given_back_is_used_again_and_the_largest_is_kept():
+    pool = CachePool(LAYOUT)
+    sizes = {"groups": 3, "rows": 1}
+    arrays = [pool.take(columns=columns, **sizes) for columns in range(1, CachePool.MAX_FREE + 2)]
+    assert all((array == 0).all() for array in arrays)
+    for array in arrays:
+        pool.give_back(array)
+    assert np.shares_memory(pool.take(columns=1, **sizes), arrays[1])  # the smallest was let go
+    assert np.shares_memory(pool.take(columns=4, **sizes), arrays[3])
+    assert not any(np.shares_memory(pool.take(columns=9, **sizes), array) for array in arrays)

@@ -24,8 +24,16 @@ pieces = st.sampled_from(
 texts = st.one_of(st.text(max_size=40), st.lists(pieces, max_size=12).map("".join)).filter(str.strip)
 
 
+def passage_of(prompt):
+    text = small_tokenizer().decode(prompt.passage_ids)
+    return text.removeprefix("Context:").removesuffix("\nQuestion:")
+
+
 def ids_of(text):
     return small_tokenizer().encode(text, add_special_tokens=False).ids
+
+
+LABEL_IDS = ids_of("\nQuestion:")
 
 
 def encode_one(question, context):
@@ -39,8 +47,8 @@ def test_the_template_is_the_contract():
 
 def test_the_parts_of_a_prompt_are_the_passage_and_the_question():
     prompt = encode_one("  Who? \n", "By Rollo.")
-    assert small_tokenizer().decode(prompt.passage_ids) == "Context: By Rollo."
-    assert small_tokenizer().decode(prompt.question_ids) == "\nQuestion: Who?\nAnswer:"
+    assert small_tokenizer().decode(prompt.passage_ids) == "Context: By Rollo.\nQuestion:"
+    assert small_tokenizer().decode(prompt.question_ids) == " Who?\nAnswer:"
     assert len(prompt) == len(prompt.ids) == len(prompt.passage_ids) + len(prompt.question_ids)
 
 
@@ -88,7 +96,7 @@ def test_each_distinct_passage_is_encoded_once():
     spy = SpyTokenizer(small_tokenizer())
     prompts = encode_prompts(spy, ["a", "b", "c"], ["one", "two", "one"])
     assert sorted(text for text in spy.encoded if text.startswith("Context")) == ["Context: one", "Context: two"]
-    assert [small_tokenizer().decode(prompt.passage_ids)[9:] for prompt in prompts] == ["one", "two", "one"]
+    assert [passage_of(prompt).strip() for prompt in prompts] == ["one", "two", "one"]
 
 
 def test_no_prompts_are_no_error():
@@ -154,7 +162,7 @@ def test_a_fitted_prompt_keeps_question_and_part_and_the_limit(trim_offsets, pas
     context, start, end = passage
     kept = context[start:end]
     whole = encode_one(QUESTION, context)
-    max_tokens = len(whole.question_ids) + room
+    max_tokens = len(whole.question_ids) + len(LABEL_IDS) + room
     spy = SpyTokenizer(small_tokenizer(trim_offsets=trim_offsets))
     prompt = fit_or_none(spy, context, (start, end), max_tokens)
     if prompt is None:
@@ -164,13 +172,13 @@ def test_a_fitted_prompt_keeps_question_and_part_and_the_limit(trim_offsets, pas
         return
     assert len(prompt) <= max_tokens
     assert prompt.question_ids == whole.question_ids
-    assert kept.strip() in spy.decode(prompt.passage_ids).removeprefix("Context:")
+    assert kept.strip() in passage_of(prompt)
     assert prompt == whole or len(whole) > max_tokens
 
 
 @pytest.mark.parametrize("room", [-1, 0, 5])
 def test_what_cannot_be_fitted_is_refused_with_the_way_out(room):
-    max_tokens = len(encode_one(QUESTION, PASSAGE).question_ids) + room
+    max_tokens = len(encode_one(QUESTION, PASSAGE).question_ids) + len(LABEL_IDS) + room
     with pytest.raises(PromptTooLongError, match=rf"{len(PASSAGE)} characters .* {max_tokens} tokens; shorten"):
         fit_prompt(small_tokenizer(), QUESTION, PASSAGE, keep=(0, len(PASSAGE)), max_tokens=max_tokens)
 
@@ -182,7 +190,7 @@ def test_a_fitted_prompt_fills_the_room_and_leaves_as_much_on_both_sides():
     start = context.index("Rollo")
     max_tokens = len(encode_one(QUESTION, context)) // 2
     prompt = fit_prompt(small_tokenizer(), QUESTION, context, keep=(start, start + 5), max_tokens=max_tokens)
-    before, after = small_tokenizer().decode(prompt.passage_ids).removeprefix("Context:").split("Rollo")
+    before, after = passage_of(prompt).split("Rollo")
     assert max_tokens - len(prompt) <= 3
     assert abs(len(ids_of(before)) - len(ids_of(after))) <= 3
 
@@ -190,7 +198,7 @@ def test_a_fitted_prompt_fills_the_room_and_leaves_as_much_on_both_sides():
 @pytest.mark.parametrize("room", range(-2, 8))
 def test_without_a_part_to_keep_the_passage_loses_its_end(room):
     question_ids = encode_one(QUESTION, "x").question_ids
-    max_tokens = len(question_ids) + len(ids_of("Context:")) + room
+    max_tokens = len(question_ids) + len(LABEL_IDS) + len(ids_of("Context:")) + room
     spy = SpyTokenizer(small_tokenizer())
     if room < 1:
         with pytest.raises(PromptTooLongError, match="shorten"):
@@ -198,5 +206,6 @@ def test_without_a_part_to_keep_the_passage_loses_its_end(room):
     else:
         prompt = fit_prompt(spy, QUESTION, PASSAGE, keep=(0, 0), max_tokens=max_tokens)
         assert prompt.question_ids == question_ids
-        assert prompt.passage_ids == ids_of(f"Context: {PASSAGE}")[: len(prompt.passage_ids)]
+        passage_ids = prompt.passage_ids[: -len(LABEL_IDS)]
+        assert passage_ids == ids_of(f"Context: {PASSAGE}")[: len(passage_ids)]
         assert len(prompt) == max_tokens
