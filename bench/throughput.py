@@ -1,0 +1,211 @@
+"""Answers a second, beside every peer: `python -m bench.throughput --help`.
+
+Every runner is a process of its own with its best batch size. They take turns, all of them once a round, so that what
+the machine does meanwhile hits all alike; a ratio is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.machine import describe_machine
+from bench.models import prepare, random_gpt2
+from bench.peers import RUNNERS, Settings
+from bench.report import table
+from qa_onnx.squad import Example, read_squad
+
+BATCH_SIZES = (8, 16, 32, 64)
+TUNING_QUESTIONS = 64
+SETTLE_SECONDS = 1.0
+"""Pause before a measurement, in which the threads of the runner before stop spinning."""
+
+
+def documents(examples: Sequence[Example]) -> list[Example]:
+    """All questions on the first 48 passages."""
+    passages = set(list(dict.fromkeys(example.context for example in examples))[:48])
+    return [example for example in examples if example.context in passages]
+
+
+def one_question(examples: Sequence[Example]) -> list[Example]:
+    """The first question on each of the first 64 passages."""
+    return list({example.context: example for example in reversed(examples)}.values())[::-1][:64]
+
+
+WORKLOADS: dict[str, Callable[[Sequence[Example]], Sequence[Example]]] = {
+    "documents": documents,
+    "one-question": one_question,
+    "natural": lambda examples: examples,
+}
+
+
+class Runner:
+    """A process that serves `bench.peers`' requests."""
+
+    def __init__(self, name: str, settings: Settings, directory: Path) -> None:
+        """Starts the process and waits until it has loaded; `missing` says what is not installed, if anything."""
+        path = directory / f"{name.replace(' ', '-')}.json"
+        path.write_text(settings.to_json())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.peers", name, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        loaded = self._read()
+        self.name = name
+        self.missing: str | None = loaded.get("missing")
+        self.load_seconds: float | None = loaded.get("load_seconds")
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request and waits for its reply."""
+        time.sleep(SETTLE_SECONDS if "batch_size" in request else 0)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.name} ended with status {self._process.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def best_batch_size(name: str, settings: Settings, directory: Path) -> int:
+    """The batch size of most answers a second on the first questions; a second run each, the first warms up."""
+    few = Settings(
+        **{
+            **vars(settings),
+            "questions": settings.questions[:TUNING_QUESTIONS],
+            "contexts": settings.contexts[:TUNING_QUESTIONS],
+        }
+    )
+    runner = Runner(name, few, directory)
+    try:
+        runner.ask(batch_size=BATCH_SIZES[0])
+        seconds = {size: runner.ask(batch_size=size)["seconds"] for size in BATCH_SIZES}
+    finally:
+        runner.close()
+    return min(seconds, key=lambda size: seconds[size])
+
+
+def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
+    """Runs all runners in turns; returns a row for each."""
+    rows: list[dict[str, Any]] = []
+    runners: dict[str, Runner] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        try:
+            for name in names:
+                runner = Runner(name, settings, directory)
+                row: dict[str, Any] = {"name": name, "status": "measured", "load_seconds": runner.load_seconds}
+                rows.append(row)
+                if runner.missing is not None:
+                    row["status"] = f"not installed ({runner.missing})"
+                    continue
+                runners[name] = runner
+                runner.ask(question=0)  # warms up
+                # The runtime plans its own batches.
+                row["batch_size"] = 64 if name.startswith("qa_onnx") else best_batch_size(name, settings, directory)
+                row["seconds"] = []
+                print(f"{name}: loaded in {runner.load_seconds:.1f} s, batch size {row['batch_size']}", flush=True)
+            measured = [row for row in rows if row["name"] in runners]
+            for index in range(rounds):
+                for row in measured:
+                    reply = runners[row["name"]].ask(batch_size=row["batch_size"], tokens=index == 0)
+                    row.setdefault("tokens", reply["tokens"])
+                    row["seconds"].append(reply["seconds"])
+                    row["peak_rss_mib"] = reply["peak_rss_mib"]
+                    print(f"round {index + 1}, {row['name']}: {reply['seconds']:.2f} s", flush=True)
+        finally:
+            for runner in runners.values():
+                runner.close()
+    reference = next((row["tokens"] for row in rows if row["name"] == "transformers fp32" and "tokens" in row), None)
+    for row in measured:
+        row["answers_per_second"] = statistics.median(len(settings.questions) / value for value in row["seconds"])
+        row |= agreement(row.pop("tokens"), reference) if reference is not None else {}
+    return rows
+
+
+def agreement(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Shares of equal answers and of equal tokens at the same place, in percent."""
+    pairs = list(zip(tokens, reference, strict=True))
+    equal = sum(left == right for one, other in pairs for left, right in zip(one, other, strict=False))
+    total = sum(max(len(one), len(other)) for one, other in pairs)
+    return {
+        "equal_answers_percent": 100 * sum(one == other for one, other in pairs) / len(pairs),
+        "equal_tokens_percent": 100 * equal / max(total, 1),
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.throughput", description="Answers a second beside peers.")
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="SQuAD file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", type=Path, metavar="DIR", help="of GPT-2: measures random weights of its size")
+    source.add_argument("--model", type=Path, metavar="DIR", help="written by training.finetune")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the models; used again")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=RUNNERS, default=list(RUNNERS), metavar="RUNNER")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line."""
+    arguments = make_parser().parse_args(argv)
+    model = arguments.model or arguments.work / "model"
+    if arguments.model is None and not model.exists():
+        random_gpt2(model, arguments.tokenizer)
+    prepare(arguments.work, model)
+    examples = WORKLOADS[arguments.workload](read_squad(arguments.data))
+    settings = Settings(
+        directory=str(arguments.work),
+        questions=[example.question for example in examples],
+        contexts=[example.context for example in examples],
+        max_new_tokens=arguments.max_new_tokens,
+        stops=arguments.workload == "natural",
+        threads=arguments.threads,
+    )
+    result = {
+        "benchmark": "throughput",
+        "workload": arguments.workload,
+        "questions": len(examples),
+        "passages": len({example.context for example in examples}),
+        "max_new_tokens": arguments.max_new_tokens,
+        "model": "random weights, 124 M" if arguments.model is None else arguments.model.name,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        **describe_machine(),
+        "rows": measure(settings, arguments.only, rounds=arguments.rounds),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
