@@ -23,7 +23,7 @@ from bench.peers import RUNNERS, Settings
 from bench.report import table
 from qa_onnx.squad import Example, read_squad
 
-BATCH_SIZES = (8, 16, 32, 64)
+BATCH_SIZES = (8, 16, 32)
 TUNING_QUESTIONS = 64
 SETTLE_SECONDS = 1.0
 """Pause before a measurement, in which the threads of the runner before stop spinning."""

@@ -36,7 +36,7 @@ class Limits:
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 """TF32 rounds the inputs of fp32 products to 10 bits: faster, and no longer the same answers as PyTorch's."""
 _LIMITS = {
-    "cpu": Limits(prefill_tokens=1024, batch_tokens=4096),
+    "cpu": Limits(prefill_tokens=512, batch_tokens=1536),
     "cuda": Limits(prefill_tokens=32768, batch_tokens=32768),
 }
 _ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
