@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
+from bench.machine import processor
 from qa_onnx import Answerer, InvalidInputError
 from qa_onnx.cli import positive, run_command
 from qa_onnx.metrics import evaluate
@@ -109,7 +110,7 @@ def compare(
         "threads": threads,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "machine": f"{platform.machine()}, {_processor()}",
+        "machine": f"{platform.machine()}, {processor()}",
         "versions": {
             "python": platform.python_version(),
             "onnxruntime": import_onnxruntime().__version__,
@@ -132,16 +133,6 @@ def table(result: dict[str, Any]) -> str:
             f"(torch's smallest margin: {row['torch_smallest_margin']:.2g}{tie})"
         )
     return "\n".join(lines)
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,127 @@
+"""The benchmark on a tiny model: every runner answers, agrees with PyTorch, and is in the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from bench import report, throughput
+from bench.peers import RUNNERS, Settings, serve
+from qa_onnx.squad import parse_squad, read_squad
+from training.starter.sample import generate
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench") / "work"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(throughput, "BATCH_SIZES", (8,))
+    monkeypatch.setattr(throughput, "SETTLE_SECONDS", 0)
+
+
+def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_dir, tmp_path, work, quick, capsys):
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=12)))
+    arguments = ["--workload", "documents", "--data", data, "--model", tiny_model_dir, "--work", work]
+    assert throughput.main([*map(str, arguments), "--output", str(output), "--rounds", "2"]) == 0
+    result = json.loads(output.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows.keys() == RUNNERS.keys()
+    assert {row["status"] for row in rows.values()} == {"measured"}
+    for name, row in rows.items():
+        assert len(row["seconds"]) == 2
+        assert row["peak_rss_mib"] > 10
+        assert row["equal_tokens_percent"] == 100 or "fp32" not in name
+    assert result["versions"]["onnxruntime"]
+    table = report.table(result)
+    assert table in capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in RUNNERS)
+    assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def settings_of(directory, **changes):
+    values = {
+        "directory": str(directory),
+        "questions": ["Who?", "Where is the bridge?"],
+        "contexts": ["Mara founded a town."] * 2,
+        "max_new_tokens": 5,
+        "stops": False,
+        "threads": 1,
+    }
+    return Settings(**(values | changes))
+
+
+def ask(name, settings, *requests):
+    replies = io.StringIO()
+    serve(name, settings, io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), replies)
+    return [json.loads(line) for line in replies.getvalue().splitlines()]
+
+
+def test_one_question_is_asked_alone_and_every_answer_has_its_tokens(tiny_bundle, tmp_path):
+    (tmp_path / "fp32").symlink_to(tiny_bundle)
+    loaded, everything, single = ask(
+        "qa_onnx fp32", settings_of(tmp_path), {"batch_size": 2, "tokens": True}, {"question": 1, "tokens": True}
+    )
+    assert loaded["load_seconds"] > 0
+    assert [len(tokens) for tokens in everything["tokens"]] == [5, 5]
+    assert single["tokens"] == everything["tokens"][1:]
+
+
+def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    (reply,) = ask("CTranslate2 int8", settings_of(tmp_path))
+    assert "ctranslate2" in reply["missing"]
+    result = {
+        "rows": [
+            {"name": "CTranslate2 int8", "status": f"not installed ({reply['missing']})"},
+            {"name": "qa_onnx int8", "status": "measured", "seconds": [1.0], "answers_per_second": 2.0, "batch_size": 1}
+            | {"peak_rss_mib": 10, "load_seconds": 1.0},
+        ],
+        "workload": "w",
+        "questions": 2,
+        "passages": 1,
+        "max_new_tokens": 8,
+        "model": "m",
+        "versions": {},
+        "threads": 1,
+        "rounds": 1,
+        "machine": {"processor": "p"},
+    }
+    assert "| CTranslate2 int8 | not installed" in report.table(result)
+    assert report.ratio(result, "qa_onnx int8", "CTranslate2 int8") is None
+
+
+def test_a_ratio_is_the_median_over_rounds():
+    rows = [
+        {"name": "a", "status": "measured", "seconds": [1.0, 2.0, 4.0]},
+        {"name": "b", "status": "measured", "seconds": [3.0, 4.0, 40.0]},
+    ]
+    assert report.ratio({"rows": rows}, "a", "b") == 3.0
+
+
+def test_agreement_counts_a_token_that_only_one_side_has_as_different():
+    shares = throughput.agreement([[1, 2], [3], [5]], [[1, 2], [3, 4], [6]])
+    assert shares["equal_answers_percent"] == pytest.approx(100 / 3)
+    assert shares["equal_tokens_percent"] == pytest.approx(60)
+
+
+def test_the_workloads_are_those_of_the_issue(real_data):
+    examples = read_squad(real_data / "squad" / "dev.json")
+    documents, single = throughput.documents(examples), throughput.one_question(examples)
+    assert len({example.context for example in documents}) == 48
+    assert documents == examples[: len(documents)]
+    assert len({example.context for example in single}) == len(single) == 64
+    assert single[0] == examples[0]
+
+
+def test_a_small_file_is_a_workload_too():
+    examples = parse_squad(generate("heldout", questions=9), source="sample")
+    assert list(throughput.documents(examples)) == examples
+    assert len(throughput.one_question(examples)) == len({example.context for example in examples})
