@@ -42,13 +42,30 @@ def table(result: dict[str, Any]) -> str:
             + f" | {row.get('equal_tokens_percent', float('nan')):.1f} % | {row['peak_rss_mib']:,.0f} MiB "
             f"| {row['load_seconds']:.1f} s |"
         )
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
-    lines += [
+    return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
+
+
+def latency_table(result: dict[str, Any]) -> str:
+    """A result of `bench.latency` as a Markdown table, with the machine and the versions below."""
+    lines = [
+        f"One question at a time on {result['passages']} passages, {result['max_new_tokens']} new tokens; "
+        f"{result['model']}. Milliseconds:",
         "",
-        f"{result['threads']} threads of {result['machine']['processor']}, median of {result['rounds']} rounds; "
-        f"{versions}.",
+        "| | first question p50 | p95 | p99 | second question p50 | p95 | p99 | peak RSS |",
+        "| --- |" + " ---: |" * 7,
     ]
-    return "\n".join(lines)
+    for row in result["rows"]:
+        if row["status"] != "measured":
+            lines.append(f"| {row['name']} | {row['status']} |" + " |" * 6)
+            continue
+        values = [f"{value:,.0f}" for kind in ("first_ms", "second_ms") for value in row[kind].values()]
+        lines.append(f"| {row['name']} | {' | '.join(values)} | {row['peak_rss_mib']:,.0f} MiB |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def _where(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    return f"{result['threads']} threads of {result['machine']['processor']}; {versions}."
 
 
 def plot(result: dict[str, Any], output: Path) -> None:
@@ -73,13 +90,21 @@ def plot(result: dict[str, Any], output: Path) -> None:
     figure.savefig(output, dpi=150)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="A table, and a plot, of a result.")
+    parser.add_argument("result", type=Path, metavar="RESULT")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="of bench.throughput's result")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="A table, and a plot, of a result.")
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--plot", type=Path, metavar="PNG")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
+    if result["benchmark"] == "latency":
+        print(latency_table(result))
+        return 0
     print(table(result))
     if arguments.plot is not None:
         plot(result, arguments.plot)

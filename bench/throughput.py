@@ -9,24 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine
-from bench.models import prepare, random_gpt2
-from bench.peers import RUNNERS, Settings
+from bench.peers import Settings
 from bench.report import table
+from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from qa_onnx.squad import Example, read_squad
 
 BATCH_SIZES = (8, 16, 32)
 TUNING_QUESTIONS = 64
-SETTLE_SECONDS = 1.0
-"""Pause before a measurement, in which the threads of the runner before stop spinning."""
 
 
 def documents(examples: Sequence[Example]) -> list[Example]:
@@ -45,48 +41,6 @@ WORKLOADS: dict[str, Callable[[Sequence[Example]], Sequence[Example]]] = {
     "one-question": one_question,
     "natural": lambda examples: examples,
 }
-
-
-class Runner:
-    """A process that serves `bench.peers`' requests."""
-
-    def __init__(self, name: str, settings: Settings, directory: Path) -> None:
-        """Starts the process and waits until it has loaded; `missing` says what is not installed, if anything."""
-        path = directory / f"{name.replace(' ', '-')}.json"
-        path.write_text(settings.to_json())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.peers", name, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        loaded = self._read()
-        self.name = name
-        self.missing: str | None = loaded.get("missing")
-        self.load_seconds: float | None = loaded.get("load_seconds")
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits for its reply."""
-        time.sleep(SETTLE_SECONDS if "batch_size" in request else 0)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of {self.name} ended with status {self._process.wait()}")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
 
 
 def best_batch_size(name: str, settings: Settings, directory: Path) -> int:
@@ -160,26 +114,16 @@ def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description="Answers a second beside peers.")
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="SQuAD file")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", type=Path, metavar="DIR", help="of GPT-2: measures random weights of its size")
-    source.add_argument("--model", type=Path, metavar="DIR", help="written by training.finetune")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the models; used again")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
+    add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=RUNNERS, default=list(RUNNERS), metavar="RUNNER")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     arguments = make_parser().parse_args(argv)
-    model = arguments.model or arguments.work / "model"
-    if arguments.model is None and not model.exists():
-        random_gpt2(model, arguments.tokenizer)
-    prepare(arguments.work, model)
+    prepare_models(arguments)
     examples = WORKLOADS[arguments.workload](read_squad(arguments.data))
     settings = Settings(
         directory=str(arguments.work),
@@ -195,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "questions": len(examples),
         "passages": len({example.context for example in examples}),
         "max_new_tokens": arguments.max_new_tokens,
-        "model": "random weights, 124 M" if arguments.model is None else arguments.model.name,
+        "model": RANDOM if arguments.model is None else arguments.model.name,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         **describe_machine(),

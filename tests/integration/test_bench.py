@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import report, throughput
+from bench import latency, report, runner, throughput
 from bench.peers import RUNNERS, Settings, serve
 from qa_onnx.squad import parse_squad, read_squad
 from training.starter.sample import generate
@@ -22,7 +22,7 @@ def work(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(throughput, "BATCH_SIZES", (8,))
-    monkeypatch.setattr(throughput, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(runner, "SETTLE_SECONDS", 0)
 
 
 def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_dir, tmp_path, work, quick, capsys):
@@ -44,6 +44,26 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_
     assert all(f"| {name} |" in table for name in RUNNERS)
     assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_latency_asks_two_questions_a_passage(tiny_model_dir, tmp_path, work, quick, capsys):
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=30)))
+    arguments = ["--data", data, "--model", tiny_model_dir, "--work", work, "--output", output, "--passages", 4]
+    assert latency.main([*map(str, arguments), "--only", "qa_onnx fp32", "transformers fp32"]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["name"], len(row["first"]), len(row["second"])) for row in rows] == [
+        ("qa_onnx fp32", 3, 3),
+        ("transformers fp32", 3, 3),
+    ]
+    assert "| qa_onnx fp32 |" in capsys.readouterr().out
+    assert report.main([str(output)]) == 0
+
+
+def test_two_questions_are_on_one_passage():
+    examples = latency.two_questions(parse_squad(generate("heldout", questions=60), source="sample"), passages=5)
+    assert len(examples) == 10
+    assert all(one.context == other.context for one, other in zip(examples[::2], examples[1::2], strict=True))
 
 
 def settings_of(directory, **changes):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from bench import accuracy, report, throughput
+from bench import accuracy, latency, report, throughput
 from export import to_onnx
 from qa_onnx import cli
 from tests.conftest import ROOT
@@ -33,6 +33,7 @@ PARSERS = {
     "training.finetune": finetune.make_parser,
     "export.to_onnx": to_onnx.make_parser,
     "bench.accuracy": accuracy.make_parser,
+    "bench.latency": latency.make_parser,
     "bench.report": report.make_parser,
     "bench.throughput": throughput.make_parser,
 }

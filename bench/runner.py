@@ -1,0 +1,80 @@
+"""What the benchmarks share: a runner in a process of its own, and the models and options of all of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.models import prepare, random_gpt2
+from bench.peers import RUNNERS, Settings
+
+SETTLE_SECONDS = 0.5
+"""Pause before a measurement, in which the threads of the runner before stop spinning."""
+RANDOM = "GPT-2's 124 M parameters, random"
+
+
+class Runner:
+    """A process that serves `bench.peers`' requests."""
+
+    def __init__(self, name: str, settings: Settings, directory: Path) -> None:
+        """Starts the process and waits until it has loaded; `missing` says what is not installed, if anything."""
+        path = directory / f"{name.replace(' ', '-')}.json"
+        path.write_text(settings.to_json())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.peers", name, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        loaded = self._read()
+        self.name = name
+        self.missing: str | None = loaded.get("missing")
+        self.load_seconds: float | None = loaded.get("load_seconds")
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request and waits for its reply."""
+        time.sleep(SETTLE_SECONDS)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.name} ended with status {self._process.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every benchmark is told: data, model, runners, threads, and where the result goes."""
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="SQuAD file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", type=Path, metavar="DIR", help="of GPT-2: measures random weights of its size")
+    source.add_argument("--model", type=Path, metavar="DIR", help="written by training.finetune")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the models; used again")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=RUNNERS, default=list(RUNNERS), metavar="RUNNER")
+
+
+def prepare_models(arguments: argparse.Namespace) -> None:
+    """Makes the models of a benchmark, if they are not there yet."""
+    model = arguments.model or arguments.work / "model"
+    if arguments.model is None and not model.exists():
+        random_gpt2(model, arguments.tokenizer)
+    prepare(arguments.work, model)
