@@ -113,7 +113,11 @@ def weights_of(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def build_decoder(
-    weights: Mapping[str, np.ndarray], config: GPT2Config, quantized: Mapping[str, QuantizedWeight] | None = None
+    weights: Mapping[str, np.ndarray],
+    config: GPT2Config,
+    quantized: Mapping[str, QuantizedWeight] | None = None,
+    *,
+    half: bool = False,
 ) -> onnx.ModelProto:
     """Builds the graph that the module's description tells of.
 
@@ -122,6 +126,8 @@ def build_decoder(
         config: Of the same model.
         quantized: The matrices to multiply in int8 instead, by their names in `weights` (`wte.weight`, [E, V] here,
             stands for the embedding and the output layer alike). The other products stay float32.
+        half: Multiply in float16 and keep keys and values in it. Residual sums, layer norms, softmax and logits stay
+            float32: GPT-2's residuals have channels that float16 would round away.
 
     Raises:
         InvalidInputError: The configuration asks for something that the runtime does not compute.
@@ -134,7 +140,7 @@ def build_decoder(
         )
     if config.add_cross_attention:
         raise InvalidInputError("the model has cross-attention; expected a GPT-2 that reads one text")
-    builder = _Builder(weights, config, quantized or {})
+    builder = _Builder(weights, config, quantized or {}, half=half)
     model = builder.build()
     unused = sorted(weights.keys() - builder.used)
     if unused:
@@ -146,9 +152,15 @@ class _Builder:
     """Adds node after node; every method returns the name of what it computes."""
 
     def __init__(
-        self, weights: Mapping[str, np.ndarray], config: GPT2Config, quantized: Mapping[str, QuantizedWeight]
+        self,
+        weights: Mapping[str, np.ndarray],
+        config: GPT2Config,
+        quantized: Mapping[str, QuantizedWeight],
+        *,
+        half: bool,
     ) -> None:
-        self.weights, self.config, self.quantized = weights, config, quantized
+        self.weights, self.config, self.quantized, self.half = weights, config, quantized, half
+        self.type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
         self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, np.ndarray] = {}
@@ -156,7 +168,8 @@ class _Builder:
 
     def build(self) -> onnx.ModelProto:
         self._prepare_indices()
-        residual = self.op("Add", self._embedding(), self.op("Gather", self.weight(POSITION_EMBEDDING), "position_ids"))
+        positions = self.op("Gather", self.weight(POSITION_EMBEDDING), "position_ids")
+        residual = self.op("Add", self._embedding(), positions)
         for layer in range(self.config.n_layer):
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
         self._output_layer(self._layer_norm("ln_f", residual))
@@ -180,17 +193,35 @@ class _Builder:
         return name
 
     def weight(self, name: str) -> str:
+        """A weight in float32."""
         if name not in self.weights:
             raise ParityError(f"the export has no weight {name!r}, which the model's configuration asks for")
         self.used.add(name)
         self.initializers[name] = self.weights[name]
         return name
 
+    def factor(self, name: str) -> str:
+        """A weight in the type that products are computed in."""
+        self.weight(name)
+        if self.half:
+            if np.abs(self.weights[name]).max() > np.finfo(np.float16).max:
+                raise ParityError(f"the weight {name!r} is too large for float16; use another precision")
+            self.initializers[name] = self.weights[name].astype(np.float16)
+        return name
+
+    def narrow(self, value: str) -> str:
+        """A float32 value in the type that products are computed in."""
+        return self.op("Cast", value, to=self.type) if self.half else value
+
+    def widen(self, value: str) -> str:
+        """The result of a product in float32."""
+        return self.op("Cast", value, to=TensorProto.FLOAT) if self.half else value
+
     # -- the parts of a layer ------------------------------------------------------------------------------------------
 
     def _prepare_indices(self) -> None:
         """What all layers share: rows of head size D in the packed batch and in the grid, and the shapes between."""
-        heads = np.arange(self.heads)
+        each_head = np.arange(self.heads)
         self.constant("head_rows", [-1, self.head_size])
         self.constant("token_rows", [-1, self.config.n_embd])
         self.constant("one", [1])
@@ -199,19 +230,18 @@ class _Builder:
         # The product with c_attn gives each token 3 H rows of size D: the heads of its query, its key, its value.
         token = self.op("Mul", self.op("Unsqueeze", "slot_index", "one"), self.constant("rows", 3 * self.heads))
         for part, name in enumerate(("query", "key", "value")):
-            rows = self.constant(f"{name}_heads", (part * self.heads + heads).reshape(1, -1, 1, 1))
+            rows = self.constant(f"{name}_heads", (part * self.heads + each_head).reshape(1, -1, 1, 1))
             self.op("Add", token, rows, name=f"{name}_index")
         # Attention leaves rows of size D in the order [G, H, R, T]; a token collects those of its heads.
         group, slot = self.op("Div", "token_index", slots), self.op("Mod", "token_index", slots)
-        first = self.op("Mul", self.op("Mul", group, self.constant("heads", self.heads)), slots)
-        head_offset = self.op("Mul", self.constant("head_column", heads.reshape(1, -1)), slots)
+        heads, size = self.constant("heads", [self.heads]), self.constant("head_size", [self.head_size])
+        first = self.op("Mul", self.op("Mul", group, heads), slots)
+        head_offset = self.op("Mul", self.constant("head_column", each_head.reshape(1, -1)), slots)
         self.op("Add", self.op("Unsqueeze", self.op("Add", first, slot), "one"), head_offset, name="context_index")
         past = self.op("Shape", f"{PASSAGE_PREFIX}0.key", start=3, end=4)
         own = self.op("Shape", f"{PAST_PREFIX}0.key", start=3, end=4)
         self.op("Concat", past, own, name="key_counts", axis=0)
         # Rows and new tokens of a passage in one dimension; in a decode step the rows stay apart (`_attention`).
-        heads = self.constant("head_count", [self.heads])
-        size = self.constant("head_width", [self.head_size])
         groups = self.op("Shape", "slot_index", start=0, end=1)
         width = self.op("Shape", "slot_index", start=2)
         self.op("Concat", groups, heads, grid, size, name="query_shape", axis=0)
@@ -228,11 +258,11 @@ class _Builder:
         context = self._attention(layer, qkv)
         if is_last:
             context, residual = (self.op("Gather", value, "output_index") for value in (context, residual))
-        residual = self.op("Add", residual, self._linear(f"{name}.attn.c_proj", context))
+        residual = self.op("Add", residual, self.widen(self._linear(f"{name}.attn.c_proj", context)))
         hidden = self._linear(f"{name}.mlp.c_fc", self._layer_norm(f"{name}.ln_2", residual))
         activation = ACTIVATIONS[self.config.activation_function]
         hidden = self.op(activation.op_type, hidden, domain=activation.domain)
-        return self.op("Add", residual, self._linear(f"{name}.mlp.c_proj", hidden))
+        return self.op("Add", residual, self.widen(self._linear(f"{name}.mlp.c_proj", hidden)))
 
     def _attention(self, layer: int, qkv: str) -> str:
         """Attention of one layer: from the product with c_attn, [N, 3E], to the context of each token, [N, E]."""
@@ -253,8 +283,9 @@ class _Builder:
             )
             for part, new in (("key", key), ("value", value))
         )
-        # One product a passage for the scores of all its rows: the keys are the same, and packed only once.
-        on_passage = self.op(
+        # One product a passage for the scores of all its rows: the keys are the same, and packed only once. With a
+        # scale other than 1 it takes the same steps for one row as for many.
+        passage_scores = self.op(
             "FusedMatMul",
             self.op("Reshape", query, "flat_rows"),
             self.op("Reshape", passage_key, "flat_keys", allowzero=1),
@@ -264,11 +295,11 @@ class _Builder:
         )
         scores = self.op(
             "Concat",
-            self.op("Reshape", on_passage, "passage_scores", allowzero=1),
+            self.op("Reshape", passage_scores, "passage_scores", allowzero=1),
             self.op("FusedMatMul", query, own_key, domain=CONTRIB, transB=1, alpha=scale),
             axis=-1,
         )
-        probabilities = self.op("Softmax", self.op("Add", scores, "attention_bias"), axis=-1)
+        probabilities = self.narrow(self.op("Softmax", self.op("Add", self.widen(scores), "attention_bias"), axis=-1))
         on_passage, on_own = f"{probabilities}_passage", f"{probabilities}_own"
         self.nodes.append(helper.make_node("Split", [probabilities, "key_counts"], [on_passage, on_own], axis=-1))
         # The same for the context, but not in a decode step: a product of one row takes other steps than one of two,
@@ -280,12 +311,12 @@ class _Builder:
 
     def _layer_norm(self, name: str, hidden: str) -> str:
         scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
-        return self.op("LayerNormalization", hidden, scale, bias, epsilon=self.config.layer_norm_epsilon)
+        return self.narrow(self.op("LayerNormalization", hidden, scale, bias, epsilon=self.config.layer_norm_epsilon))
 
     def _linear(self, name: str, hidden: str) -> str:
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight not in self.quantized:
-            return self.op("Gemm", hidden, self.weight(weight), self.weight(bias))
+            return self.op("Gemm", hidden, self.factor(weight), self.factor(bias))
         self.initializers[weight] = self.quantized[weight].values
         self.used.add(weight)
         return self.op("Add", self._quantized_product(weight, hidden), self.weight(bias))
@@ -312,7 +343,7 @@ class _Builder:
 
     def _embedding(self) -> str:
         if TOKEN_EMBEDDING not in self.quantized:
-            return self.op("Gather", self.weight(TOKEN_EMBEDDING), "input_ids")
+            return self.widen(self.op("Gather", self.factor(TOKEN_EMBEDDING), "input_ids"))
         # Stored once, [V, E]; ONNX Runtime transposes it for the output layer as it loads.
         self.used.add(TOKEN_EMBEDDING)
         self.initializers[f"{TOKEN_EMBEDDING}.rows"] = np.ascontiguousarray(self.quantized[TOKEN_EMBEDDING].values.T)
@@ -325,7 +356,8 @@ class _Builder:
         tied = OUTPUT_WEIGHTS not in self.weights
         name = TOKEN_EMBEDDING if tied else OUTPUT_WEIGHTS
         if name not in self.quantized:
-            self.op("Gemm", hidden, self.weight(name), name="logits", transB=1)
+            logits = self.op("Gemm", hidden, self.factor(name), transB=1)
+            self.op("Identity", self.widen(logits), name="logits")
             return
         if tied:
             self.op("Transpose", f"{name}.rows", name=name, perm=[1, 0])
@@ -356,7 +388,7 @@ class _Builder:
     def _cache(self, prefix: str, rows: str | int, columns: str) -> list[onnx.ValueInfoProto]:
         return [
             helper.make_tensor_value_info(
-                f"{prefix}{layer}.{part}", TensorProto.FLOAT, ["G", self.heads, rows, columns, self.head_size]
+                f"{prefix}{layer}.{part}", self.type, ["G", self.heads, rows, columns, self.head_size]
             )
             for layer in range(self.config.n_layer)
             for part in ("key", "value")

@@ -112,11 +112,11 @@ def export(
         config = model.config
         shape = {"layers": config.n_layer, "heads": config.n_head, "head_size": config.n_embd // config.n_head}
 
-        def load(path: Path) -> tuple[Session, Engine]:
+        def load(path: Path, dtype: str = "float32") -> tuple[Session, Engine]:
             session = Session(path, provider="cpu")
             return session, Engine(
                 session,
-                layout=CacheLayout(**shape),
+                layout=CacheLayout(**shape, dtype=dtype),
                 eos_token_id=tokenizer.eos_token_id,
                 max_positions=config.n_positions,
                 passage_cache=PassageCache(VERIFY_CACHE_BYTES),
@@ -135,16 +135,21 @@ def export(
             sources.append(f"{len(first_on_passage)} of {verify.name}")
         parity = verify_parity(model, engine, prompts, source=", ".join(sources))
         precision_loss: dict[str, Any] = {}
-        if precision == "int8":
-            quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
-            onnx.save(build_decoder(weights, config, quantized), bundle / MODEL_NAME)
-            session, int8_engine = load(bundle / MODEL_NAME)
-            precision_loss = measure_loss(engine, int8_engine, asked or prompts, examples, bpe)
+        if precision != "fp32":
+            kept: dict[str, float] = {}
+            if precision == "int8":
+                quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
+                onnx.save(build_decoder(weights, config, quantized), bundle / MODEL_NAME)
+            else:
+                onnx.save(build_decoder(weights, config, half=True), bundle / MODEL_NAME)
+            session, narrow_engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
+            precision_loss = measure_loss(engine, narrow_engine, asked or prompts, examples, bpe)
             precision_loss["products_kept_in_fp32"] = kept
             if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
                 raise ParityError(
-                    f"int8 loses {precision_loss['f1_drop']:.2f} points of F1 on {verify}; at most {max_f1_drop:g} are "
-                    "allowed (--max-f1-drop). The bundle was not written; use --precision fp32, or allow more"
+                    f"{precision} loses {precision_loss['f1_drop']:.2f} points of F1 on {verify}; at most "
+                    f"{max_f1_drop:g} are allowed (--max-f1-drop). The bundle was not written; use --precision fp32, "
+                    "or allow more"
                 )
         manifest = write_manifest(
             bundle,
@@ -271,7 +276,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=MAX_F1_DROP,
         metavar="POINTS",
-        help="F1 that int8 may lose on FILE beside fp32; default: %(default)s",
+        help="F1 that int8 or fp16 may lose on FILE beside fp32; default: %(default)s",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--keep-optimum", action="store_true", help="keep Optimum's export as BUNDLE-optimum")

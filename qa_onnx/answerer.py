@@ -15,7 +15,7 @@ from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
 from qa_onnx.kv_cache import PassageCache
 from qa_onnx.progress import Progress
 from qa_onnx.prompt import Prompt, check_prompt_lengths, encode_prompts, load_tokenizer
-from qa_onnx.session import Session
+from qa_onnx.session import Session, resolve_provider
 
 DEFAULT_MAX_NEW_TOKENS = 32
 DEFAULT_BATCH_SIZE = 64
@@ -70,7 +70,7 @@ class Answerer:
 
         Raises:
             BundleError: The bundle is missing, incomplete, altered or of another format version.
-            ProviderError: ONNX Runtime or the provider is not there.
+            ProviderError: ONNX Runtime or the provider is not there, or does not run the bundle's precision.
             InvalidInputError: An unknown provider, a thread count that the machine does not have, or a negative
                 `passage_cache_bytes`.
         """
@@ -79,6 +79,7 @@ class Answerer:
                 f"got passage_cache_bytes {passage_cache_bytes!r}; expected a whole number of bytes, 0 to keep none"
             )
         bundle = Bundle.open(path)
+        provider = resolve_provider(provider, bundle.manifest.precision)
         tokenizer = _load_tokenizer(bundle.tokenizer_path)
         session = Session(bundle.model_path, provider=provider, threads=threads)
         bundle.check_graph(session.input_names, session.output_names)

@@ -22,7 +22,7 @@ MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
 REQUIRED_FILES = (MODEL_NAME, TOKENIZER_NAME, CONFIG_NAME)
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class Manifest:
     @property
     def cache_layout(self) -> CacheLayout:
         """What keys and values of this model look like."""
-        return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size)
+        dtype = "float16" if self.precision == "fp16" else "float32"
+        return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size, dtype=dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as the JSON object that is on disk."""

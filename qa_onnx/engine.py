@@ -183,7 +183,7 @@ class Engine:
             carried: A batch to go on with; its rows follow the new ones.
             known: Keys and values of passages that need not be read, as `PassageCache.get` gives them.
         """
-        nothing = np.zeros(self._layout.shape(groups=1, rows=1, columns=0), np.float32)
+        nothing = np.zeros(self._layout.shape(groups=1, rows=1, columns=0), self._layout.dtype)
         known = {(): nothing[:, 0, :, 0], **(known or {})}
         for group in groups:
             cached = self._passage_cache.get(group.passage_ids)

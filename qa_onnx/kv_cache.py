@@ -33,16 +33,17 @@ def aligned(columns: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLayout:
-    """What the caches of a model have in common."""
+    """What the caches of a model have in common; `dtype` is that of its keys and values."""
 
     layers: int
     heads: int
     head_size: int
+    dtype: str = "float32"
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that the keys and values of one token take."""
-        return 2 * self.layers * self.heads * self.head_size * np.dtype(np.float32).itemsize
+        return 2 * self.layers * self.heads * self.head_size * np.dtype(self.dtype).itemsize
 
     def shape(self, *, groups: int, rows: int, columns: int) -> tuple[int, ...]:
         """The shape of a cache's array, [2 * layers, G, H, R, C, D]: keys of the first layer, its values, and so on."""
@@ -65,13 +66,13 @@ class CachePool:
         self._lock = Lock()
 
     def take(self, *, groups: int, rows: int, columns: int) -> np.ndarray:
-        """An array for a cache, float32 [2 * layers, G, H, R, C, D], finite numbers in it."""
+        """An array for a cache, [2 * layers, G, H, R, C, D] in the layout's dtype, finite numbers in it."""
         shape = self.layout.shape(groups=groups, rows=rows, columns=columns)
         size = prod(shape)
         with self._lock:
             fitting = [index for index, buffer in enumerate(self._free) if buffer.size >= size]
             smallest = min(fitting, key=lambda index: self._free[index].size, default=None)
-            buffer = np.zeros(size, np.float32) if smallest is None else self._free.pop(smallest)
+            buffer = np.zeros(size, self.layout.dtype) if smallest is None else self._free.pop(smallest)
         return buffer[:size].reshape(shape)
 
     def give_back(self, array: np.ndarray) -> None:

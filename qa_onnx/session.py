@@ -39,6 +39,8 @@ _LIMITS = {
     "cpu": Limits(prefill_tokens=512, batch_tokens=1536),
     "cuda": Limits(prefill_tokens=32768, batch_tokens=32768),
 }
+_PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
+"""What each provider has kernels for; ONNX Runtime would run the rest of a graph elsewhere or by conversions."""
 _ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -58,22 +60,34 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def resolve_provider(provider: str) -> Literal["cpu", "cuda"]:
-    """Decides which provider to ask for; `auto` is CUDA where this ONNX Runtime was built with it, else the CPU.
+def resolve_provider(provider: str, precision: str = "fp32") -> Literal["cpu", "cuda"]:
+    """Decides which provider to ask for.
+
+    Args:
+        provider: One of `PROVIDERS`; `auto` is CUDA where this ONNX Runtime was built with it and it runs the
+            precision, else the CPU.
+        precision: Of the graph that it is to run.
 
     Raises:
         InvalidInputError: `provider` is none of `PROVIDERS`.
-        ProviderError: The provider is not part of this ONNX Runtime.
+        ProviderError: The provider is not part of this ONNX Runtime, or does not run the precision.
     """
     if provider not in PROVIDERS:
         raise InvalidInputError(f"got provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
     available = import_onnxruntime().get_available_providers()
     if provider == "auto":
-        return "cuda" if _ONNX_RUNTIME_NAMES["cuda"] in available else "cpu"
+        has_cuda = _ONNX_RUNTIME_NAMES["cuda"] in available
+        provider = "cuda" if has_cuda and precision in _PRECISIONS["cuda"] else "cpu"
     if _ONNX_RUNTIME_NAMES[provider] not in available:
         raise ProviderError(
             f"provider {provider!r} was asked for, and this ONNX Runtime has {', '.join(available)}. "
             "For CUDA, uninstall onnxruntime and install qa_onnx[gpu]; or pass provider='cpu'"
+        )
+    if precision not in _PRECISIONS[provider]:
+        other = "cuda" if provider == "cpu" else "cpu"
+        raise ProviderError(
+            f"a bundle in {precision} does not run on provider {provider!r}, which runs "
+            f"{' and '.join(_PRECISIONS[provider])}. Pass provider={other!r}, or export the model in one of these"
         )
     return "cuda" if provider == "cuda" else "cpu"
 

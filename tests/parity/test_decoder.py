@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from export.decoder import QuantizedWeight, build_decoder, weights_of
@@ -174,3 +177,34 @@ def test_what_the_graph_cannot_compute_is_refused(tiny, setting, error, message)
     config = GPT2Config(**{**tiny.config.to_dict(), **setting})
     with pytest.raises(error, match=message):
         build_decoder(weights_of_torch(tiny), config)
+
+
+def test_a_half_graph_keeps_residuals_in_float32_and_is_near_pytorch(tiny, tmp_path):
+    """fp16 runs on CUDA; the CPU computes the same graph through conversions."""
+    tiny = copy.deepcopy(tiny)
+    with torch.no_grad():  # a residual channel of GPT-2's kind, beyond what float16 holds
+        tiny.transformer.h[0].mlp.c_proj.bias[3] = 60_000
+        tiny.transformer.h[1].mlp.c_proj.bias[3] = 60_000
+    path = tmp_path / "model.onnx"
+    model = build_decoder(weights_of_torch(tiny), tiny.config, half=True)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    half = CacheLayout(layers=2, heads=4, head_size=8, dtype="float16")
+    engine = Engine(
+        Session(path, provider="cpu"), layout=half, eos_token_id=0, max_positions=256, passage_cache=PassageCache(0)
+    )
+    prompts = mixed_prompts(seed=5)
+    references = [torch_reference(tiny, prompt) for prompt in prompts]
+    state = engine.prefill(prompts, list(plan_groups(prompts, max_rows=64)))
+    assert state.grid.own.dtype == np.float16
+    for step in range(4):
+        expected = np.stack([references[prompt].logits[step] for prompt in state.prompts])
+        assert np.isfinite(state.logits).all()
+        assert np.corrcoef(state.logits.ravel(), expected.ravel())[0, 1] > 0.999
+        state = engine.decode_step(state, np.array([references[prompt].tokens[step] for prompt in state.prompts]))
+
+
+def test_a_weight_beyond_float16_is_refused(tiny):
+    weights = weights_of_torch(tiny) | {"h.0.mlp.c_fc.weight": np.full((32, 128), 1e5, np.float32)}
+    with pytest.raises(ParityError, match=r"'h\.0\.mlp\.c_fc\.weight' is too large for float16"):
+        build_decoder(weights, tiny.config, half=True)

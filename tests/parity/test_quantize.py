@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from export import to_onnx
 from export.quantize import MAX_PRODUCT_ERROR, measure_loss, quantize, quantize_weights
-from qa_onnx import Answerer, ParityError
+from qa_onnx import Answerer, ParityError, ProviderError
 from qa_onnx.engine import Generation
 from qa_onnx.prompt import Prompt
 from training.starter.sample import generate
@@ -116,3 +116,11 @@ def test_a_loss_beyond_the_limit_fails_the_export(tiny_model_dir, tmp_path, monk
         to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=data)
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
     to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=data, max_f1_drop=0.7)
+
+
+def test_an_fp16_bundle_is_measured_and_asks_for_cuda(tiny_model_dir, tmp_path):
+    data = write_sample(tmp_path / "data.json", 8)
+    manifest = to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="fp16", verify=data, max_f1_drop=100)
+    assert manifest.precision_loss["equal_tokens_percent"] > 90
+    with pytest.raises(ProviderError, match="fp16 does not run on provider 'cpu'"):
+        Answerer.from_pretrained(tmp_path / "bundle", provider="cpu")

@@ -56,6 +56,29 @@ def test_an_unknown_provider_is_refused_with_the_known_ones(provider):
 
 
 @pytest.mark.parametrize(
+    ("precision", "available", "resolved"),
+    [
+        ("fp32", [CUDA, CPU], "cuda"),
+        ("fp16", [CUDA, CPU], "cuda"),
+        ("int8", [CUDA, CPU], "cpu"),
+        ("int8", [CPU], "cpu"),
+    ],
+)
+def test_auto_takes_a_provider_that_runs_the_precision(use, precision, available, resolved):
+    use(*available)
+    assert resolve_provider("auto", precision) == resolved
+
+
+@pytest.mark.parametrize(
+    ("provider", "precision", "way_out"), [("cpu", "fp16", "cuda"), ("auto", "fp16", "cuda"), ("cuda", "int8", "cpu")]
+)
+def test_a_precision_that_a_provider_does_not_run_is_an_error(use, provider, precision, way_out):
+    use(*([CPU] if provider == "auto" else [CUDA, CPU]))
+    with pytest.raises(ProviderError, match=f"a bundle in {precision} does not run on .*Pass provider='{way_out}'"):
+        resolve_provider(provider, precision)
+
+
+@pytest.mark.parametrize(
     ("provider", "available", "resolved"),
     [
         ("auto", [CPU], "cpu"),
