@@ -76,11 +76,12 @@ def plot(result: dict[str, Any], output: Path) -> None:
     figure = Figure(figsize=(8, 0.5 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
     colors = ["#1f77b4" if row["name"] in OURS else "#9aa5b1" for row in rows]
-    bars = axes.barh([row["name"] for row in rows], [row["answers_per_second"] for row in rows], color=colors)
-    axes.bar_label(bars, fmt="%.1f", padding=6)
+    axes.barh([row["name"] for row in rows], [row["answers_per_second"] for row in rows], color=colors)
     for place, row in enumerate(rows):
         samples = [result["questions"] / seconds for seconds in row["seconds"]]
         axes.plot(samples, [place] * len(samples), "k.", markersize=3)
+        label = f"{row['answers_per_second']:.1f}"
+        axes.annotate(label, (max(samples), place), xytext=(6, 0), textcoords="offset points", va="center")
     axes.set_xlabel("answers a second")
     axes.set_title(
         f"{result['workload']}: {result['questions']} questions on {result['passages']} passages", loc="left"
