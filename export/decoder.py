@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,14 @@ def build_decoder(
     if unused:
         raise ParityError(f"the export has weights that the runtime does not use: {', '.join(unused)}")
     return model
+
+
+def save_decoder(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph, and its weights beside it in `{path}_data`, which ONNX Runtime maps into memory as it loads.
+
+    Weights inside of the graph would be in memory two or three times until they are loaded.
+    """
+    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}_data")
 
 
 class _Builder:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
-from export.decoder import build_decoder, weights_of
+from export.decoder import build_decoder, save_decoder, weights_of
 from export.quantize import measure_loss, quantize_weights
 from export.verify import NEW_TOKENS, random_prompts, verify_parity
 from qa_onnx import __version__
@@ -123,7 +123,7 @@ def export(
             )
 
         fp32_path = (bundle if precision == "fp32" else staging) / MODEL_NAME
-        onnx.save(build_decoder(weights, config), fp32_path)
+        save_decoder(build_decoder(weights, config), fp32_path)
         session, engine = load(fp32_path)
         prompts = random_prompts(config.vocab_size, config.n_positions)
         sources = [f"{len(prompts)} of random tokens"]
@@ -139,9 +139,9 @@ def export(
             kept: dict[str, float] = {}
             if precision == "int8":
                 quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
-                onnx.save(build_decoder(weights, config, quantized), bundle / MODEL_NAME)
+                save_decoder(build_decoder(weights, config, quantized), bundle / MODEL_NAME)
             else:
-                onnx.save(build_decoder(weights, config, half=True), bundle / MODEL_NAME)
+                save_decoder(build_decoder(weights, config, half=True), bundle / MODEL_NAME)
             session, narrow_engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
             precision_loss = measure_loss(engine, narrow_engine, asked or prompts, examples, bpe)
             precision_loss["products_kept_in_fp32"] = kept

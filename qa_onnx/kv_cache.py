@@ -57,7 +57,7 @@ class CachePool:
     Safe to use from several threads.
     """
 
-    MAX_FREE = 4
+    MAX_FREE = 2
 
     def __init__(self, layout: CacheLayout) -> None:
         """Makes arrays of a layout. There are none yet."""

@@ -32,6 +32,7 @@ def run_export(*arguments):
 def test_a_bundle_holds_what_the_contract_says(tiny_bundle):
     assert {path.name for path in tiny_bundle.iterdir()} == {
         "model.onnx",
+        "model.onnx_data",
         "tokenizer.json",
         "config.json",
         "qa_onnx.json",
