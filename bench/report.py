@@ -8,7 +8,10 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OURS = ("qa_onnx fp32", "qa_onnx int8")
 
@@ -63,39 +66,156 @@ def latency_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
+def scaling_table(result: dict[str, Any]) -> str:
+    """A result of `bench.scaling` as a Markdown table, with the machine and the versions below."""
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    lines = [
+        f"Answers a second; {result['questions']} questions at each point, {result['max_new_tokens']} new tokens; "
+        f"{result['model']}",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for axis, value in dict.fromkeys((row["axis"], row["value"]) for row in result["rows"]):
+        cells = {
+            row["name"]: f"{row['answers_per_second']:.2f}" if row["status"] == "measured" else row["status"]
+            for row in result["rows"]
+            if (row["axis"], row["value"]) == (axis, value)
+        }
+        lines.append(f"| {axis.replace('_', ' ')} {value} | " + " | ".join(cells[name] for name in names) + " |")
+    return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
+
+
+def roofline_table(result: dict[str, Any]) -> str:
+    """A result of `bench.roofline` as a Markdown table, with the machine and the versions below."""
+    rates = result["product_rates"]
+    lines = [
+        f"A layer's bare products: {', '.join(f'{rate / 1e9:.0f} GFLOP/s in {name}' for name, rate in rates.items())}; "
+        f"reading memory: {result['memory_rate'] / 1e9:.1f} GB/s",
+        "",
+        "| | GFLOP/s | of the bare products | FLOP/byte | of what memory allows |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for point in result["points"]:
+        rate, intensity = point["operations"] / point["seconds"], point["operations"] / point["bytes"]
+        lines.append(
+            f"| {point['name']} | {rate / 1e9:.1f} | {rate / rates[point['precision']]:.0%} | {intensity:.1f} "
+            f"| {rate / (intensity * result['memory_rate']):.0%} |"
+        )
+    return "\n".join([*lines, "", _where(result)])
+
+
+TABLES = {"throughput": table, "latency": latency_table, "scaling": scaling_table, "roofline": roofline_table}
+
+
 def _where(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     return f"{result['threads']} threads of {result['machine']['processor']}; {versions}."
 
 
 def plot(result: dict[str, Any], output: Path) -> None:
-    """Draws answers a second as bars, with every round's sample as a dot."""
+    """Draws a result as PNG."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if row["status"] == "measured"][::-1]
-    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.3), layout="constrained")
-    axes = figure.subplots()
-    colors = ["#1f77b4" if row["name"] in OURS else "#9aa5b1" for row in rows]
-    axes.barh([row["name"] for row in rows], [row["answers_per_second"] for row in rows], color=colors)
-    for place, row in enumerate(rows):
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    {"throughput": _bars, "latency": _waits, "scaling": _lines, "roofline": _roofs}[result["benchmark"]](result, figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=130)
+
+
+def _color(name: str) -> str:
+    ours = {"qa_onnx fp32": "#1f77b4", "qa_onnx int8": "#0b3d66"}
+    theirs = {"transformers": "#d98b36", "Optimum": "#a05195", "CTranslate2": "#5b8f5b"}
+    return ours.get(name) or theirs.get(name.split()[0], "#9aa5b1")
+
+
+def _style(name: str) -> str:
+    """Solid for fp32, dashed for everything narrower."""
+    return "-" if name.endswith("fp32") else "--"
+
+
+def _bars(result: dict[str, Any], figure: Figure) -> None:
+    """Answers a second, every round a dot; and beside it speed against agreement."""
+    rows = [row for row in result["rows"] if row["status"] == "measured"]
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, row in enumerate(reversed(rows)):
         samples = [result["questions"] / seconds for seconds in row["seconds"]]
-        axes.plot(samples, [place] * len(samples), "k.", markersize=3)
+        left.barh(row["name"], row["answers_per_second"], color=_color(row["name"]))
+        left.plot(samples, [place] * len(samples), "k.", markersize=3)
         label = f"{row['answers_per_second']:.1f}"
-        axes.annotate(label, (max(samples), place), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_xlabel("answers a second")
-    axes.set_title(
+        left.annotate(label, (max(samples), place), xytext=(6, 0), textcoords="offset points", va="center")
+    left.set_xlabel("answers a second")
+    left.set_title(
         f"{result['workload']}: {result['questions']} questions on {result['passages']} passages", loc="left"
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12)
-    figure.savefig(output, dpi=150)
+    left.margins(x=0.12)
+    for row in rows:
+        if "equal_tokens_percent" in row:
+            place = (row["answers_per_second"], row["equal_tokens_percent"])
+            right.plot(
+                *place, "o", color=_color(row["name"]), fillstyle="full" if _style(row["name"]) == "-" else "none"
+            )
+            right.annotate(
+                row["name"], place, xytext=(2, -6), textcoords="offset points", fontsize=7, rotation=-50, va="top"
+            )
+    right.set(xlabel="answers a second", ylabel="tokens equal to PyTorch fp32, %")
+    right.margins(x=0.3, y=0.3)
+
+
+def _waits(result: dict[str, Any], figure: Figure) -> None:
+    """Milliseconds of the first and the second question on a passage, p50, p95 and p99."""
+    rows = [row for row in result["rows"] if row["status"] == "measured"]
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True, sharex=True), ("first", "second"), strict=True):
+        for row in reversed(rows):
+            waits = list(row[f"{kind}_ms"].values())
+            axes.barh(row["name"], waits[0], color=_color(row["name"]))
+            axes.plot(waits, [row["name"]] * len(waits), "k|", markersize=9)
+        axes.set(xlabel="milliseconds: p50, and p95 and p99 as strokes", title=f"{kind} question on a passage")
+
+
+def _lines(result: dict[str, Any], figure: Figure) -> None:
+    """Answers a second along each axis."""
+    rows = [row for row in result["rows"] if row["status"] == "measured"]
+    panels = list(figure.subplots(2, 2).flat)
+    for axes, axis in zip(panels, dict.fromkeys(row["axis"] for row in rows), strict=False):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            points = [
+                (row["value"], row["answers_per_second"]) for row in rows if (row["name"], row["axis"]) == (name, axis)
+            ]
+            axes.plot(*zip(*points, strict=True), _style(name), marker=".", color=_color(name), label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values := sorted({row["value"] for row in rows if row["axis"] == axis}), map(str, values))
+        axes.set(xlabel=axis.replace("_", " "), ylim=(0, None))
+    panels[0].set_ylabel("answers a second")
+    panels[0].legend(fontsize=7)
+
+
+def _roofs(result: dict[str, Any], figure: Figure) -> None:
+    """Rates against operations a byte, under the machine's roofs."""
+    axes = figure.subplots()
+    intensities = [point["operations"] / point["bytes"] for point in result["points"]]
+    ends = [min(intensities) / 2, max(intensities) * 2]
+    for precision, peak in result["product_rates"].items():
+        ridge = peak / result["memory_rate"]
+        heights = [ends[0] * result["memory_rate"] / 1e9, peak / 1e9, peak / 1e9]
+        name = f"qa_onnx {precision}"
+        axes.plot(
+            [ends[0], ridge, max(ends[1], ridge)], heights, _style(name), color=_color(name), label=f"roof, {precision}"
+        )
+    for point, intensity in zip(result["points"], intensities, strict=True):
+        place = (intensity, point["operations"] / point["seconds"] / 1e9)
+        axes.plot(*place, "o", color=_color(f"qa_onnx {point['precision']}"))
+        axes.annotate(point["name"], place, xytext=(6, -8), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte read", ylabel="GFLOP/s")
+    axes.legend(loc="upper left", fontsize=8)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="A table, and a plot, of a result.")
     parser.add_argument("result", type=Path, metavar="RESULT")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="of bench.throughput's result")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
     return parser
 
 
@@ -103,10 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     arguments = make_parser().parse_args(argv)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
-    if result["benchmark"] == "latency":
-        print(latency_table(result))
-        return 0
-    print(table(result))
+    print(TABLES[result["benchmark"]](result))
     if arguments.plot is not None:
         plot(result, arguments.plot)
     return 0

@@ -25,15 +25,16 @@ class Runner:
         """Starts the process and waits until it has loaded; `missing` says what is not installed, if anything."""
         path = directory / f"{name.replace(' ', '-')}.json"
         path.write_text(settings.to_json())
+        self._errors = path.with_suffix(".log")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.peers", name, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors.open("w"),
             text=True,
         )
-        loaded = self._read()
         self.name = name
+        loaded = self._read()
         self.missing: str | None = loaded.get("missing")
         self.load_seconds: float | None = loaded.get("load_seconds")
 
@@ -55,7 +56,8 @@ class Runner:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self.name} ended with status {self._process.wait()}")
+            status, errors = self._process.wait(), self._errors.read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(f"{self.name} ended with status {status}: {errors[-1] if errors else 'it says nothing'}")
         reply: dict[str, Any] = json.loads(line)
         return reply
 

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from bench import latency, report, runner, throughput
+from bench import latency, report, roofline, runner, scaling, throughput
 from bench.peers import RUNNERS, Settings, serve
+from qa_onnx.bundle import Bundle
 from qa_onnx.squad import parse_squad, read_squad
 from training.starter.sample import generate
 
@@ -57,7 +58,63 @@ def test_latency_asks_two_questions_a_passage(tiny_model_dir, tmp_path, work, qu
         ("transformers fp32", 3, 3),
     ]
     assert "| qa_onnx fp32 |" in capsys.readouterr().out
-    assert report.main([str(output)]) == 0
+    assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_varies_one_thing_at_a_time(tiny_model_dir, tmp_path, work, quick, monkeypatch, capsys):
+    base = scaling.Point(batch_size=2, passage_words=15, questions_per_passage=2, threads=2)
+    monkeypatch.setattr(scaling, "BASE", base)
+    monkeypatch.setattr(scaling, "AXES", {"batch_size": (1, 4), "passage_words": (10, 20), "threads": (1, 4096)})
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=12)))
+    arguments = ["--data", data, "--model", tiny_model_dir, "--work", work, "--output", output, "--questions", 6]
+    only = ["--only", "qa_onnx fp32", "transformers fp32", "--rounds", "2", "--max-new-tokens", "2"]
+    assert scaling.main([*map(str, arguments), *only]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    measured = [("batch_size", 1), ("batch_size", 4), ("passage_words", 10), ("passage_words", 20), ("threads", 1)]
+    assert [(row["axis"], row["value"]) for row in rows[::2]] == measured
+    assert {row["name"] for row in rows} == {"qa_onnx fp32", "transformers fp32"}
+    assert all(len(row["seconds"]) == 2 and row["point"][row["axis"]] == row["value"] for row in rows)
+    assert rows[0]["point"] | {"batch_size": 4} == rows[2]["point"]
+    assert "| passage words 20 |" in capsys.readouterr().out
+    assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scalings_passages_are_cut_to_length_and_all_different():
+    examples = parse_squad(generate("heldout", questions=60), source="sample")
+    point = scaling.Point(batch_size=1, passage_words=25, questions_per_passage=3, threads=1)
+    questions, contexts = scaling.questions_of(examples, point, 8)
+    assert len(questions) == len(contexts) == 8
+    assert [len(context.split()) for context in contexts] == [25] * 8
+    assert [contexts.index(context) for context in contexts] == [0, 0, 0, 3, 3, 3, 6, 6]
+
+
+def test_roofline_places_prefill_and_decode_under_the_roofs(tiny_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "ROWS", (1, 3))
+    monkeypatch.setattr(roofline, "memory_rate", lambda **_: 1e10)
+    output = tmp_path / "result.json"
+    assert roofline.main(["--bundles", str(tiny_bundle), "--output", str(output), "--repeats", "2"]) == 0
+    result = json.loads(output.read_text())
+    assert [point["name"] for point in result["points"]] == [
+        "fp32 decode, 1 rows",
+        "fp32 prefill",
+        "fp32 decode, 3 rows",
+    ]
+    assert all(point["seconds"] > 0 for point in result["points"])
+    assert result["product_rates"].keys() == {"fp32", "int8"}
+    assert "| fp32 prefill |" in capsys.readouterr().out
+    assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_operations_are_those_of_gpt2s_products(tiny_bundle):
+    manifest = Bundle.open(tiny_bundle).manifest  # two layers of width 32, 600 tokens in the vocabulary
+    layer = 2 * (32 * 96 + 32 * 32 + 32 * 128 + 128 * 32)
+    assert roofline.operations_of(manifest, 5, 5, 0) == 5 * (2 * layer + 2 * 32 * 600)
+    assert roofline.operations_of(manifest, 5, 1, 0) == 5 * layer + layer + 4 * 2 * 32 * 96 + 2 * 32 * 600
+    assert roofline.operations_of(manifest, 0, 0, 7) == 2 * 7 * 2 * (2 * 32)
 
 
 def test_two_questions_are_on_one_passage():
@@ -116,6 +173,11 @@ def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
     }
     assert "| CTranslate2 int8 | not installed" in report.table(result)
     assert report.ratio(result, "qa_onnx int8", "CTranslate2 int8") is None
+
+
+def test_a_runner_that_dies_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"qa_onnx fp32 ended with status 1: .*BundleError.* no such directory"):
+        runner.Runner("qa_onnx fp32", settings_of(tmp_path), tmp_path)
 
 
 def test_a_ratio_is_the_median_over_rounds():

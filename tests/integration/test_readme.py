@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from bench import accuracy, latency, report, throughput
+from bench import accuracy, latency, report, roofline, scaling, throughput
 from export import to_onnx
 from qa_onnx import cli
 from tests.conftest import ROOT
@@ -35,6 +35,8 @@ PARSERS = {
     "bench.accuracy": accuracy.make_parser,
     "bench.latency": latency.make_parser,
     "bench.report": report.make_parser,
+    "bench.roofline": roofline.make_parser,
+    "bench.scaling": scaling.make_parser,
     "bench.throughput": throughput.make_parser,
 }
 

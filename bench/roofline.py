@@ -1,0 +1,208 @@
+"""How near prefill and decode come to what the machine can do: `python -m bench.roofline --help`.
+
+Two roofs are measured: the rate of bare matrix products of a layer's shapes in ONNX Runtime, in fp32 and int8, and the
+rate at which memory is read. Below them stand the engine's prefill and its decode steps, with the operations that the
+answers need (products with weights and attention; nothing that padding adds) and the bytes of weights, keys and values
+that they read at least. (S. Williams, A. Waterman, D. Patterson, "Roofline", 2009.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from bench.machine import describe_machine
+from bench.report import roofline_table
+from export.decoder import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
+from qa_onnx.bundle import MODEL_NAME, Bundle, Manifest
+from qa_onnx.engine import Engine
+from qa_onnx.kv_cache import PassageCache
+from qa_onnx.planner import plan_groups
+from qa_onnx.prompt import Prompt
+from qa_onnx.session import Session, import_onnxruntime
+
+PRECISIONS = ("fp32", "int8")
+PASSAGE_TOKENS, QUESTION_TOKENS, ROWS = 160, 16, (1, 4, 16, 32)
+TOKENS = 512
+"""Rows of the bare products: what a run of a prefill on the CPU has."""
+
+
+def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
+    """The median of some calls, after one that warms up."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def product_rate(precision: str, width: int, *, threads: int, repeats: int) -> float:
+    """FLOP/s of a layer's four products one after the other, `TOKENS` rows each."""
+    random = np.random.default_rng(0)
+    nodes, initializers, operations = [], [], 0
+    inputs: dict[str, np.ndarray] = {}
+    for name, rows, columns in (("qkv", 1, 3), ("out", 1, 1), ("up", 1, 4), ("down", 4, 1)):
+        hidden = random.standard_normal((TOKENS, rows * width), np.float32)
+        weight = random.standard_normal((rows * width, columns * width), np.float32)
+        operations += 2 * hidden.size * columns * width
+        if precision == "fp32":
+            nodes.append(helper.make_node("MatMul", [f"{name}_in", f"{name}_weight"], [f"{name}_sum"]))
+        else:
+            hidden, weight = (hidden * 30 + 128).clip(0, 255).astype(np.uint8), (weight * 30).clip(-127, 127)
+            weight = weight.astype(np.int8)
+            names = [f"{name}_in", f"{name}_weight", "unit", "unit", "zero"]
+            nodes.append(helper.make_node("MatMulIntegerToFloat", names, [f"{name}_sum"], domain=CONTRIB))
+        inputs[f"{name}_in"] = hidden
+        initializers.append(numpy_helper.from_array(weight, f"{name}_weight"))
+        nodes.append(helper.make_node("ReduceMax", [f"{name}_sum"], [f"{name}_out"], keepdims=0))
+    if precision == "int8":
+        initializers.append(numpy_helper.from_array(np.float32(1), "unit"))
+        initializers.append(numpy_helper.from_array(np.uint8(128), "zero"))
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in inputs.items()
+        ],
+        [
+            helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [])
+            for node in nodes
+            if node.op_type == "ReduceMax"
+        ],
+        initializers,
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return operations / seconds_of(lambda: session.run(None, inputs), repeats=repeats)
+
+
+def memory_rate(*, threads: int, repeats: int) -> float:
+    """Bytes a second that all threads together read from memory, far more of it than caches hold."""
+    parts = np.array_split(np.ones(1 << 26, np.int64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(part.nbytes for part in parts) / seconds_of(
+            lambda: list(pool.map(np.bitwise_or.reduce, parts)), repeats=repeats
+        )
+
+
+def operations_of(manifest: Manifest, tokens: int, outputs: int, keys: int) -> int:
+    """Operations that some tokens need which see `keys` keys in all, and of which some go on to the output layer."""
+    width = manifest.heads * manifest.head_size
+    layer = 2 * 12 * width * width
+    only_keys = 2 * 3 * width * width  # the last layer, for tokens whose logits nobody asks for
+    return (
+        tokens * layer * (manifest.layers - 1)
+        + outputs * layer
+        + (tokens - outputs) * only_keys
+        + 4 * width * keys * manifest.layers
+        + outputs * 2 * width * manifest.vocab_size
+    )
+
+
+def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """The engine's prefill, and its decode step at several numbers of rows: operations, bytes, seconds."""
+    manifest, layout = bundle.manifest, bundle.manifest.cache_layout
+    session = Session(bundle.model_path, provider="cpu", threads=threads)
+    engine = Engine(
+        session, layout=layout, eos_token_id=-1, max_positions=manifest.max_positions, passage_cache=PassageCache(0)
+    )
+    weight_bytes = sum(bundle.manifest.files[name]["bytes"] for name in manifest.files if name.startswith(MODEL_NAME))
+    random = np.random.default_rng(0)
+    points = []
+    for rows in ROWS:
+        prompts = [
+            Prompt(
+                passage_ids=random.integers(manifest.vocab_size, size=PASSAGE_TOKENS).tolist(),
+                question_ids=random.integers(manifest.vocab_size, size=QUESTION_TOKENS).tolist(),
+            )
+            for _ in range(rows)
+        ]
+        groups = list(plan_groups(prompts, max_rows=rows))
+        length = PASSAGE_TOKENS + QUESTION_TOKENS
+        if rows == ROWS[-1]:
+
+            def prefill(prompts: list[Prompt] = prompts, groups: Any = groups) -> None:
+                engine.prefill(prompts, groups).grid.give_back()
+
+            seconds = seconds_of(prefill, repeats=max(repeats // 5, 3))
+            runs = -(-rows * length // session.limits.prefill_tokens)
+            points.append(
+                {
+                    "name": f"{manifest.precision} prefill",
+                    "precision": manifest.precision,
+                    "operations": operations_of(manifest, rows * length, rows, rows * length * (length + 1) // 2),
+                    "bytes": runs * weight_bytes + rows * length * layout.bytes_per_token,
+                    "seconds": seconds,
+                }
+            )
+        state = engine.prefill(prompts, groups)
+        token_ids = np.zeros(rows, np.int64)
+        steps = []
+        for _ in range(8):
+            started = time.perf_counter()
+            state = engine.decode_step(state, token_ids)
+            steps.append(time.perf_counter() - started)
+        state.grid.give_back()
+        keys = rows * (length + 4)
+        points.append(
+            {
+                "name": f"{manifest.precision} decode, {rows} rows",
+                "precision": manifest.precision,
+                "operations": operations_of(manifest, rows, rows, keys),
+                "bytes": weight_bytes + keys * layout.bytes_per_token,
+                "seconds": statistics.median(steps),
+            }
+        )
+    return points
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description="Rates beside the machine's own.")
+    parser.add_argument("--bundles", nargs="+", type=Path, required=True, metavar="DIR", help="in fp32 and int8")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=15, help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line."""
+    arguments = make_parser().parse_args(argv)
+    bundles = [Bundle.open(path) for path in arguments.bundles]
+    width = bundles[0].manifest.heads * bundles[0].manifest.head_size
+    measured = {"threads": arguments.threads, "repeats": arguments.repeats}
+    result = {
+        "benchmark": "roofline",
+        "threads": arguments.threads,
+        **describe_machine(),
+        "product_rates": {precision: product_rate(precision, width, **measured) for precision in PRECISIONS},
+        "memory_rate": memory_rate(**measured),
+        "points": [point for bundle in bundles for point in engine_points(bundle, **measured)],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(roofline_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Answers a second, along batch size, passage length, questions a passage and threads: `python -m bench.scaling -h`.
+
+From one point, `BASE`, one thing at a time is varied. At each value every runner is a process of its own, and they take
+turns. Passages are made of a file's text, cut to length, and no two are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.machine import describe_machine
+from bench.peers import Settings
+from bench.report import scaling_table
+from bench.runner import RANDOM, Runner, add_model_options, prepare_models
+from qa_onnx.squad import Example, read_squad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What is asked, and how.
+
+    Attributes:
+        batch_size: Questions computed together.
+        passage_words: Words of each passage.
+        questions_per_passage: Questions on each.
+        threads: CPU threads.
+    """
+
+    batch_size: int
+    passage_words: int
+    questions_per_passage: int
+    threads: int
+
+
+BASE = Point(batch_size=16, passage_words=120, questions_per_passage=4, threads=2)
+AXES: dict[str, tuple[int, ...]] = {
+    "batch_size": (1, 4, 16, 32),
+    "passage_words": (30, 120, 240, 480),
+    "questions_per_passage": (1, 2, 4, 8),
+    "threads": (1, 2, 4, 8, 16),
+}
+
+
+def questions_of(examples: Sequence[Example], point: Point, count: int) -> tuple[list[str], list[str]]:
+    """So many questions and their contexts: each passage begins at another word of all the file's passages."""
+    words = " ".join(dict.fromkeys(example.context for example in examples)).split()
+    passages = -(-count // point.questions_per_passage)
+    contexts = []
+    for index in range(passages):
+        first = index * point.passage_words % max(len(words) - point.passage_words, 1)
+        contexts.append(" ".join(words[first : first + point.passage_words]))
+    questions = [examples[index % len(examples)].question for index in range(count)]
+    return questions, [contexts[index // point.questions_per_passage] for index in range(count)]
+
+
+def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[str, Any]]:
+    """A row for each runner at one value of one axis."""
+    point = replace(BASE, threads=arguments.threads)
+    point = replace(point, **{axis: value})
+    questions, contexts = questions_of(read_squad(arguments.data), point, arguments.questions)
+    settings = Settings(
+        directory=str(arguments.work),
+        questions=questions,
+        contexts=contexts,
+        max_new_tokens=arguments.max_new_tokens,
+        stops=False,
+        threads=point.threads,
+    )
+    rows: list[dict[str, Any]] = []
+    runners: list[tuple[Runner, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            for name in arguments.only:
+                runner = Runner(name, settings, Path(temporary))
+                row: dict[str, Any] = {"name": name, "axis": axis, "value": value, "point": asdict(point)}
+                rows.append(row)
+                if runner.missing is not None:
+                    row["status"] = f"not installed ({runner.missing})"
+                    continue
+                row |= {"status": "measured", "seconds": []}
+                runners.append((runner, row))
+                runner.ask(question=0)  # warms up
+            for _ in range(arguments.rounds):
+                for runner, row in runners:
+                    reply = runner.ask(batch_size=point.batch_size)
+                    row["seconds"].append(reply["seconds"])
+                    row["peak_rss_mib"] = reply["peak_rss_mib"]
+        finally:
+            for runner, _ in runners:
+                runner.close()
+    for _, row in runners:
+        row["answers_per_second"] = len(questions) / statistics.median(row["seconds"])
+        print(f"{axis} {value}, {row['name']}: {row['answers_per_second']:.2f} answers/s", flush=True)
+    return rows
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description="Answers a second, axis by axis.")
+    add_model_options(parser)
+    parser.add_argument("--questions", type=int, default=32, help="at each point; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=8, help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line."""
+    arguments = make_parser().parse_args(argv)
+    prepare_models(arguments)
+    values = AXES | {"threads": tuple(value for value in AXES["threads"] if value <= (os.cpu_count() or 1))}
+    result = {
+        "benchmark": "scaling",
+        "questions": arguments.questions,
+        "max_new_tokens": arguments.max_new_tokens,
+        "model": RANDOM if arguments.model is None else arguments.model.name,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        **describe_machine(),
+        "rows": [row for axis in AXES for value in values[axis] for row in measure(arguments, axis, value)],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(scaling_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
