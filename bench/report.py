@@ -105,7 +105,10 @@ def roofline_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
-TABLES = {"throughput": table, "latency": latency_table, "scaling": scaling_table, "roofline": roofline_table}
+def render(result: dict[str, Any]) -> str:
+    """The table of any result: a headline, the table, and where it was measured, with empty lines between them."""
+    tables = {"throughput": table, "latency": latency_table, "scaling": scaling_table, "roofline": roofline_table}
+    return tables[result["benchmark"]](result)
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -223,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     arguments = make_parser().parse_args(argv)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
-    print(TABLES[result["benchmark"]](result))
+    print(render(result))
     if arguments.plot is not None:
         plot(result, arguments.plot)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -72,6 +73,15 @@ def test_every_command_is_one_that_its_program_takes(command):
 
 def test_no_figure_is_left_to_fill_in():
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z]+\b(?<!QA_ONNX_DATA)(?<!TOKENIZER_DIR)(?<!ORT_DISABLE_TELEMETRY)", TEXT)
+
+
+@pytest.mark.parametrize("result", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_are_those_of_the_results(result):
+    """`bench.report` makes them; a result that README does not show is one that it need not show."""
+    _, table, where = report.render(json.loads(result.read_text())).split("\n\n")
+    if f"bench.report bench/results/{result.name}" in TEXT:
+        assert table in TEXT
+        assert where in TEXT
 
 
 def test_the_snippet_runs(workplace):
