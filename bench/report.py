@@ -155,15 +155,17 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
     left.margins(x=0.12)
     for row in rows:
         if "equal_tokens_percent" in row:
-            place = (row["answers_per_second"], row["equal_tokens_percent"])
             right.plot(
-                *place, "o", color=_color(row["name"]), fillstyle="full" if _style(row["name"]) == "-" else "none"
+                row["answers_per_second"],
+                row["equal_tokens_percent"],
+                "o",
+                color=_color(row["name"]),
+                fillstyle="full" if _style(row["name"]) == "-" else "none",
+                label=row["name"],
             )
-            right.annotate(
-                row["name"], place, xytext=(2, -6), textcoords="offset points", fontsize=7, rotation=-50, va="top"
-            )
+    right.legend(fontsize=7, loc="best")
     right.set(xlabel="answers a second", ylabel="tokens equal to PyTorch fp32, %")
-    right.margins(x=0.3, y=0.3)
+    right.set(xlim=(0, None), ylim=(None, 101))
 
 
 def _waits(result: dict[str, Any], figure: Figure) -> None:
