@@ -99,7 +99,7 @@ def roofline_table(result: dict[str, Any]) -> str:
     for point in result["points"]:
         rate, intensity = point["operations"] / point["seconds"], point["operations"] / point["bytes"]
         lines.append(
-            f"| {point['name']} | {rate / 1e9:.1f} | {rate / rates[point['precision']]:.0%} | {intensity:.1f} "
+            f"| {point['precision']} {point['phase']}, {point['rows']} {'row' if point['rows'] == 1 else 'rows'} | {rate / 1e9:.1f} | {rate / rates[point['precision']]:.0%} | {intensity:.1f} "
             f"| {rate / (intensity * result['memory_rate']):.0%} |"
         )
     return "\n".join([*lines, "", _where(result)])
@@ -193,11 +193,11 @@ def _lines(result: dict[str, Any], figure: Figure) -> None:
         axes.set_xticks(values := sorted({row["value"] for row in rows if row["axis"] == axis}), map(str, values))
         axes.set(xlabel=axis.replace("_", " "), ylim=(0, None))
     panels[0].set_ylabel("answers a second")
-    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7)
 
 
 def _roofs(result: dict[str, Any], figure: Figure) -> None:
-    """Rates against operations a byte, under the machine's roofs."""
+    """Rates against operations a byte, under the machine's roofs; the numbers at the points are rows."""
     axes = figure.subplots()
     intensities = [point["operations"] / point["bytes"] for point in result["points"]]
     ends = [min(intensities) / 2, max(intensities) * 2]
@@ -208,12 +208,20 @@ def _roofs(result: dict[str, Any], figure: Figure) -> None:
         axes.plot(
             [ends[0], ridge, max(ends[1], ridge)], heights, _style(name), color=_color(name), label=f"roof, {precision}"
         )
-    for point, intensity in zip(result["points"], intensities, strict=True):
-        place = (intensity, point["operations"] / point["seconds"] / 1e9)
-        axes.plot(*place, "o", color=_color(f"qa_onnx {point['precision']}"))
-        axes.annotate(point["name"], place, xytext=(6, -8), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte read", ylabel="GFLOP/s")
-    axes.legend(loc="upper left", fontsize=8)
+    for precision in result["product_rates"]:
+        for phase, marker in (("decode", "o"), ("prefill", "D")):
+            points = sorted(
+                (point["operations"] / point["bytes"], point["operations"] / point["seconds"] / 1e9, point["rows"])
+                for point in result["points"]
+                if (point["precision"], point["phase"]) == (precision, phase)
+            )
+            places = [(intensity, rate) for intensity, rate, _ in points]
+            color = _color(f"qa_onnx {precision}")
+            axes.plot(*zip(*places, strict=True), ":", marker=marker, color=color, label=f"{phase}, {precision}")
+            for place, (_, _, rows) in zip(places, points, strict=True):
+                axes.annotate(str(rows), place, xytext=(6, -9), textcoords="offset points", fontsize=7, color=color)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte read; at the points: rows", ylabel="GFLOP/s")
+    axes.legend(loc="lower right", fontsize=8)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -146,7 +146,8 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
             runs = -(-rows * length // session.limits.prefill_tokens)
             points.append(
                 {
-                    "name": f"{manifest.precision} prefill",
+                    "phase": "prefill",
+                    "rows": rows,
                     "precision": manifest.precision,
                     "operations": operations_of(manifest, rows * length, rows, rows * length * (length + 1) // 2),
                     "bytes": runs * weight_bytes + rows * length * layout.bytes_per_token,
@@ -164,7 +165,8 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
         keys = rows * (length + 4)
         points.append(
             {
-                "name": f"{manifest.precision} decode, {rows} rows",
+                "phase": "decode",
+                "rows": rows,
                 "precision": manifest.precision,
                 "operations": operations_of(manifest, rows, rows, keys),
                 "bytes": weight_bytes + keys * layout.bytes_per_token,
