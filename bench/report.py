@@ -98,8 +98,9 @@ def roofline_table(result: dict[str, Any]) -> str:
     ]
     for point in result["points"]:
         rate, intensity = point["operations"] / point["seconds"], point["operations"] / point["bytes"]
+        where = f"{point['precision']} {point['phase']}, {point['rows']} {'row' if point['rows'] == 1 else 'rows'}"
         lines.append(
-            f"| {point['precision']} {point['phase']}, {point['rows']} {'row' if point['rows'] == 1 else 'rows'} | {rate / 1e9:.1f} | {rate / rates[point['precision']]:.0%} | {intensity:.1f} "
+            f"| {where} | {rate / 1e9:.1f} | {rate / rates[point['precision']]:.0%} | {intensity:.1f} "
             f"| {rate / (intensity * result['memory_rate']):.0%} |"
         )
     return "\n".join([*lines, "", _where(result)])

@@ -2,52 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 
 from tokenizers import Tokenizer
 
+from qa_onnx.answer import Answer
 from qa_onnx.bundle import Bundle, Manifest
-from qa_onnx.engine import Engine, FinishReason, Generation
+from qa_onnx.decoding import Decoding
+from qa_onnx.engine import Engine
 from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
+from qa_onnx.generation import GenerationConfig, check_whole_number
+from qa_onnx.grounding import Spans, TokenBytes
 from qa_onnx.kv_cache import PassageCache
 from qa_onnx.progress import Progress
-from qa_onnx.prompt import Prompt, check_prompt_lengths, encode_prompts, load_tokenizer
+from qa_onnx.prompt import load_tokenizer
+from qa_onnx.request import Request
 from qa_onnx.session import Session, resolve_provider
+from qa_onnx.windows import encode_windows
+from qa_onnx.worker import Worker
 
-DEFAULT_MAX_NEW_TOKENS = 32
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_PASSAGE_CACHE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """An answer to one question.
-
-    Attributes:
-        text: What the model wrote, without white space around it; empty where it ended at once.
-        finish_reason: `stop` where the model ended the answer, `length` where `max_new_tokens` or its positions did.
-        prompt_tokens: Tokens of the prompt.
-        new_tokens: Tokens of the answer, without the end-of-text.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    new_tokens: int
+DEFAULT_MAX_WAIT_MS = 2.0
+DEFAULT_MAX_QUEUE = 1024
+REMEMBERED_SPANS = 256
+"""Passages (or windows of them) whose words stay known, for grounded answers to the next question on them."""
 
 
 class Answerer:
     """Answers questions with a bundle. Make one with `from_pretrained`; call it from any number of threads."""
 
-    def __init__(self, *, manifest: Manifest, engine: Engine, tokenizer: Tokenizer, provider: str) -> None:
+    def __init__(
+        self,
+        *,
+        manifest: Manifest,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        provider: str,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        max_wait_ms: float = DEFAULT_MAX_WAIT_MS,
+        max_queue: int = DEFAULT_MAX_QUEUE,
+    ) -> None:
         """Takes the loaded parts; `from_pretrained` loads them."""
         self._manifest = manifest
         self._engine: Engine | None = engine
         self._tokenizer = tokenizer
         self._provider = provider
+        self._batch_size = batch_size
+        self._max_queue = max_queue
+        self._pid = os.getpid()
+        self._worker = Worker(self._make_decoding, batch_size=batch_size, max_wait_ms=max_wait_ms, max_queue=max_queue)
+        self._token_bytes: TokenBytes | None = None
+        self._spans_of = lru_cache(maxsize=REMEMBERED_SPANS)(self._find_spans)
 
     @classmethod
     def from_pretrained(
@@ -57,6 +72,9 @@ class Answerer:
         provider: str = "auto",
         threads: int | None = None,
         passage_cache_bytes: int = DEFAULT_PASSAGE_CACHE_BYTES,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        max_wait_ms: float = DEFAULT_MAX_WAIT_MS,
+        max_queue: int = DEFAULT_MAX_QUEUE,
     ) -> Answerer:
         """Loads a bundle.
 
@@ -67,17 +85,24 @@ class Answerer:
             threads: CPU threads of one operator, at most as many as the machine has; None is one a physical core.
             passage_cache_bytes: Memory for the keys and values of the passages read last: another question on one of
                 them costs only the question. 0 keeps none.
+            batch_size: The most questions of `submit`, `answer_async`, `stream` and `answer_iter` computed together.
+            max_wait_ms: How long a first such question waits for others to join it, in milliseconds.
+            max_queue: The most such questions that wait or are computed; one more raises `QueueFullError`.
 
         Raises:
             BundleError: The bundle is missing, incomplete, altered or of another format version.
             ProviderError: ONNX Runtime or the provider is not there, or does not run the bundle's precision.
-            InvalidInputError: An unknown provider, a thread count that the machine does not have, or a negative
-                `passage_cache_bytes`.
+            InvalidInputError: An unknown provider, a thread count that the machine does not have, or another
+                option out of range.
         """
         if isinstance(passage_cache_bytes, bool) or not isinstance(passage_cache_bytes, int) or passage_cache_bytes < 0:
             raise InvalidInputError(
                 f"got passage_cache_bytes {passage_cache_bytes!r}; expected a whole number of bytes, 0 to keep none"
             )
+        check_whole_number("batch_size", batch_size, 1)
+        check_whole_number("max_queue", max_queue, 1)
+        if isinstance(max_wait_ms, bool) or not isinstance(max_wait_ms, int | float) or not 0 <= max_wait_ms <= 60_000:
+            raise InvalidInputError(f"got max_wait_ms {max_wait_ms!r}; expected milliseconds from 0 to 60,000")
         bundle = Bundle.open(path)
         provider = resolve_provider(provider, bundle.manifest.precision)
         tokenizer = _load_tokenizer(bundle.tokenizer_path)
@@ -94,6 +119,9 @@ class Answerer:
             ),
             tokenizer=tokenizer,
             provider=session.provider,
+            batch_size=batch_size,
+            max_wait_ms=max_wait_ms,
+            max_queue=max_queue,
         )
 
     @property
@@ -106,22 +134,24 @@ class Answerer:
         """The provider that runs the graph: `cpu` or `cuda`."""
         return self._provider
 
-    def answer(self, question: str, context: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> Answer:
-        """Answers one question about one passage.
-
-        Raises:
-            InvalidInputError: Question or context is not a string or has no text, or `max_new_tokens` is below 1.
-            PromptTooLongError: The two have more tokens than the model has positions.
-            ClosedError: The answerer was closed.
-        """
-        return self.answer_batch([question], [context], max_new_tokens=max_new_tokens)[0]
+    def answer(
+        self,
+        question: str,
+        context: str,
+        *,
+        config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
+        """Answers one question about one passage. Arguments and errors are those of `answer_batch`."""
+        return self.answer_batch([question], [context], config=config, max_new_tokens=max_new_tokens)[0]
 
     def answer_batch(
         self,
         questions: Sequence[str],
         contexts: Sequence[str],
         *,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         progress: bool = False,
     ) -> list[Answer]:
@@ -129,8 +159,10 @@ class Answerer:
 
         Args:
             questions: The questions.
-            contexts: The passage of each question, in the same order.
-            max_new_tokens: The most tokens an answer may have.
+            contexts: The passage of each question, in the same order. It may be of any length: what does not fit into
+                the model's positions is read in overlapping windows, and the best answer of all windows is taken.
+            config: How to answer; None is `GenerationConfig()`.
+            max_new_tokens: In place of the one in `config`.
             batch_size: The most questions computed together. Batches of long prompts hold fewer.
             progress: Draw a progress line on standard error where that is a terminal.
 
@@ -138,33 +170,109 @@ class Answerer:
             One answer a question, in the order given.
 
         Raises:
-            InvalidInputError: The two differ in length, an entry is not a string or has no text, or an option is below
-                1. Everything is checked before anything is computed.
-            PromptTooLongError: A prompt has more tokens than the model has positions.
-            ClosedError: The answerer was closed.
+            InvalidInputError: The two differ in length, an entry is not a string or has no text, or an option is out of
+                range. Everything is checked before anything is computed.
+            PromptTooLongError: A question leaves no room for a part of its passage.
+            ClosedError: The answerer was closed, or belongs to the process that this one was forked from.
         """
-        engine = self._engine
-        if engine is None:
-            raise ClosedError("this Answerer was closed; load the bundle again with Answerer.from_pretrained")
+        engine = self._open_engine()
         for name, texts in (("questions", questions), ("contexts", contexts)):
             if isinstance(texts, str) or not isinstance(texts, Sequence):
                 raise InvalidInputError(
                     f"got {name} of type {type(texts).__name__}; expected a list of strings. "
                     "For a single question call answer(question, context)"
                 )
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"got {name} {value!r}; expected a whole number of at least 1")
-        prompts = encode_prompts(self._tokenizer, questions, contexts)
-        check_prompt_lengths(prompts, self._manifest.max_positions)
-        with Progress(len(prompts), "answering", enabled=progress) as bar:
-            generations = engine.greedy_decode(
-                prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, on_finished=bar.advance
-            )
-        return [self._to_answer(prompt, generation) for prompt, generation in zip(prompts, generations, strict=True)]
+        check_whole_number("batch_size", batch_size, 1)
+        requests = self._make_requests(questions, contexts, self._resolve(config, max_new_tokens))
+        owners = {row: request for request in requests for row in request.rows}
+        decoding = Decoding(engine, batch_size=batch_size)
+        decoding.add(owners)
+        with Progress(len(requests), "answering", enabled=progress) as bar:
+            while not decoding.is_idle:
+                for row in decoding.step():
+                    request = owners.pop(row)
+                    rows = request.finished(row)
+                    owners |= dict.fromkeys(rows, request)
+                    decoding.add(rows)
+                    bar.advance(request.is_done)
+        return [request.answer() for request in requests]
 
-    def close(self) -> None:
-        """Lets go of the model. Calls under way finish; later ones raise `ClosedError`. Closing twice is harmless."""
+    def answer_iter(
+        self, pairs: Iterable[tuple[str, str]], *, config: GenerationConfig | None = None
+    ) -> Iterator[Answer]:
+        """Answers a stream of (question, passage) in its order, which may be endless: memory stays bounded.
+
+        The stream is read a little ahead of the answers, by twice the batch size at most.
+
+        Raises:
+            InvalidInputError: As from `answer_batch`, when the pair's turn has come; so do the other errors.
+        """
+        ahead: deque[Future[Answer]] = deque()
+        most = min(2 * self._batch_size, self._max_queue)
+        try:
+            for pair in pairs:
+                if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                    raise InvalidInputError(f"got {pair!r}; expected a pair of question and passage")
+                ahead.append(self.submit(*pair, config=config))
+                if len(ahead) == most:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def stream(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Iterator[str]:
+        """The text of an answer as it grows: pieces which together are `Answer.text`.
+
+        Of a document of several windows, and with `top_k`, nothing is certain before the end: it is one piece then.
+        A stream that is closed, or not held any more, frees what it takes.
+
+        Raises:
+            QAOnnxError: As from `submit`, at the call.
+        """
+        pieces: SimpleQueue[str | None] = SimpleQueue()
+        future = self._submit(question, context, config, on_text=pieces.put)
+        future.add_done_callback(lambda _: pieces.put(None))
+        return self._pieces(pieces, future)
+
+    @staticmethod
+    def _pieces(pieces: SimpleQueue[str | None], future: Future[Answer]) -> Iterator[str]:
+        told = 0
+        try:
+            while (piece := pieces.get()) is not None:
+                told += len(piece)
+                yield piece
+            rest = future.result().text[told:]
+            if rest:
+                yield rest
+        finally:
+            future.cancel()
+
+    def submit(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Future[Answer]:
+        """Has a question answered in the background; it joins the batch that is being computed.
+
+        The oldest requests come first, and none waits behind more than the batch that is being read. Cancelling the
+        future frees what the request takes, at any time.
+
+        Raises:
+            InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.
+            QueueFullError: `max_queue` requests wait already.
+        """
+        return self._submit(question, context, config)
+
+    async def answer_async(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Answer:
+        """As `submit`, for asyncio. A task that is cancelled frees what its request takes."""
+        return await asyncio.wrap_future(self.submit(question, context, config=config))
+
+    def close(self, *, cancel_waiting: bool = False) -> None:
+        """Lets go of the model. Later calls raise `ClosedError`. Closing twice is harmless.
+
+        Args:
+            cancel_waiting: Fail requests that wait or are computed with `ClosedError`, instead of waiting for them.
+        """
+        if self._pid == os.getpid():
+            self._worker.close(cancel_waiting=cancel_waiting)
         self._engine = None
 
     def __enter__(self) -> Answerer:
@@ -179,13 +287,81 @@ class Answerer:
         state = "closed" if self._engine is None else f"provider={self._provider!r}"
         return f"Answerer({self._manifest.source_model!r}, precision={self._manifest.precision!r}, {state})"
 
-    def _to_answer(self, prompt: Prompt, generation: Generation) -> Answer:
-        return Answer(
-            text=self._tokenizer.decode(generation.token_ids).strip(),
-            finish_reason=generation.finish_reason,
-            prompt_tokens=len(prompt),
-            new_tokens=len(generation.token_ids),
+    def _open_engine(self) -> Engine:
+        engine = self._engine
+        if engine is None:
+            raise ClosedError("this Answerer was closed; load the bundle again with Answerer.from_pretrained")
+        if self._pid != os.getpid():
+            raise ClosedError(
+                f"this Answerer was loaded in process {self._pid}, and this is {os.getpid()}, forked from it: the threads "
+                "of ONNX Runtime are not here. Load the bundle after the fork"
+            )
+        return engine
+
+    def _resolve(self, config: GenerationConfig | None, max_new_tokens: int | None = None) -> GenerationConfig:
+        """The caller's options, with the bundle's threshold where the caller gave none."""
+        config = config or GenerationConfig()
+        if not isinstance(config, GenerationConfig):
+            raise InvalidInputError(f"got config of type {type(config).__name__}; expected a GenerationConfig")
+        if max_new_tokens is not None:
+            config = replace(config, max_new_tokens=max_new_tokens)
+        if config.no_answer_threshold is None:
+            config = replace(config, no_answer_threshold=self._manifest.no_answer_threshold)
+        return config
+
+    def _make_requests(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        config: GenerationConfig,
+        on_text: Callable[[str], object] | None = None,
+    ) -> list[Request]:
+        windows = encode_windows(
+            self._tokenizer,
+            questions,
+            contexts,
+            max_positions=self._manifest.max_positions,
+            max_new_tokens=config.max_new_tokens,
+            stride=config.stride,
         )
+        if config.grounded and config.top_k > 1:
+            for index, context in enumerate(contexts):
+                spans = self._spans_of(context).count(config.top_k)
+                if spans < config.top_k:
+                    raise InvalidInputError(
+                        f"got top_k {config.top_k}; context {index} has only {spans} different spans. Ask for fewer"
+                    )
+        return [
+            Request(
+                parts,
+                config,
+                tokenizer=self._tokenizer,
+                eos_token_id=self._manifest.eos_token_id,
+                max_positions=self._manifest.max_positions,
+                spans_of=self._spans_of,
+                on_text=on_text,
+            )
+            for parts in windows
+        ]
+
+    def _submit(
+        self,
+        question: str,
+        context: str,
+        config: GenerationConfig | None,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Future[Answer]:
+        self._open_engine()
+        (request,) = self._make_requests([question], [context], self._resolve(config), on_text)
+        return self._worker.submit(request)
+
+    def _find_spans(self, passage: str) -> Spans:
+        if self._token_bytes is None:
+            self._token_bytes = TokenBytes(self._tokenizer)
+        return Spans(passage, self._token_bytes)
+
+    def _make_decoding(self) -> Decoding:
+        return Decoding(self._open_engine(), batch_size=self._batch_size, oldest_first=True)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

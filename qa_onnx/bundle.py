@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qa_onnx.errors import BundleError
 from qa_onnx.kv_cache import CacheLayout
 from qa_onnx.prompt import PROMPT_TEMPLATE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "qa_onnx.json"
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
@@ -45,6 +45,7 @@ class Manifest:
         package_versions: Versions of the packages that made the bundle.
         parity: The report of the export's parity gate, which compares the fp32 graph with PyTorch.
         precision_loss: Where the precision is not fp32, what the export measured beside fp32; else empty.
+        no_answer: What `python -m qa_onnx calibrate` found, `threshold` among it; empty before.
         files: For each file, `bytes` and `sha256`.
     """
 
@@ -63,6 +64,7 @@ class Manifest:
     package_versions: dict[str, str]
     parity: dict[str, Any]
     precision_loss: dict[str, Any]
+    no_answer: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
     @property
@@ -70,6 +72,12 @@ class Manifest:
         """What keys and values of this model look like."""
         dtype = "float16" if self.precision == "fp16" else "float32"
         return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size, dtype=dtype)
+
+    @property
+    def no_answer_threshold(self) -> float | None:
+        """The probability of no answer above which there is none; None where the bundle was not calibrated."""
+        threshold: float | None = self.no_answer.get("threshold")
+        return threshold
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as the JSON object that is on disk."""
@@ -127,24 +135,47 @@ class Bundle:
                     f"{self.model_path} has {kind} {got}; the manifest says {expected}. Export the model again"
                 )
 
+    def keep_no_answer(self, found: dict[str, Any]) -> Bundle:
+        """Keeps what a calibration found in the manifest on disk; returns the bundle as it is then.
+
+        Raises:
+            BundleError: The manifest cannot be written.
+        """
+        manifest = replace(self.manifest, no_answer=found)
+        try:
+            _save(manifest, self.directory)
+        except OSError as error:
+            raise BundleError(
+                f"{self.directory / MANIFEST_NAME} cannot be written ({error.strerror}); expected a bundle that may be "
+                "changed"
+            ) from error
+        return replace(self, manifest=manifest)
+
 
 def write_manifest(directory: Path, description: dict[str, Any]) -> Manifest:
     """Completes a bundle: lists the files of the directory with their checksums and writes the manifest.
 
     Args:
         directory: Holds every file of the bundle but the manifest.
-        description: The manifest's fields but `format_version`, `prompt_template` and `files`.
+        description: The manifest's fields but `format_version`, `prompt_template`, `no_answer` and `files`.
     """
     paths = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         prompt_template=PROMPT_TEMPLATE,
+        no_answer={},
         files={path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths},
         **description,
     )
-    text = json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    _save(manifest, directory)
     return manifest
+
+
+def _save(manifest: Manifest, directory: Path) -> None:
+    """Writes the manifest whole or not at all."""
+    partial = directory / f"{MANIFEST_NAME}.partial"
+    partial.write_text(json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(directory / MANIFEST_NAME)
 
 
 def sha256_of(path: Path) -> str:
@@ -191,6 +222,9 @@ def _read_manifest(directory: Path) -> Manifest:
         problems += [f"{name} is {values[name]}, not a positive number" for name in counts if values[name] < 1]
         if not 0 <= values["eos_token_id"] < values["vocab_size"]:
             problems.append(f"eos_token_id {values['eos_token_id']} is not one of {values['vocab_size']} tokens")
+        threshold = values["no_answer"].get("threshold")
+        if threshold is not None and (not isinstance(threshold, int | float) or not 0 <= threshold <= 1):
+            problems.append(f"no_answer.threshold is {threshold!r}, not a probability")
     if problems:
         raise BundleError(f"{path} is not a valid manifest: {'; '.join(problems)}. Export the model again")
     return Manifest(**values)

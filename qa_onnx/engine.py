@@ -1,4 +1,4 @@
-"""How answers are computed: prefill of passages, prefill of questions, decode steps, greedy decoding.
+"""How logits are computed: prefill of passages, prefill of questions, decode steps.
 
 All questions on a passage read its keys and values from one place; a row (a question) keeps only its own. New tokens
 are packed, so that there is no padding but in the grid of attention (`export/decoder.py` draws both):
@@ -14,9 +14,8 @@ row's numbers do not depend on its neighbours, to the last bit.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -31,25 +30,12 @@ from qa_onnx.kv_cache import (
     PassageCache,
     aligned,
 )
-from qa_onnx.planner import Group, plan_groups, take_batch
+from qa_onnx.planner import Group
 from qa_onnx.prompt import Prompt
-from qa_onnx.session import Session
+from qa_onnx.session import Limits, Session
 
 LOWEST = np.finfo(np.float32).min
 """Added to the scores of keys that a token does not attend to. Not infinite: a row of nothing else would give NaN."""
-REFILL_BELOW = 0.5
-"""A batch takes in new questions when no more than this share of its rows is still without an answer."""
-
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """The new tokens of one prompt, without the end-of-text, and why they ended: `stop` there or `length` used up."""
-
-    token_ids: list[int]
-    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +45,7 @@ class DecodeState:
     Attributes:
         grid: What was read so far. A step writes into it.
         passages, own: The caches of the grid, on the session's device.
-        prompts: int64 [M], which prompt each row answers.
+        prompts: int64 [M], the number of the prompt that each row answers.
         groups: int64 [M], the row's group in the grid.
         rows: int64 [M], the row within the group.
         positions: int64 [M], the position of the row's next token.
@@ -88,7 +74,7 @@ class DecodeState:
 
 
 class Engine:
-    """Decodes prompts with one session. Keeps nothing between calls but passages; safe from several threads."""
+    """Computes with one session. Keeps nothing between calls but passages; safe from several threads."""
 
     def __init__(
         self,
@@ -104,72 +90,17 @@ class Engine:
         self._layout = layout
         self._pool = CachePool(layout)
         self.eos_token_id = eos_token_id
-        self._max_positions = max_positions
+        self.max_positions = max_positions
         self._passage_cache = passage_cache
 
-    def greedy_decode(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        batch_size: int,
-        on_finished: Callable[[int], object] = lambda count: None,
-    ) -> list[Generation]:
-        """Generates the most likely token again and again. A row that ends leaves the batch, and others take its place.
-
-        Args:
-            prompts: Each of 1 to `max_positions` tokens, at least one of them in `question_ids`.
-            max_new_tokens: The most tokens a row may get; the model's positions may end it earlier.
-            batch_size: The most rows computed together; long prompts share a batch's tokens among fewer
-                (`Limits.batch_tokens`).
-            on_finished: Is told, as they end, how many rows did.
-
-        Returns:
-            One generation a prompt, in the order given.
-        """
-        limits = [min(max_new_tokens, self._max_positions - len(prompt) + 1) for prompt in prompts]
-        new_ids: list[list[int]] = [[] for _ in prompts]
-        reasons: dict[int, FinishReason] = {}
-
-        def advance(state: DecodeState) -> DecodeState | None:
-            """Gives each row its next token, and reads it in the rows that go on; None where none does."""
-            tokens = state.logits.argmax(axis=-1)
-            for index, token in zip(state.prompts.tolist(), tokens.tolist(), strict=True):
-                if token == self.eos_token_id:
-                    reasons[index] = "stop"
-                    continue
-                new_ids[index].append(token)
-                if len(new_ids[index]) == limits[index]:
-                    reasons[index] = "length"
-            live = np.flatnonzero([index not in reasons for index in state.prompts.tolist()])
-            if live.size < len(tokens):
-                on_finished(len(tokens) - live.size)
-            return self.decode_step(state.select(live), tokens[live]) if live.size else None
-
-        queue = plan_groups(prompts, max_rows=batch_size)
-        state: DecodeState | None = None
-        known: Mapping[tuple[int, ...], np.ndarray] = {}
-        while queue or state is not None:
-            if queue:
-                free = batch_size - (0 if state is None else len(state.prompts))
-                budget = self._session.limits.batch_tokens * free // batch_size
-                groups = take_batch(queue, prompts, max_rows=free, max_tokens=budget)
-                carried, state = state, self.prefill(prompts, groups, carried=state, known=known)
-                if carried is not None:
-                    carried.grid.give_back()
-                known = self._keep_passages(state.grid, queue)
-            rows = 0 if state is None else len(state.prompts)
-            while state is not None and (not queue or len(state.prompts) > rows * REFILL_BELOW):
-                grid, state = state.grid, advance(state)
-                if state is None:
-                    grid.give_back()
-        return [
-            Generation(token_ids=token_ids, finish_reason=reasons[index]) for index, token_ids in enumerate(new_ids)
-        ]
+    @property
+    def limits(self) -> Limits:
+        """How much the provider works on at a time."""
+        return self._session.limits
 
     def prefill(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Mapping[int, Prompt],
         groups: Sequence[Group],
         *,
         carried: DecodeState | None = None,
@@ -178,7 +109,7 @@ class Engine:
         """Reads the prompts of some groups: each passage once, then all questions.
 
         Args:
-            prompts: The prompts that the groups refer to.
+            prompts: The prompts that the groups refer to, by their numbers.
             groups: From `plan_groups`.
             carried: A batch to go on with; its rows follow the new ones.
             known: Keys and values of passages that need not be read, as `PassageCache.get` gives them.
@@ -240,7 +171,7 @@ class Engine:
         grid.write_index += 1
         return replace(state, own=own, positions=state.positions + 1, logits=logits)
 
-    def _make_grid(self, prompts: Sequence[Prompt], groups: Sequence[Group], carried: DecodeState | None) -> Grid:
+    def _make_grid(self, prompts: Mapping[int, Prompt], groups: Sequence[Group], carried: DecodeState | None) -> Grid:
         """Makes the grid of some groups, and behind them the groups of a carried batch, with all that they hold."""
         passage_ids = [group.passage_ids for group in groups]
         rows = max(len(group.prompts) for group in groups)
@@ -280,7 +211,7 @@ class Engine:
             )
             cache.to_host()
 
-    def _read_questions(self, grid: Grid, prompts: Sequence[Prompt], groups: Sequence[Group]) -> DecodeState:
+    def _read_questions(self, grid: Grid, prompts: Mapping[int, Prompt], groups: Sequence[Group]) -> DecodeState:
         """Reads the questions of the first groups of a grid, whose passages were read."""
         texts = [
             [
@@ -392,7 +323,7 @@ class Engine:
         logits: np.ndarray = outputs["logits"].numpy()
         return logits
 
-    def _keep_passages(self, grid: Grid, queue: deque[Group]) -> dict[tuple[int, ...], np.ndarray]:
+    def keep_passages(self, grid: Grid, queue: deque[Group]) -> dict[tuple[int, ...], np.ndarray]:
         """Keeps passages for later calls, unless the queue's would push them out before; returns what the queue needs.
 
         Groups of one passage follow each other, so only the queue's first can be on a passage of this batch.

@@ -22,7 +22,11 @@ class ProviderError(QAOnnxError):
 
 
 class ClosedError(QAOnnxError):
-    """The answerer was closed before the call."""
+    """The answerer was closed before the call, or is in another process than the one that loaded it."""
+
+
+class QueueFullError(QAOnnxError):
+    """More requests wait than `from_pretrained` was told to keep."""
 
 
 class ParityError(QAOnnxError):

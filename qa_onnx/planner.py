@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qa_onnx.prompt import Prompt
@@ -18,26 +18,26 @@ class Group:
 
     Attributes:
         passage_ids: The passage's tokens; empty where the whole prompt is in `question_ids`.
-        prompts: Which prompts they are, indices into the list that was planned.
+        prompts: Which prompts they are, by their numbers.
     """
 
     passage_ids: tuple[int, ...]
     prompts: list[int]
 
 
-def plan_groups(prompts: Sequence[Prompt], *, max_rows: int) -> deque[Group]:
+def plan_groups(prompts: Mapping[int, Prompt], *, max_rows: int) -> deque[Group]:
     """Groups prompts by passage.
 
     Groups of about as many questions (1, 2, up to 4, up to 8...) follow each other, longer passages first, and groups
     of one passage are neighbours: what is read together is of like size, and little of attention's grid is padding.
 
     Args:
-        prompts: The prompts.
+        prompts: The prompts by their numbers.
         max_rows: The most rows of a batch, and so of a group.
     """
     prompts_of: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        prompts_of.setdefault(tuple(prompt.passage_ids), []).append(index)
+    for number, prompt in prompts.items():
+        prompts_of.setdefault(tuple(prompt.passage_ids), []).append(number)
     most = min(MAX_GROUP_ROWS, max_rows)
     rows_of = {passage: -(-len(members) // -(-len(members) // most)) for passage, members in prompts_of.items()}
     return deque(
@@ -47,7 +47,7 @@ def plan_groups(prompts: Sequence[Prompt], *, max_rows: int) -> deque[Group]:
     )
 
 
-def take_batch(groups: deque[Group], prompts: Sequence[Prompt], *, max_rows: int, max_tokens: int) -> list[Group]:
+def take_batch(groups: deque[Group], prompts: Mapping[int, Prompt], *, max_rows: int, max_tokens: int) -> list[Group]:
     """Takes the next groups off the front of the queue, as many as go together but at least one prompt.
 
     Of a first group of too many rows a part is taken, and the rest stays at the front.

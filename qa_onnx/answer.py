@@ -1,0 +1,53 @@
+"""What a question gets back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qa_onnx.decoding import FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Answer:
+    """An answer to one question.
+
+    Attributes:
+        text: The answer, without white space around it; empty where there is none.
+        score: Probability from 0 to 1 of the answer's tokens and of its end under the model, one after the other.
+        mean_logprob: Mean of their logarithms, which does not fall with the length of the answer.
+        start: The character of the passage at which `text` stands first (as whole words, if it does); None where it
+            does not stand there.
+        end: The character behind it, so that `passage[start:end] == text`; None where `start` is.
+        no_answer_probability: Probability under the model that the passage holds no answer. Of a document of several
+            windows the least of theirs.
+        finish_reason: `stop` where the model ended the answer, `length` where `max_new_tokens` or its positions did,
+            `no_answer` where there is none.
+        prompt_tokens: Tokens of the prompt; of all windows' together.
+        new_tokens: Tokens of the answer, without the end-of-text.
+        window: The window that the answer is from, counted from 0.
+        windows: How many windows the passage was read in: 1 unless it is longer than the model's positions.
+        alternatives: With `GenerationConfig.top_k` above 1 the other answers, the most probable first.
+    """
+
+    text: str
+    score: float
+    mean_logprob: float
+    start: int | None
+    end: int | None
+    no_answer_probability: float
+    finish_reason: FinishReason
+    prompt_tokens: int
+    new_tokens: int
+    window: int = 0
+    windows: int = 1
+    alternatives: tuple[Answer, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it by name, ready for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        where = "" if self.start is None else f", start={self.start}, end={self.end}"
+        more = f", {len(self.alternatives)} alternatives" if self.alternatives else ""
+        return f"Answer({self.text!r}, score={self.score:.3f}{where}, {self.finish_reason}{more})"

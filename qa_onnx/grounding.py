@@ -1,0 +1,214 @@
+"""Grounded decoding: which tokens go on spelling a span of the passage.
+
+A byte-level BPE has many ways to spell a text, and spells a word one way after a space and another after a bracket. So
+the constraint follows the bytes of the passage, not its tokens. With the passage `(led by Rollo)` and ` Ro` written so
+far, the text stands at the `|`:
+
+    ( l e d   b y   R o | l l o )        may go on with `l`, `ll`, `llo`, `llo)`, may not end
+
+A span starts where a word starts and ends where one ends.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from functools import cache, cached_property
+
+import numpy as np
+from tokenizers import Tokenizer
+
+
+class TokenBytes:
+    """The bytes of every token of a byte-level BPE, and the tokens that a text may begin with."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Takes the tokens that spell text. Added ones, such as the end-of-text, spell none."""
+        byte_of = _bytes_of_characters()
+        added = tokenizer.get_added_tokens_decoder()
+        self.bytes_of: dict[int, bytes] = {
+            token_id: bytes(byte_of[character] for character in token)
+            for token, token_id in tokenizer.get_vocab().items()
+            if token_id not in added and all(character in byte_of for character in token)
+        }
+        self._ids = {spelled: token_id for token_id, spelled in self.bytes_of.items()}
+        self._prefixes = {spelled[:length] for spelled in self._ids for length in range(1, len(spelled))}
+
+    def beginnings(self, text: bytes, start: int = 0) -> list[int]:
+        """The tokens that `text` may begin with at `start`, shortest first."""
+        found = []
+        for end in range(start + 1, len(text) + 1):
+            piece = text[start:end]
+            if piece in self._ids:
+                found.append(self._ids[piece])
+            if piece not in self._prefixes:
+                break
+        return found
+
+
+class Spans:
+    """The spans of one passage that may be answers."""
+
+    def __init__(self, passage: str, tokens: TokenBytes) -> None:
+        """Finds where words start and end in a passage."""
+        self.passage = passage
+        self._tokens = tokens
+        self._starts, self._ends = word_boundaries(passage)
+        # Nothing may be written behind the last place to end at, so every span that was begun can be ended.
+        self._text = passage[: max(self._ends, default=0)].encode()
+        offsets = np.cumsum([0, *(len(character.encode()) for character in passage)]).tolist()
+        self._character_at = {offset: index for index, offset in enumerate(offsets)}
+        self._start_bytes = [offsets[start] for start in self._starts]
+        self._end_bytes = frozenset(offsets[end] for end in self._ends)
+        self._beginnings: dict[int, list[int]] = {}
+
+    def count(self, at_most: int) -> int:
+        """How many different texts the spans have; counting stops at `at_most`."""
+        texts: set[str] = set()
+        for start in self._starts:
+            for end in self._ends:
+                if end > start:
+                    texts.add(self.passage[start:end])
+                    if len(texts) >= at_most:
+                        return at_most
+        return len(texts)
+
+    @cached_property
+    def _first_tokens(self) -> dict[int, list[int]]:
+        """For each token that an answer may begin with, the byte offsets that the text may stand at behind it."""
+        after: dict[int, list[int]] = {}
+        for start in self._start_bytes:
+            text = b" " + self._text[start : start + 128]
+            for token in self._tokens.beginnings(text):
+                after.setdefault(token, []).append(start - 1 + len(self._tokens.bytes_of[token]))
+        return after
+
+    @cached_property
+    def _first_ids(self) -> np.ndarray:
+        return np.array(sorted(self._first_tokens), np.int64)
+
+
+class SpanWriter:
+    """An answer as it is written: where in the passage it may stand. Begins with the space that answers begin with."""
+
+    def __init__(self, spans: Spans) -> None:
+        """Nothing is written yet."""
+        self._spans = spans
+        self._places: list[int] = []
+        self._written = -1
+        """Bytes behind the space; -1 before the first token."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether what is written is a whole span."""
+        return self._written > 0 and any(place in self._spans._end_bytes for place in self._places)
+
+    def next_ids(self) -> np.ndarray:
+        """The tokens (int64 [N], ascending) that go on spelling a span; none where all of them have to end here."""
+        spans = self._spans
+        if self._written < 0:
+            return spans._first_ids
+        found: set[int] = set()
+        for place in self._places:
+            if place not in spans._beginnings:
+                spans._beginnings[place] = spans._tokens.beginnings(spans._text, place)
+            found.update(spans._beginnings[place])
+        return np.array(sorted(found), np.int64)
+
+    def write(self, token_id: int) -> None:
+        """Goes on with one of `next_ids`."""
+        spans = self._spans
+        spelled = spans._tokens.bytes_of[token_id]
+        if self._written < 0:
+            self._places = spans._first_tokens[token_id]
+        else:
+            self._places = [place + len(spelled) for place in self._places if spans._text.startswith(spelled, place)]
+        self._written += len(spelled)
+
+    def span(self) -> tuple[int, int] | None:
+        """Start and end character of what is written, where it stands first; None where nothing is.
+
+        Text that was cut short goes back to the last end of a word in it, or else to its last whole character.
+        """
+        if self._written <= 0:
+            return None
+        spans = self._spans
+        ends = [place for place in self._places if place in spans._end_bytes]
+        end = min(ends or self._places)
+        start = end - self._written
+        if not ends:
+            inside = range(start + 1, end + 1)
+            whole = [place for place in inside if place in spans._end_bytes]
+            end = max(whole or [place for place in inside if place in spans._character_at], default=start)
+        return spans._character_at[start], spans._character_at[end]
+
+
+def word_boundaries(text: str) -> tuple[list[int], list[int]]:
+    """Where words start and where they end in a text, as characters.
+
+    Symbols are words of their own, and so are the characters of scripts that put no spaces between words. Combining
+    marks, joiners and what they join belong to what stands before them.
+    """
+    starts, ends = [], []
+    kinds = [_kind(character) for character in text]
+    before = " "
+    for index, kind in enumerate(kinds):
+        joined = kind == "m" or (before == kind == "w") or (index > 0 and text[index - 1] == "\N{ZERO WIDTH JOINER}")
+        if not joined or before == " ":
+            if before != " ":
+                ends.append(index)
+            if kind != " ":
+                starts.append(index)
+        before = "w" if kind == "m" and before == "w" else kind
+    if before != " ":
+        ends.append(len(text))
+    return starts, ends
+
+
+def find_span(text: str, passage: str) -> tuple[int, int] | None:
+    """Where a text stands first in a passage as whole words, or else at all: start and end character."""
+    if not text:
+        return None
+    first = passage.find(text)
+    if first < 0:
+        return None
+    start = first
+    while start >= 0:
+        end = start + len(text)
+        if _is_boundary(passage, start) and _is_boundary(passage, end):
+            return start, end
+        start = passage.find(text, start + 1)
+    return first, first + len(text)
+
+
+def _is_boundary(text: str, index: int) -> bool:
+    return index in (0, len(text)) or not (
+        _kind(text[index - 1]) == "w" == _kind(text[index]) or _kind(text[index]) == "m"
+    )
+
+
+@cache
+def _kind(character: str) -> str:
+    """Of a character: `w` part of a word, `s` a word or symbol of its own, `m` a mark on what is before, or a space."""
+    if character.isspace():
+        return " "
+    if character.isascii():
+        return "w" if character.isalnum() or character == "_" else "s"
+    category = unicodedata.category(character)
+    if (
+        category[0] == "M"
+        or character in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+        or "\U0001f3fb" <= character <= "\U0001f3ff"
+    ):
+        return "m"
+    if category[0] not in "LN":
+        return "s"
+    spaceless = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
+    return "s" if unicodedata.name(character, "").startswith(spaceless) else "w"
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level BPE's tokens stands for (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others: Sequence[int] = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
