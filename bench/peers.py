@@ -52,6 +52,7 @@ def qa_onnx(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any],
     """The runtime of this repository."""
     from qa_onnx import Answerer
     from qa_onnx.answerer import DEFAULT_PASSAGE_CACHE_BYTES
+    from qa_onnx.decoding import greedy_decode
     from qa_onnx.prompt import encode_prompts
 
     cache_bytes = DEFAULT_PASSAGE_CACHE_BYTES if settings.passage_cache else 0
@@ -73,7 +74,7 @@ def qa_onnx(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any],
     def tokens_of(asked: Any) -> Tokens:
         """Asks again, outside of the time measured: an `Answer` has no token ids."""
         prompts = encode_prompts(tokenizer, *asked)
-        made = engine.greedy_decode(prompts, max_new_tokens=settings.max_new_tokens, batch_size=64)
+        made = greedy_decode(engine, prompts, max_new_tokens=settings.max_new_tokens, batch_size=64)
         return [generation.token_ids for generation in made]
 
     return answer, tokens_of

@@ -128,18 +128,18 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
     random = np.random.default_rng(0)
     points = []
     for rows in ROWS:
-        prompts = [
-            Prompt(
+        prompts = {
+            row: Prompt(
                 passage_ids=random.integers(manifest.vocab_size, size=PASSAGE_TOKENS).tolist(),
                 question_ids=random.integers(manifest.vocab_size, size=QUESTION_TOKENS).tolist(),
             )
-            for _ in range(rows)
-        ]
+            for row in range(rows)
+        }
         groups = list(plan_groups(prompts, max_rows=rows))
         length = PASSAGE_TOKENS + QUESTION_TOKENS
         if rows == ROWS[-1]:
 
-            def prefill(prompts: list[Prompt] = prompts, groups: Any = groups) -> None:
+            def prefill(prompts: dict[int, Prompt] = prompts, groups: Any = groups) -> None:
                 engine.prefill(prompts, groups).grid.give_back()
 
             seconds = seconds_of(prefill, repeats=max(repeats // 5, 3))

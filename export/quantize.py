@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from export.decoder import OUTPUT_WEIGHTS, POSITION_EMBEDDING, TOKEN_EMBEDDING, QuantizedWeight
-from qa_onnx.engine import Engine, Generation
+from qa_onnx.decoding import Generation, greedy_decode
+from qa_onnx.engine import Engine
 from qa_onnx.metrics import evaluate
 from qa_onnx.prompt import Prompt
 from qa_onnx.squad import Example
@@ -116,7 +117,7 @@ def measure_loss(
         one of the two has is not equal), and, where there are examples, exact match and F1 of both and `f1_drop`.
     """
     expected, got = (
-        side.greedy_decode(prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
+        greedy_decode(side, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
         for side in (reference, engine)
     )
     pairs = list(zip(expected, got, strict=True))

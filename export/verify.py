@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import GPT2LMHeadModel
 
+from qa_onnx.decoding import greedy_decode
 from qa_onnx.engine import DecodeState, Engine
 from qa_onnx.errors import ParityError
 from qa_onnx.planner import plan_groups
@@ -92,7 +93,8 @@ def without_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray
 
 
 def _prefill(engine: Engine, prompts: Sequence[Prompt]) -> DecodeState:
-    return engine.prefill(prompts, list(plan_groups(prompts, max_rows=len(prompts))))
+    by_number = dict(enumerate(prompts))
+    return engine.prefill(by_number, list(plan_groups(by_number, max_rows=len(prompts))))
 
 
 def verify_parity(model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[Prompt], *, source: str) -> dict[str, Any]:
@@ -169,8 +171,8 @@ def _compare(way: str, logits: np.ndarray, references: Sequence[Reference], step
 
 def _compare_decoding(engine: Engine, references: Sequence[Reference]) -> None:
     """Runs the engine's own loop, rows leaving the batch and others joining, against PyTorch's tokens."""
-    generations = engine.greedy_decode(
-        [reference.prompt for reference in references], max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE
+    generations = greedy_decode(
+        engine, [reference.prompt for reference in references], max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE
     )
     for generation, reference in zip(generations, references, strict=True):
         tokens = reference.tokens

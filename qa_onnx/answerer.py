@@ -293,8 +293,8 @@ class Answerer:
             raise ClosedError("this Answerer was closed; load the bundle again with Answerer.from_pretrained")
         if self._pid != os.getpid():
             raise ClosedError(
-                f"this Answerer was loaded in process {self._pid}, and this is {os.getpid()}, forked from it: the threads "
-                "of ONNX Runtime are not here. Load the bundle after the fork"
+                f"this Answerer was loaded in process {self._pid}, and this is {os.getpid()}, forked from it: the "
+                "threads of ONNX Runtime are not here. Load the bundle after the fork"
             )
         return engine
 
@@ -316,11 +316,12 @@ class Answerer:
         config: GenerationConfig,
         on_text: Callable[[str], object] | None = None,
     ) -> list[Request]:
+        engine = self._open_engine()
         windows = encode_windows(
             self._tokenizer,
             questions,
             contexts,
-            max_positions=self._manifest.max_positions,
+            max_positions=engine.max_positions,
             max_new_tokens=config.max_new_tokens,
             stride=config.stride,
         )
@@ -336,8 +337,8 @@ class Answerer:
                 parts,
                 config,
                 tokenizer=self._tokenizer,
-                eos_token_id=self._manifest.eos_token_id,
-                max_positions=self._manifest.max_positions,
+                eos_token_id=engine.eos_token_id,
+                max_positions=engine.max_positions,
                 spans_of=self._spans_of,
                 on_text=on_text,
             )

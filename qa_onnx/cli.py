@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qa_onnx.answerer import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Answerer
+from qa_onnx.answerer import DEFAULT_BATCH_SIZE, Answerer
 from qa_onnx.bundle import Bundle
 from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
+from qa_onnx.generation import DEFAULT_MAX_NEW_TOKENS
 from qa_onnx.metrics import evaluate
 from qa_onnx.session import PROVIDERS
 from qa_onnx.squad import read_predictions, read_squad

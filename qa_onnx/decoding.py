@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Row:
         prompt: What is read. It holds the tokens of `prefix`, too.
         token_ids: The answer's tokens so far, `prefix` included, without the end-of-text.
         logprobs: The log-probability under the model of each of these, and last of the end-of-text once it came.
-        no_answer_probability: Of the end-of-text in place of a first token.
+        no_answer_probability: Of the end-of-text in place of a first token; 0 where it was not looked at.
         finish_reason: `stop` where the model ended the answer, `length` where tokens or positions did, `no_answer`
             where it ended before its first token; None as long as it goes on.
         alternatives: With `top_k` above 1, the most probable beginnings that were not gone on with.
@@ -82,7 +83,7 @@ class Row:
         self.logprobs = list(prefix.logprobs)
         self.prompt = Prompt(passage_ids=prompt.passage_ids, question_ids=[*prompt.question_ids, *self.token_ids])
         self.config = config
-        self.no_answer_probability: float | None = None
+        self.no_answer_probability = 0.0
         self.finish_reason: FinishReason | None = None
         self.alternatives: list[Prefix] = []
         self.cancelled = False
@@ -116,31 +117,24 @@ class Row:
         """Takes the next token, of its logits, float32 [V]; None where the answer has ended."""
         normalizer = log_sum_exp(logits)
         is_first = not self.token_ids
+        token = self._eos
         if is_first:
-            self.no_answer_probability = float(np.exp(logits[self._eos] - normalizer))
-            threshold = self.config.no_answer_threshold
-            if threshold is not None and self.no_answer_probability > threshold:
-                return self._end("no_answer", float(logits[self._eos] - normalizer))
-        token = int(logits.argmax()) if self.is_plain else self._choose(logits, normalizer)
-        logprob = float(logits[token] - normalizer)
+            self.no_answer_probability = math.exp(logits[self._eos] - normalizer)
+        threshold = self.config.no_answer_threshold if is_first else None
+        if threshold is None or self.no_answer_probability <= threshold:
+            token = int(logits.argmax()) if self.is_plain else self._choose(logits, normalizer)
+        self.logprobs.append(float(logits[token] - normalizer))
         if token == self._eos:
-            return self._end("no_answer" if is_first else "stop", logprob)
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        if self.writer:
-            self.writer.write(token)
-        if len(self.token_ids) == self._most:
-            return self._end("length")
+            self.finish_reason = "no_answer" if is_first else "stop"
+        else:
+            self.token_ids.append(token)
+            if self.writer:
+                self.writer.write(token)
+            if len(self.token_ids) == self._most:
+                self.finish_reason = "length"
         if self._on_token:
             self._on_token(self)
-        return token
-
-    def _end(self, reason: FinishReason, logprob: float | None = None) -> None:
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        self.finish_reason = reason
-        if self._on_token:
-            self._on_token(self)
+        return token if self.finish_reason is None else None
 
     def _choose(self, logits: np.ndarray, normalizer: float) -> int:
         """Chooses among the tokens that are allowed."""

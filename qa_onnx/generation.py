@@ -33,9 +33,9 @@ class GenerationConfig:
             al., 2019).
         seed: Of the draws; the same seed draws the same answer to the same question, alone and in any batch. None
             draws anew each time.
-        no_answer_threshold: From 0 to 1. Where the probability that the passage holds no answer is above it, the answer
-            is empty; where it is not, there is one. None takes the bundle's, from `python -m qa_onnx calibrate`; where it
-            has none, the answer is empty where that is most probable.
+        no_answer_threshold: From 0 to 1. Where the probability that the passage holds no answer is above it, the
+            answer is empty; where it is not, there is one. None takes the bundle's, from `python -m qa_onnx calibrate`;
+            where it has none, the answer is empty where that is most probable.
         stride: Tokens that neighbouring windows of a long document share (no more than half a window).
 
     Raises:
@@ -130,7 +130,7 @@ def sampling_probabilities(scores: np.ndarray, *, temperature: float, top_k_toke
     scores = scores.astype(np.float64) / temperature
     if 0 < top_k_tokens < len(scores):
         scores[scores < np.partition(scores, -top_k_tokens)[-top_k_tokens]] = -np.inf
-    probabilities = np.exp(scores - scores.max())
+    probabilities: np.ndarray = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
     if top_p < 1:
         ascending = probabilities.argsort(kind="stable")

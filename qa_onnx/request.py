@@ -118,15 +118,16 @@ class Request:
                 on_token=None if self._on_text is None else tell,
             )
 
-        def text_of(row: Row) -> str:
-            if row.writer is None:
-                return self._tokenizer.decode(row.token_ids).strip()
-            return window.text[slice(*row.writer.span())] if row.token_ids else ""
+        def span_and_text(row: Row) -> tuple[tuple[int, int] | None, str]:
+            if row.writer is not None:
+                span = row.writer.span()
+                return span, window.text[span[0] : span[1]] if span else ""
+            text: str = self._tokenizer.decode(row.token_ids).strip()
+            return find_span(text, window.text), text
 
         def read(row: Row) -> Candidate:
             assert row.finish_reason is not None
-            text = text_of(row)
-            span = row.writer.span() if row.writer else find_span(text, window.text)
+            span, text = span_and_text(row)
             return Candidate(
                 text=text,
                 start=span[0] if span else None,
@@ -140,7 +141,7 @@ class Request:
         def tell(row: Row) -> None:
             """Tells what is certain of the text: whole characters, and white space only once something follows."""
             nonlocal told
-            text = text_of(row)
+            text = span_and_text(row)[1]
             if row.finish_reason is None:
                 text = text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
             if self._on_text and len(text) > told:

@@ -1,9 +1,9 @@
 """The most probable answers to one prompt: best-first search over beginnings of answers.
 
-Greedy decoding of a row leaves, at every token, the beginnings that it did not go on with. The most probable of these is
-gone on with next, greedily again, and so forth. What a beginning leads to is never more probable than the beginning
-itself; so once the wanted number of answers is more probable than every beginning left, no better ones exist. (Best-first
-search of this kind: Meister et al., "Best-First Beam Search", 2020.)
+Greedy decoding of a row leaves, at every token, the beginnings that it did not go on with. The most probable of these
+is gone on with next, greedily again, and so forth. What a beginning leads to is never more probable than the beginning
+itself; so once the wanted number of answers is more probable than every beginning left, no better ones exist.
+(Best-first search of this kind: Meister et al., "Best-First Beam Search", 2020.)
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ class Search:
 
     def finished(self, row: Row) -> list[Row]:
         """Takes what a row found; returns the rows to decode next, none where the search goes on or is over."""
-        if row.no_answer_probability is not None:
-            self.no_answer_probability = row.no_answer_probability
+        self.no_answer_probability = max(self.no_answer_probability, row.no_answer_probability)
         self.rows.remove(row)
         self._add(self._read(row))
         self._beginnings += row.alternatives

@@ -101,7 +101,7 @@ class Worker:
                         self._add(decoding, owners, request, request.finished(row))
                         if request.is_done:
                             self._deliver(request)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it goes to the callers that wait
             with self._changed:
                 self._thread = None
             self._fail(error)

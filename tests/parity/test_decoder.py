@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from export.decoder import QuantizedWeight, build_decoder, weights_of
 from export.verify import torch_reference
 from qa_onnx import InvalidInputError, ParityError
+from qa_onnx.decoding import greedy_decode
 from qa_onnx.engine import Engine
 from qa_onnx.kv_cache import CacheLayout, PassageCache
 from qa_onnx.planner import plan_groups
@@ -66,13 +67,13 @@ def mixed_prompts(seed=1, passages=7, questions=24):
 
 
 def decode(session, prompts, batch_size):
-    return engine_of(session).greedy_decode(prompts, max_new_tokens=20, batch_size=batch_size)
+    return greedy_decode(engine_of(session), prompts, max_new_tokens=20, batch_size=batch_size)
 
 
 def test_logits_and_tokens_are_pytorchs(tiny, session):
     onnx_session, precision = session
-    prompts = mixed_prompts()
-    references = [torch_reference(tiny, prompt) for prompt in prompts]
+    prompts = dict(enumerate(mixed_prompts()))
+    references = [torch_reference(tiny, prompt) for prompt in prompts.values()]
     engine = engine_of(onnx_session)
     state = engine.prefill(prompts, list(plan_groups(prompts, max_rows=64)))
     for step in range(8):
@@ -86,10 +87,10 @@ def test_logits_and_tokens_are_pytorchs(tiny, session):
 
 def test_a_prompt_gets_the_same_bits_alone_and_in_any_batch(session):
     onnx_session, _ = session
-    prompts = mixed_prompts(seed=2)
+    prompts = dict(enumerate(mixed_prompts(seed=2)))
     together = engine_of(onnx_session).prefill(prompts, list(plan_groups(prompts, max_rows=64)))
     for logits, prompt in zip(together.logits, together.prompts.tolist(), strict=True):
-        single = [prompts[prompt]]
+        single = {0: prompts[prompt]}
         alone = engine_of(onnx_session).prefill(single, list(plan_groups(single, max_rows=1)))
         np.testing.assert_array_equal(alone.logits[0], logits)
 
@@ -102,7 +103,7 @@ def test_batch_size_refilling_and_cached_passages_change_no_token(session, batch
     assert decode(onnx_session, prompts, batch_size) == expected
     engine = engine_of(onnx_session, cache_bytes=10**6)
     for _ in range(2):
-        assert engine.greedy_decode(prompts, max_new_tokens=20, batch_size=batch_size) == expected
+        assert greedy_decode(engine, prompts, max_new_tokens=20, batch_size=batch_size) == expected
 
 
 def test_the_tiny_model_says_different_things(tiny):
@@ -193,8 +194,8 @@ def test_a_half_graph_keeps_residuals_in_float32_and_is_near_pytorch(tiny, tmp_p
     engine = Engine(
         Session(path, provider="cpu"), layout=half, eos_token_id=0, max_positions=256, passage_cache=PassageCache(0)
     )
-    prompts = mixed_prompts(seed=5)
-    references = [torch_reference(tiny, prompt) for prompt in prompts]
+    prompts = dict(enumerate(mixed_prompts(seed=5)))
+    references = [torch_reference(tiny, prompt) for prompt in prompts.values()]
     state = engine.prefill(prompts, list(plan_groups(prompts, max_rows=64)))
     assert state.grid.own.dtype == np.float16
     for step in range(4):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from export import quantize as quantize_module
 from export import to_onnx
 from export.quantize import MAX_PRODUCT_ERROR, measure_loss, quantize, quantize_weights
 from qa_onnx import Answerer, ParityError, ProviderError
-from qa_onnx.engine import Generation
+from qa_onnx.decoding import Generation
 from qa_onnx.prompt import Prompt
 from training.starter.sample import generate
 
@@ -62,10 +63,11 @@ def is_matrix(name):
     return name == "wte.weight" or (name.endswith(".weight") and ("attn" in name or "mlp" in name))
 
 
-def test_the_report_counts_equal_answers_tokens_and_the_loss_of_f1():
+def test_the_report_counts_equal_answers_tokens_and_the_loss_of_f1(monkeypatch):
     def answers(*token_ids):
-        generations = [Generation(token_ids=list(ids), finish_reason="stop") for ids in token_ids]
-        return SimpleNamespace(greedy_decode=lambda *_, **__: generations)
+        return [Generation(token_ids=list(ids), finish_reason="stop") for ids in token_ids]
+
+    monkeypatch.setattr(quantize_module, "greedy_decode", lambda side, *_, **__: side)
 
     gold = [SimpleNamespace(id=name, answers=[SimpleNamespace(text=text)]) for name, text in (("a", "1 2"), ("b", "7"))]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))

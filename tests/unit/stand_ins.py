@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import FORMAT_VERSION, Manifest
-from qa_onnx.engine import Generation
 from qa_onnx.prompt import prepare_tokenizer
+from qa_onnx.session import Limits
 
 SENTENCES = (
     "Context: The Normans were led by Rollo, and settled in Normandy in the tenth century.",
@@ -64,25 +66,54 @@ class SpyTokenizer:
         assert len(self.encoded) <= self.at_most, "it encodes again and again"
 
 
+class EchoState:
+    """A batch of `EchoEngine`: for each row the tokens that are still to come."""
+
+    grid = SimpleNamespace(give_back=lambda: None)
+
+    def __init__(self, rests):
+        self.rests = rests
+        self.prompts = np.array(list(rests))
+        self.logits = np.zeros((len(rests), 400), np.float32)
+        for logits, rest in zip(self.logits, rests.values(), strict=True):
+            logits[rest[0] if rest else 0] = 10.0
+
+    def select(self, chosen):
+        return EchoState({number: self.rests[number] for number in self.prompts[chosen].tolist()})
+
+
 class EchoEngine:
-    """Answers with the question. Notes what it was asked."""
+    """Answers with the question. Notes the prompts that it read, and how many rows each step had."""
 
-    def __init__(self, tokenizer):
+    eos_token_id = 0
+    limits = Limits(prefill_tokens=512, batch_tokens=1536)
+
+    def __init__(self, tokenizer, max_positions):
         self.tokenizer = tokenizer
-        self.prompts = self.batch_size = None
+        self.max_positions = max_positions
+        self.prompts, self.row_counts = [], []
 
-    def greedy_decode(self, prompts, *, max_new_tokens, batch_size, on_finished):
-        self.prompts, self.batch_size = prompts, batch_size
-        for _ in prompts:
-            on_finished(1)
-        return [self._echo(self.tokenizer.decode(prompt.ids), max_new_tokens) for prompt in prompts]
+    def prefill(self, prompts, groups, *, carried=None, known=None):
+        rests = {number: self._echo(prompts[number]) for group in groups for number in group.prompts}
+        self.prompts += [prompts[number] for number in rests]
+        return EchoState(rests | (carried.rests if carried else {}))
 
-    def _echo(self, prompt, max_new_tokens):
-        question = prompt.rpartition("\nQuestion:")[2].removesuffix("\nAnswer:")
-        ids = self.tokenizer.encode(question, add_special_tokens=False).ids
-        return Generation(
-            token_ids=ids[:max_new_tokens], finish_reason="stop" if len(ids) < max_new_tokens else "length"
+    def decode_step(self, state, token_ids):
+        self.row_counts.append(len(token_ids))
+        return EchoState(
+            {
+                number: rest[1:] if rest[:1] == [token] else rest
+                for (number, rest), token in zip(state.rests.items(), token_ids.tolist(), strict=True)
+            }
         )
+
+    def keep_passages(self, grid, queue):
+        return {}
+
+    def _echo(self, prompt):
+        asked, _, begun = self.tokenizer.decode(prompt.ids).rpartition("\nQuestion:")[2].partition("\nAnswer:")
+        ids = self.tokenizer.encode(asked, add_special_tokens=False).ids
+        return ids[len(self.tokenizer.encode(begun, add_special_tokens=False).ids) :]
 
 
 def manifest_fields(**changes):
@@ -104,13 +135,18 @@ def manifest_fields(**changes):
     } | changes
 
 
-def echo_answerer(**manifest_changes):
+def echo_answerer(no_answer=None, options=None, **manifest_changes):
     """An answerer that answers each question with the question."""
     manifest = Manifest(
-        format_version=FORMAT_VERSION, prompt_template="", files={}, **manifest_fields(**manifest_changes)
+        format_version=FORMAT_VERSION,
+        prompt_template="",
+        files={},
+        no_answer=no_answer or {},
+        **manifest_fields(**manifest_changes),
     )
     tokenizer = small_tokenizer()
-    return Answerer(manifest=manifest, engine=EchoEngine(tokenizer), tokenizer=tokenizer, provider="cpu")
+    engine = EchoEngine(tokenizer, manifest.max_positions)
+    return Answerer(manifest=manifest, engine=engine, tokenizer=tokenizer, provider="cpu", **(options or {}))
 
 
 def write_json(path, value):

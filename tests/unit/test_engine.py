@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qa_onnx.decoding import greedy_decode
 from qa_onnx.engine import Engine
 from qa_onnx.kv_cache import CacheLayout, CachePool, KVCache, PassageCache
 from qa_onnx.prompt import Prompt
@@ -89,7 +90,7 @@ def expected(prompt, max_new_tokens, max_positions=80):
         read = np.stack([tokens, range(len(tokens))], axis=-1)
         token = FakeSession.next_token(read)
         if token == END:
-            return tokens[len(prompt) :], "stop"
+            return tokens[len(prompt) :], "stop" if len(tokens) > len(prompt) else "no_answer"
         tokens.append(token)
     return tokens[len(prompt) :], "length"
 
@@ -124,36 +125,34 @@ prompts_of_any_lengths = st.lists(
 def test_a_row_gets_the_same_tokens_in_any_batch(prompts, max_new_tokens, batch_size, provider, cache_bytes):
     engine = engine_of(FakeSession(provider), cache_bytes=cache_bytes)
     for _ in range(2):  # the second time some passages are remembered
-        generations = engine.greedy_decode(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        generations = greedy_decode(engine, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         got = [(generation.token_ids, generation.finish_reason) for generation in generations]
         assert got == [expected(prompt, max_new_tokens) for prompt in prompts]
 
 
 def test_the_expected_tokens_hold_both_ways_of_ending():
-    assert {expected(prompt, 8)[1] for prompt in alone(VOCABULARY - 1)} == {"stop", "length"}
+    assert {expected(prompt, 8)[1] for prompt in alone(VOCABULARY - 1)} == {"stop", "length", "no_answer"}
 
 
 def test_finished_rows_leave_the_batch():
     session = FakeSession()
     prompts = alone(14)
-    finished = []
-    engine_of(session).greedy_decode(prompts, max_new_tokens=10, batch_size=14, on_finished=finished.append)
+    greedy_decode(engine_of(session), prompts, max_new_tokens=10, batch_size=14)
     outcomes = [expected(prompt, 10) for prompt in prompts]
     needed = [len(tokens) + (reason == "stop") for tokens, reason in outcomes]
     assert session.row_counts == [sum(runs > step for runs in needed) for step in range(max(needed))]
-    assert sum(finished) == len(prompts)
 
 
 def test_others_take_the_places_of_finished_rows():
     """12 questions, 4 at a time: with refilling, fewer steps than three batches one after the other take."""
     prompts = alone(12)
     session = FakeSession()
-    engine_of(session).greedy_decode(prompts, max_new_tokens=16, batch_size=4)
+    greedy_decode(engine_of(session), prompts, max_new_tokens=16, batch_size=4)
     steps = len(session.row_counts)
     batches = []
     for first in range(0, 12, 4):
         session = FakeSession()
-        engine_of(session).greedy_decode(prompts[first : first + 4], max_new_tokens=16, batch_size=4)
+        greedy_decode(engine_of(session), prompts[first : first + 4], max_new_tokens=16, batch_size=4)
         batches.append(len(session.row_counts))
     assert steps < sum(batches)
     assert max(session.row_counts) <= 4
@@ -163,18 +162,18 @@ def test_no_run_computes_padding_and_a_passage_is_read_once():
     prompts = [asked(*range(1, 2 + row), passage=PASSAGES[row % 3 + 2]) for row in range(9)]
     session = FakeSession()
     engine = engine_of(session, cache_bytes=10**6)
-    engine.greedy_decode(prompts, max_new_tokens=1, batch_size=9)
+    greedy_decode(engine, prompts, max_new_tokens=1, batch_size=9)
     questions = sum(len(prompt.question_ids) for prompt in prompts)
     assert sum(session.token_counts) == sum(len(passage) for passage in PASSAGES[2:]) + questions
     session.token_counts.clear()
-    engine.greedy_decode(prompts, max_new_tokens=1, batch_size=9)
+    greedy_decode(engine, prompts, max_new_tokens=1, batch_size=9)
     assert sum(session.token_counts) == questions
 
 
 def test_a_batch_keeps_to_the_tokens_that_its_memory_has_room_for():
     prompts = [asked(*range(1, 31)) for _ in range(40)]
     session = FakeSession()
-    engine_of(session).greedy_decode(prompts, max_new_tokens=1, batch_size=10**9)
+    greedy_decode(engine_of(session), prompts, max_new_tokens=1, batch_size=10**9)
     assert max(rows * groups for groups, rows, _ in session.grids) * 30 <= session.limits.batch_tokens
 
 
@@ -183,13 +182,13 @@ def test_a_row_ends_when_its_positions_are_used_up(length, tokens):
     candidates = (asked(*[first] * length) for first in range(1, VOCABULARY))
     prompt = next(prompt for prompt in candidates if expected(prompt, 9, 8)[1] == "length")
     engine = engine_of(FakeSession(), max_positions=8)
-    generation = engine.greedy_decode([prompt, asked(1)], max_new_tokens=9, batch_size=2)[0]
+    generation = greedy_decode(engine, [prompt, asked(1)], max_new_tokens=9, batch_size=2)[0]
     assert (len(generation.token_ids), generation.finish_reason) == (tokens, "length")
 
 
 def test_no_prompts_are_no_work():
     session = FakeSession()
-    assert engine_of(session).greedy_decode([], max_new_tokens=3, batch_size=2) == []
+    assert greedy_decode(engine_of(session), [], max_new_tokens=3, batch_size=2) == []
     assert session.row_counts == []
 
 

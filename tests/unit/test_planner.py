@@ -16,7 +16,7 @@ prompts = st.lists(
         question_ids=st.integers(1, 30).map(lambda length: [8] * length),
     ),
     max_size=60,
-)
+).map(lambda prompts: dict(enumerate(prompts)))
 
 
 @given(prompts=prompts, max_rows=st.integers(1, 40))
@@ -34,7 +34,7 @@ def test_the_groups_of_a_passage_are_neighbours_and_as_few_as_can_be(prompts, ma
     order = [group.passage_ids for group in groups]
     changes = sum(left != right for left, right in pairwise(order))
     assert changes == max(len(set(order)) - 1, 0)
-    asked = Counter(tuple(prompt.passage_ids) for prompt in prompts)
+    asked = Counter(tuple(prompt.passage_ids) for prompt in prompts.values())
     most = min(max_rows, MAX_GROUP_ROWS)
     assert Counter(order) == {passage: -(-count // most) for passage, count in asked.items()}
 
