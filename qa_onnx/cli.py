@@ -1,4 +1,4 @@
-"""The command line: `python -m qa_onnx answer | predict | evaluate | info`."""
+"""The command line: `python -m qa_onnx answer | predict | evaluate | calibrate | info`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from qa_onnx import breakdown
+from qa_onnx.answer import Answer
 from qa_onnx.answerer import DEFAULT_BATCH_SIZE, Answerer
 from qa_onnx.bundle import Bundle
 from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
-from qa_onnx.generation import DEFAULT_MAX_NEW_TOKENS
-from qa_onnx.metrics import evaluate
+from qa_onnx.generation import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, GenerationConfig
+from qa_onnx.metrics import best_thresholds, evaluate
 from qa_onnx.session import PROVIDERS
-from qa_onnx.squad import read_predictions, read_squad
+from qa_onnx.squad import Example, read_answers, read_predictions, read_squad
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -56,49 +60,130 @@ def run_command(command: Callable[[], int | None], *, interrupted: str = "interr
 
 
 def _answer(arguments: argparse.Namespace) -> None:
-    context = _text_or_file(arguments.context)
-    with Answerer.from_pretrained(arguments.model, provider=arguments.provider, threads=arguments.threads) as answerer:
-        answer = answerer.answer(arguments.question, context, max_new_tokens=arguments.max_new_tokens)
+    config, context = _config(arguments), _text_or_file(arguments.context)
+    with _load(arguments) as answerer:
+        answer = answerer.answer(arguments.question, context, config=config)
     if arguments.json:
-        _write(json.dumps(vars(answer), ensure_ascii=False))
+        _write(json.dumps(answer.to_dict(), ensure_ascii=False))
     else:
-        _write(answer.text)
+        for found in (answer, *answer.alternatives):
+            _write(found.text)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
     examples = read_squad(arguments.data)[: arguments.limit]
-    if arguments.output.is_dir() or not arguments.output.parent.is_dir():
-        raise InvalidInputError(f"{arguments.output}: cannot be written; expected a file in a directory that exists")
-    with Answerer.from_pretrained(arguments.model, provider=arguments.provider, threads=arguments.threads) as answerer:
-        answers = answerer.answer_batch(
-            [example.question for example in examples],
-            [example.context for example in examples],
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            progress=True,
-        )
+    outputs = [path for path in (arguments.output, arguments.answers) if path is not None]
+    for path in outputs:
+        _check_can_write(path)
+    answers = _answer_all(arguments, examples, config)
     predictions = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
-    try:
-        partial.write_text(json.dumps(predictions, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(arguments.output)
-    except OSError as error:
-        raise InvalidInputError(
-            f"{arguments.output}: cannot be written ({error.strerror}); expected a place with room and write permission"
-        ) from error
-    _write(f"wrote {len(predictions)} answers to {arguments.output}")
+    _write_whole(arguments.output, json.dumps(predictions, ensure_ascii=False, indent=1) + "\n")
+    if arguments.answers is not None:
+        lines = [{"id": example.id} | answer.to_dict() for example, answer in zip(examples, answers, strict=True)]
+        _write_whole(arguments.answers, _json_lines(lines))
+    _write(f"wrote {len(predictions)} answers to {' and '.join(map(str, outputs))}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    for path in (arguments.worst, arguments.plot):
+        if path is not None:
+            _check_can_write(path)
     examples = read_squad(arguments.data)
-    predictions = read_predictions(arguments.predictions)
+    if arguments.answers is not None:
+        answers = read_answers(arguments.answers)
+    else:
+        answers = {name: {"text": text} for name, text in read_predictions(arguments.predictions).items()}
+    predictions = {name: answer["text"] for name, answer in answers.items()}
     missing = sum(example.id not in predictions for example in examples)
     if missing:
         sys.stderr.write(f"{missing} of {len(examples)} questions have no prediction and score 0\n")
     unknown = len(predictions.keys() - {example.id for example in examples})
     if unknown:
         sys.stderr.write(f"{unknown} predictions are of questions that are not in {arguments.data}\n")
-    _write(json.dumps(evaluate(examples, predictions).to_dict()))
+    windows = {name: answer["windows"] for name, answer in answers.items() if "windows" in answer}
+    _write(breakdown.table(examples, predictions, windows))
+    if arguments.worst is not None:
+        worst = breakdown.worst_cases(examples, answers, limit=arguments.worst_limit)
+        _write_whole(arguments.worst, _json_lines(worst))
+        _write(f"wrote {len(worst)} of the worst cases to {arguments.worst}")
+    if arguments.plot is not None:
+        breakdown.plot(examples, answers, arguments.plot)
+        _write(f"drew {arguments.plot}")
+    figures = evaluate(examples, predictions).to_dict()
+    probabilities = {name: answer["no_answer_probability"] for name, answer in answers.items() if "score" in answer}
+    if probabilities and any(not example.answers for example in examples):
+        figures |= best_thresholds(examples, predictions, probabilities)
+    _write(json.dumps(figures))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    examples = read_squad(arguments.data)[: arguments.limit]
+    unanswerable = sum(not example.answers for example in examples)
+    if unanswerable in (0, len(examples)):
+        raise InvalidInputError(
+            f"{arguments.data}: {unanswerable} of {len(examples)} questions have no answer; expected some with and some "
+            "without one (SQuAD v2.0), or there is nothing to tell apart"
+        )
+    config = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens, grounded=arguments.grounded, no_answer_threshold=1.0
+    )
+    answers = _answer_all(arguments, examples, config)
+    found = best_thresholds(
+        examples,
+        {example.id: answer.text for example, answer in zip(examples, answers, strict=True)},
+        {example.id: answer.no_answer_probability for example, answer in zip(examples, answers, strict=True)},
+    )
+    kept = {
+        "threshold": found["best_f1_thresh"],
+        **found,
+        "questions": len(examples),
+        "without_answer": unanswerable,
+        "grounded": arguments.grounded,
+        "source": arguments.data.name,
+    }
+    Bundle.open(arguments.model).keep_no_answer(kept)
+    _write(json.dumps(kept, ensure_ascii=False))
+
+
+def _load(arguments: argparse.Namespace) -> Answerer:
+    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, threads=arguments.threads)
+
+
+def _answer_all(arguments: argparse.Namespace, examples: Sequence[Example], config: GenerationConfig) -> list[Answer]:
+    with _load(arguments) as answerer:
+        return answerer.answer_batch(
+            [example.question for example in examples],
+            [example.context for example in examples],
+            config=config,
+            batch_size=arguments.batch_size,
+            progress=True,
+        )
+
+
+def _config(arguments: argparse.Namespace) -> GenerationConfig:
+    return GenerationConfig(**{field.name: getattr(arguments, field.name) for field in fields(GenerationConfig)})
+
+
+def _check_can_write(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise InvalidInputError(f"{path}: cannot be written; expected a file in a directory that exists")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path}: cannot be written ({error.strerror}); expected a place with room and write permission"
+        ) from error
+
+
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -130,6 +215,25 @@ def positive(text: str) -> int:
     return value
 
 
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of `GenerationConfig` but `max_new_tokens`; it checks them."""
+    group = parser.add_argument_group("how to answer")
+    group.add_argument("--grounded", action="store_true", help="only answers that stand in the passage")
+    for name, kind, text in (
+        ("top_k", int, "different answers a question, the most probable first; default: 1"),
+        ("no_repeat_ngram_size", int, "no sequence of N tokens twice in prompt and answer; default: 0, no limit"),
+        ("temperature", float, "draw tokens; default: 0, take the most probable"),
+        ("top_k_tokens", int, "draw from the N most probable tokens; default: 0, all"),
+        ("top_p", float, "draw from the most probable tokens that add up to X; default: 1, all"),
+        ("seed", int, "of the draws; default: another each time"),
+        ("no_answer_threshold", float, "no answer above this probability of none; default: the bundle's"),
+        ("stride", int, f"tokens that windows of a long passage share; default: {DEFAULT_STRIDE}"),
+    ):
+        default = next(field.default for field in fields(GenerationConfig) if field.name == name)
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=kind, default=default, metavar="X" if kind is float else "N", help=text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(
@@ -144,25 +248,51 @@ def make_parser() -> argparse.ArgumentParser:
     answer.set_defaults(run=_answer)
 
     predict = commands.add_parser("predict", help="answer every question of a SQuAD file")
-    predict.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
     predict.add_argument("--output", required=True, type=Path, metavar="FILE", help="where to write {id: answer}")
-    predict.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     predict.add_argument(
-        "--batch-size", type=positive, default=DEFAULT_BATCH_SIZE, metavar="N", help="default: %(default)s questions"
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="where to write whole answers, with scores and offsets, as JSON lines",
     )
     predict.set_defaults(run=_predict)
 
-    for command in (answer, predict):
+    calibrate = commands.add_parser(
+        "calibrate", help="find the no-answer threshold that is best on a SQuAD v2.0 file, and keep it in the bundle"
+    )
+    calibrate.add_argument("--grounded", action="store_true", help="with answers that stand in the passage")
+    calibrate.set_defaults(run=_calibrate)
+
+    for command in (predict, calibrate):
+        command.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
+        command.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
+        command.add_argument(
+            "--batch-size",
+            type=positive,
+            default=DEFAULT_BATCH_SIZE,
+            metavar="N",
+            help="default: %(default)s questions",
+        )
+    for command in (answer, predict, calibrate):
         command.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
         command.add_argument("--provider", choices=PROVIDERS, default="auto", help="default: %(default)s")
         command.add_argument("--threads", type=positive, metavar="N", help="default: one a physical core")
         command.add_argument(
             "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
         )
+    for command in (answer, predict):
+        _add_generation_options(command)
 
     scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")
     scores.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
-    scores.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="JSON object {id: answer}")
+    given = scores.add_mutually_exclusive_group(required=True)
+    given.add_argument("--predictions", type=Path, metavar="FILE", help="JSON object {id: answer}")
+    given.add_argument("--answers", type=Path, metavar="FILE", help="whole answers, from `predict --answers`")
+    scores.add_argument("--worst", type=Path, metavar="FILE", help="where to write the worst cases as JSON lines")
+    scores.add_argument("--worst-limit", type=positive, default=50, metavar="N", help="default: %(default)s cases")
+    scores.add_argument(
+        "--plot", type=Path, metavar="PNG", help="how far scores can be trusted, drawn; needs --answers and matplotlib"
+    )
     scores.set_defaults(run=_evaluate)
 
     info = commands.add_parser("info", help="check a bundle and print its manifest")

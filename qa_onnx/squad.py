@@ -76,13 +76,43 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     return predictions
 
 
-def _read_json(path: str | Path) -> Any:
+def read_answers(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Reads what `predict --answers` writes: a JSON object a line, `id`, `text` and the rest of `Answer` in each.
+
+    Raises:
+        InvalidInputError: The file cannot be read, or a line is not such an object; the message names the line.
+    """
+    answers = {}
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise InvalidInputError(f"{path}: line {number} is not valid JSON ({error}); is the file whole?") from error
+        if not isinstance(answer, dict):
+            raise InvalidInputError(f"{path}: line {number} is a JSON {_kind(answer)}; expected an object")
+        kinds = {"id": str, "text": str, "score": float, "no_answer_probability": float, "windows": int}
+        for name, kind in kinds.items():
+            if type(answer.get(name)) is not kind:
+                raise InvalidInputError(
+                    f"{path}: line {number}: {name} is {answer.get(name)!r}; expected the answers that "
+                    "`python -m qa_onnx predict --answers FILE` writes"
+                )
+        answers[answer["id"]] = answer
+    return answers
+
+
+def _read_text(path: str | Path) -> str:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected a JSON file in UTF-8") from error
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
     except RecursionError as error:
         raise InvalidInputError(f"{path}: not valid JSON that can be read (nested too deep)") from error
     except json.JSONDecodeError as error:

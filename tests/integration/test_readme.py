@@ -94,4 +94,4 @@ def test_the_commands_that_ask_a_bundle_run_in_order(workplace):
     outputs = [run(workplace, *shlex.split(command)[1:]) for command in commands]
     assert len(outputs) == 4
     assert '"exact_match"' in outputs[2]
-    assert '"format_version": 2' in outputs[3]
+    assert '"format_version": 3' in outputs[3]

@@ -46,7 +46,7 @@ def problem_of(bundle):
 def test_what_is_written_is_read(bundle):
     opened = Bundle.open(str(bundle))
     content = b"content of config.json"
-    assert opened.manifest.format_version == 2
+    assert opened.manifest.format_version == 3
     assert opened.manifest.prompt_template == PROMPT_TEMPLATE
     assert opened.manifest.files["config.json"] == {"bytes": 22, "sha256": hashlib.sha256(content).hexdigest()}
     assert sorted(opened.manifest.files) == ["config.json", "model.onnx", "model.onnx_data", "tokenizer.json"]
@@ -126,12 +126,12 @@ def test_a_bundle_may_be_reached_through_a_link_and_link_inside_itself(bundle):
     Bundle.open(bundle.parent / "latest")
 
 
-@pytest.mark.parametrize("version", [1, 3, "2", None, ABSENT, True])
+@pytest.mark.parametrize("version", [1, 2, 4, "3", None, ABSENT, True])
 def test_another_format_version_means_to_export_again(bundle, version):
     edit_manifest(bundle, format_version=version)
     problem = problem_of(bundle)
     assert f"format_version {None if version is ABSENT else version!r}" in problem
-    assert "reads 2" in problem
+    assert "reads 3" in problem
     assert "Export the model again" in problem
 
 
@@ -169,7 +169,7 @@ def test_a_file_entry_without_size_or_checksum_does_not_pass(bundle, listed):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"format_version": 2,', "cannot be read as JSON"),
+        (b'{"format_version": 3,', "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),
