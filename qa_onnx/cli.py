@@ -122,8 +122,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     unanswerable = sum(not example.answers for example in examples)
     if unanswerable in (0, len(examples)):
         raise InvalidInputError(
-            f"{arguments.data}: {unanswerable} of {len(examples)} questions have no answer; expected some with and some "
-            "without one (SQuAD v2.0), or there is nothing to tell apart"
+            f"{arguments.data}: {unanswerable} of {len(examples)} questions have no answer; expected some with "
+            "and some without one (SQuAD v2.0), or there is nothing to tell apart"
         )
     config = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens, grounded=arguments.grounded, no_answer_threshold=1.0

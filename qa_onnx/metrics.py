@@ -122,7 +122,7 @@ def best_thresholds(
         (example for example in examples if example.id in no_answer_probabilities),
         key=lambda example: no_answer_probabilities[example.id],
     )
-    found = {}
+    found: dict[str, float] = {}
     for index, name in enumerate(("exact", "f1")):
         # Below the least threshold everything is empty: right where there is no answer.
         right = best = float(sum(not example.answers for example in examples))
