@@ -3,12 +3,13 @@
 All questions on a passage read its keys and values from one place; a row (a question) keeps only its own. New tokens
 are packed, so that there is no padding but in the grid of attention (`export/decoder.py` draws both):
 
-    passage of group 0   C o n t e x t : . . .      own tokens of row 0   . . Q u e s t i o n A n s w
+    passage of group 0   C o n t e x t : i t        own tokens of row 0   . . Q u e s t i o n A n s w
                                                                 row 1   Q u e s t i o n , t o o A
-    passage of group 1   C o n t e x t .            own tokens of row 0   . . . . . . W h y ? N o
+    passage of group 1   C o n t e x t . . .        own tokens of row 0   . . . . . . W h y ? N o
 
-Questions end in the same column, and the answer grows behind it. Padding is masked, and everything is aligned, so a
-row's numbers do not depend on its neighbours, to the last bit.
+Questions end in the same column, and the answer grows behind it. Padding is masked. Passages start in the first
+column, for a product adds up its columns in blocks from there, and questions are aligned. So a row's numbers do not
+depend on its neighbours, to the last bit, unless its question is longer than such a block (256 columns).
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class Engine:
                 np.zeros((last - first, 0), bool),
                 grid.passage_mask[groups, None],
                 [text for group in texts[groups] for text in group],
-                end=grid.passages.shape[4],
+                end=None,
                 with_logits=False,
             )
             cache.to_host()
@@ -276,23 +277,29 @@ class Engine:
         own_mask: np.ndarray,
         texts: Sequence[Text],
         *,
-        end: int,
+        end: int | None,
         with_logits: bool,
     ) -> np.ndarray:
-        """Reads texts that end in column `end` of `own`; returns the logits after each, float32 [M, V], or none."""
+        """Reads texts that end in column `end` of `own`, or that start in its first column where that is None.
+
+        Returns:
+            The logits after each text, float32 [M, V]; no rows where they are not wanted.
+        """
         groups, rows, columns = own_mask.shape
         first_group = texts[0].group
         lengths = np.array([len(text.token_ids) for text in texts])
         width = aligned(int(lengths.max()))
         starts = np.cumsum(lengths) - lengths
+        first_column = 0 if end is None else end - width
         slot_index = np.zeros((groups, rows, width), np.int64)
         slots = np.arange(slot_index.size).reshape(slot_index.shape)
         token_index = np.zeros(lengths.sum(), np.int64)
         for text, start, length in zip(texts, starts.tolist(), lengths.tolist(), strict=True):
-            place = (text.group - first_group, text.row, slice(width - length, width))
+            columns_of = slice(length) if end is None else slice(width - length, width)
+            place = (text.group - first_group, text.row, columns_of)
             slot_index[place] = np.arange(start, start + length)
             token_index[start : start + length] = slots[place]
-        is_past = np.arange(columns) <= end - width + np.arange(width)[:, None]
+        is_past = np.arange(columns) <= first_column + np.arange(width)[:, None]
         passage_columns = passage_mask.shape[-1]
         visible = np.empty((groups, rows, width, passage_columns + columns), bool)
         visible[..., :passage_columns] = passage_mask[:, None, None]
@@ -305,7 +312,7 @@ class Engine:
             slot_index=slot_index,
             token_index=token_index,
             output_index=starts + lengths - 1 if with_logits else np.zeros(0, np.int64),
-            write_index=np.full(groups, end - width),
+            write_index=np.full(groups, first_column),
             visible=visible,
         )
 

@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(kw_only=True)
 class Grid:
-    """G groups (the questions on one passage each) of R rows. Every text ends in the last column it may have.
+    """G groups (the questions on one passage each) of R rows. Passages start, and questions end, in the same column.
 
     Attributes:
         pool: Where `passages` and `own` come from.
@@ -63,12 +63,12 @@ class Grid:
         """Bool [G, P], True where `passages` holds a token."""
         width = self.passages.shape[4]
         lengths = np.array([len(ids) for ids in self.passage_ids])
-        mask: np.ndarray = np.arange(width) >= width - lengths[:, None]
+        mask: np.ndarray = np.arange(width) < lengths[:, None]
         return mask
 
     def passage(self, group: int) -> np.ndarray:
         """Keys and values of one passage, [2 * layers, H, P, D] with P no wider than it needs."""
-        return self.passages[:, group, :, 0, self.passages.shape[4] - aligned(len(self.passage_ids[group])) :]
+        return self.passages[:, group, :, 0, : aligned(len(self.passage_ids[group]))]
 
     def set_passage(self, group: int, keys_and_values: np.ndarray) -> None:
         """Copies the keys and values of one passage, as `passage` gives them, into the grid."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from qa_onnx.decoding import FinishReason, Prefix, Row
 
-ROLLOUTS_EACH = 8
+ROLLOUTS_EACH = 4
 """The most beginnings that are gone on with for each answer that is asked for. A model that is unsure of everything
 would otherwise be searched for ever; the answers found by then are returned."""
 
