@@ -48,9 +48,14 @@ Answer = Callable[[Sequence[str], Sequence[str], int], Any]
 """Answers questions with their contexts, at most so many in a batch; returns what `tokens_of` understands."""
 
 
-def qa_onnx(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
+def grounded(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
+    """The runtime of this repository, where every answer stands in its passage."""
+    return qa_onnx(settings, precision, is_grounded=True)
+
+
+def qa_onnx(settings: Settings, precision: str, *, is_grounded: bool = False) -> tuple[Answer, Callable[[Any], Tokens]]:
     """The runtime of this repository."""
-    from qa_onnx import Answerer
+    from qa_onnx import Answerer, GenerationConfig
     from qa_onnx.answerer import DEFAULT_PASSAGE_CACHE_BYTES
     from qa_onnx.decoding import greedy_decode
     from qa_onnx.prompt import encode_prompts
@@ -66,9 +71,10 @@ def qa_onnx(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any],
     assert engine is not None
     if not settings.stops:
         engine.eos_token_id = -1
+    config = GenerationConfig(max_new_tokens=settings.max_new_tokens, grounded=is_grounded)
 
     def answer(questions: Sequence[str], contexts: Sequence[str], batch_size: int) -> Any:
-        answerer.answer_batch(questions, contexts, max_new_tokens=settings.max_new_tokens, batch_size=batch_size)
+        answerer.answer_batch(questions, contexts, config=config, batch_size=batch_size)
         return questions, contexts
 
     def tokens_of(asked: Any) -> Tokens:
@@ -174,6 +180,7 @@ def ctranslate2(settings: Settings, precision: str) -> tuple[Answer, Callable[[A
 RUNNERS: dict[str, tuple[Callable[[Settings, str], tuple[Answer, Callable[[Any], Tokens]]], str]] = {
     "qa_onnx fp32": (qa_onnx, "fp32"),
     "qa_onnx int8": (qa_onnx, "int8"),
+    "qa_onnx int8 grounded": (grounded, "int8"),
     "transformers fp32": (transformers, "fp32"),
     "transformers bf16": (transformers, "bf16"),
     "Optimum fp32": (optimum, "fp32"),

@@ -202,7 +202,7 @@ class Answerer:
     ) -> Iterator[Answer]:
         """Answers a stream of (question, passage) in its order, which may be endless: memory stays bounded.
 
-        The stream is read a little ahead of the answers, by twice the batch size at most.
+        The stream is read ahead of the answers, by twice the batch size at most.
 
         Raises:
             InvalidInputError: As from `answer_batch`, when the pair's turn has come; so do the other errors.
@@ -214,8 +214,9 @@ class Answerer:
                 if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                     raise InvalidInputError(f"got {pair!r}; expected a pair of question and passage")
                 ahead.append(self.submit(*pair, config=config))
-                if len(ahead) == most:
-                    yield ahead.popleft().result()
+                if len(ahead) == most:  # half of them make room, so that many come together and share their work
+                    while len(ahead) > most // 2:
+                        yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:

@@ -139,35 +139,37 @@ class Row:
     def _choose(self, logits: np.ndarray, normalizer: float) -> int:
         """Chooses among the tokens that are allowed."""
         config = self.config
+        must_answer = config.no_answer_threshold is not None and not self.token_ids
         if self.writer:
             ids = self.writer.next_ids()
+            if self.writer.may_end or (not self.token_ids and not must_answer):
+                ids = np.append(ids, self._eos)
+            if config.top_k == 1 and self._random is None:
+                return int(ids[logits[ids].argmax()])
             scores = np.full_like(logits, -np.inf)
             scores[ids] = logits[ids]
-            if self.writer.may_end or not self.token_ids:
-                scores[self._eos] = logits[self._eos]
         else:
             scores = logits.copy()
-        if config.no_answer_threshold is not None and not self.token_ids:
-            scores[self._eos] = -np.inf
-        if config.no_repeat_ngram_size:
-            read = self._asked.ids + self.token_ids
-            scores[repeating_tokens(read, config.no_repeat_ngram_size)] = -np.inf
+            if must_answer:
+                scores[self._eos] = -np.inf
+            if config.no_repeat_ngram_size:
+                read = self._asked.ids + self.token_ids
+                scores[repeating_tokens(read, config.no_repeat_ngram_size)] = -np.inf
         if self._random is not None:
             probabilities = sampling_probabilities(
                 scores, temperature=config.temperature, top_k_tokens=config.top_k_tokens, top_p=config.top_p
             )
             return int(self._random.choice(len(probabilities), p=probabilities))
+        chosen = int(scores.argmax())
         if config.top_k > 1:
-            best = np.argpartition(-scores, min(config.top_k, len(scores) - 1))[: config.top_k + 1]
-            chosen = int(scores.argmax())
             beginning = Prefix(token_ids=tuple(self.token_ids), logprobs=tuple(self.logprobs))
+            best = np.argpartition(-scores, min(config.top_k, len(scores) - 1))[: config.top_k + 1]
             self.alternatives += [
                 beginning.followed_by(token, float(logits[token] - normalizer))
                 for token in best.tolist()
                 if token != chosen and scores[token] > -np.inf
             ]
-            return chosen
-        return int(scores.argmax())
+        return chosen
 
 
 class Decoding:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from qa_onnx.errors import InvalidInputError, PromptTooLongError
+from qa_onnx.errors import InvalidInputError
 
 PASSAGE_TEMPLATE = "Context: {context}"
 QUESTION_LABEL = "\nQuestion:"
@@ -85,63 +85,6 @@ def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[in
     return _encode(
         tokenizer, [ANSWER_TEMPLATE.format(answer=answer.strip()) if answer.strip() else "" for answer in answers]
     )
-
-
-def fit_prompt(tokenizer: Tokenizer, question: str, context: str, *, keep: tuple[int, int], max_tokens: int) -> Prompt:
-    """Tokenises a prompt and, where it is too long, cuts its passage to a part around `keep`. Never the question.
-
-    Args:
-        tokenizer: As for `encode_prompts`.
-        question: The question.
-        context: The passage.
-        keep: Start and end character of what has to stay in the passage: the answer.
-        max_tokens: The most tokens that the prompt may have.
-
-    Raises:
-        PromptTooLongError: The question and the part to keep do not fit.
-    """
-    start, end = keep
-    label = PASSAGE_TEMPLATE.index("{")
-    too_long = (
-        f"the question and the {end - start} characters to keep do not fit into {max_tokens} tokens; "
-        "shorten one of them"
-    )
-    while True:
-        prompt = encode_prompts(tokenizer, [question], [context])[0]
-        excess = len(prompt) - max_tokens
-        if excess <= 0:
-            return prompt
-        passage = tokenizer.encode(PASSAGE_TEMPLATE.format(context=context), add_special_tokens=False)
-        spans = [(max(first - label, 0), last - label) for first, last in passage.offsets if last > max(first, label)]
-        before = sum(last <= start for _, last in spans)
-        after = sum(first >= end for first, _ in spans)
-        if before + after < excess:
-            raise PromptTooLongError(too_long)
-        # Both sides of the part to keep are left with the same number of tokens, as far as each has them.
-        drop_before = min(before, max(excess - after, (excess + before - after) // 2, 0), excess)
-        # A character of several tokens goes with any of them, so that every round leaves a shorter passage.
-        first = spans[drop_before - 1][1] if drop_before else 0
-        last = spans[drop_before - excess][0] if drop_before < excess else len(context)
-        while first < start and context[first].isspace():  # `Context:` has a space of its own
-            first += 1
-        context, start, end = context[first:last], start - first, end - first
-        if not context.strip():
-            raise PromptTooLongError(too_long)
-
-
-def check_prompt_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
-    """Checks that every prompt leaves the model a position to answer from.
-
-    Raises:
-        PromptTooLongError: A prompt has more than `max_positions` tokens.
-    """
-    for index, prompt in enumerate(prompts):
-        if len(prompt) > max_positions:
-            raise PromptTooLongError(
-                f"prompt {index} has {len(prompt)} tokens ({len(prompt.passage_ids)} of the context, "
-                f"{len(prompt.question_ids)} of the question); the model has {max_positions} positions. "
-                f"Shorten the context by at least {len(prompt) - max_positions} tokens, or split it and ask each part"
-            )
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -8,8 +8,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
-from qa_onnx.prompt import check_prompt_lengths, encode_prompts
+from qa_onnx.generation import DEFAULT_STRIDE
 from qa_onnx.squad import Example
+from qa_onnx.windows import encode_windows
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 
 
@@ -36,31 +37,39 @@ def generate_answers(
         The answer's text by question id, as `qa_onnx` would give it.
 
     Raises:
-        PromptTooLongError: A prompt has more tokens than the model has positions.
+        PromptTooLongError: A question leaves no room for a part of its passage.
     """
-    prompts = encode_prompts(
+    positions = model.config.n_positions
+    windows = encode_windows(
         tokenizer.backend_tokenizer,
         [example.question for example in examples],
         [example.context for example in examples],
+        max_positions=positions,
+        max_new_tokens=max_new_tokens,
+        stride=DEFAULT_STRIDE,
     )
-    positions = model.config.n_positions
-    check_prompt_lengths(prompts, positions)
+    asked = [(example, window) for example, parts in zip(examples, windows, strict=True) for window in parts]
+    has_windows = {example.id: len(parts) > 1 for example, parts in zip(examples, windows, strict=True)}
+    prompts = [window.prompt for _, window in asked]
     lengths = [len(prompt) for prompt in prompts]
     # A row that can run out of positions runs alone, so that it stops where it would stop in any other batch.
     crowded = [index for index, length in enumerate(lengths) if length + max_new_tokens > positions]
     roomy = [index for index, length in enumerate(lengths) if length + max_new_tokens <= positions]
     batches = plan_batches([lengths[index] for index in roomy], max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS)
-    texts: dict[str, str] = {}
+    best: dict[str, tuple[bool, float, str]] = {}
     was_training = model.training
     model.eval()
-    with tqdm(total=len(examples), desc="answering", disable=None if progress else True) as bar:
+    with tqdm(total=len(prompts), desc="answering", disable=None if progress else True) as bar:
         for batch in [[roomy[place] for place in places] for places in batches] + [[index] for index in crowded]:
             input_ids, attention_mask = pad_left([prompts[index].ids for index in batch], tokenizer.eos_token_id)
+            is_scored = any(has_windows[asked[index][0].id] for index in batch)
             config = GenerationConfig(
                 do_sample=False,
                 max_new_tokens=min(max_new_tokens, positions - input_ids.shape[1] + 1),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,
+                output_logits=is_scored,
+                return_dict_in_generate=True,
             )
             with torch.inference_mode():
                 generated = model.generate(
@@ -68,9 +77,18 @@ def generate_answers(
                     attention_mask=torch.from_numpy(attention_mask).to(model.device),
                     generation_config=config,
                 )
-            for index, row in zip(batch, generated[:, input_ids.shape[1] :].tolist(), strict=True):
+            new_ids = generated.sequences[:, input_ids.shape[1] :]
+            logprobs = torch.zeros(new_ids.shape)
+            if is_scored:
+                scores = torch.stack(generated.logits, dim=1).float().log_softmax(dim=-1)
+                logprobs = scores.gather(2, new_ids[..., None])[..., 0].cpu()
+            for index, row, row_logprobs in zip(batch, new_ids.tolist(), logprobs, strict=True):
                 end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-                texts[examples[index].id] = tokenizer.backend_tokenizer.decode(row[:end]).strip()
+                text = tokenizer.backend_tokenizer.decode(row[:end]).strip()
+                # Of several windows' answers the most probable one, as `qa_onnx` chooses.
+                found = (text != "", float(row_logprobs[: end + 1].sum()), text)
+                name = asked[index][0].id
+                best[name] = max(best.get(name, found), found)
             bar.update(len(batch))
     model.train(was_training)
-    return texts
+    return {name: text for name, (_, _, text) in best.items()}

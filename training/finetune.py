@@ -33,9 +33,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
 from qa_onnx.errors import InvalidInputError
+from qa_onnx.generation import DEFAULT_STRIDE
 from qa_onnx.metrics import evaluate
-from qa_onnx.prompt import check_prompt_lengths, encode_prompts
 from qa_onnx.squad import Example
+from qa_onnx.windows import encode_windows
 from training.data import LOSS_ON, Collator, LossOn, load_examples, tokenize
 from training.evaluation import generate_answers
 from training.model import ARCHITECTURES, GPT2LMHeadModel, build_model, load_model
@@ -256,13 +257,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
         model, tokenizer = load_model(str(config.model))
     positions = model.config.n_positions
     train_rows = tokenize(train_examples, tokenizer, loss_on=config.loss_on, max_positions=positions)
-    check_prompt_lengths(
-        encode_prompts(
-            tokenizer.backend_tokenizer,
-            [example.question for example in eval_examples],
-            [example.context for example in eval_examples],
-        ),
-        positions,
+    encode_windows(  # what cannot be evaluated is refused before hours of training
+        tokenizer.backend_tokenizer,
+        [example.question for example in eval_examples],
+        [example.context for example in eval_examples],
+        max_positions=positions,
+        max_new_tokens=config.max_new_tokens,
+        stride=DEFAULT_STRIDE,
     )
     config.output.mkdir(parents=True, exist_ok=True)
     _write_json(config.output / CONFIG_NAME, config.to_dict())

@@ -5,15 +5,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stand_ins import END_OF_TEXT, PASSAGE, SpyTokenizer, small_tokenizer
 
-from qa_onnx.errors import InvalidInputError, PromptTooLongError
+from qa_onnx.errors import InvalidInputError
 from qa_onnx.prompt import (
     ANSWER_TEMPLATE,
     PROMPT_TEMPLATE,
-    Prompt,
-    check_prompt_lengths,
     encode_answers,
     encode_prompts,
-    fit_prompt,
     load_tokenizer,
 )
 
@@ -120,92 +117,3 @@ def test_bad_texts_are_named_by_index_and_way_out(questions, contexts, words):
     with pytest.raises(InvalidInputError) as caught:
         encode_prompts(small_tokenizer(), questions, contexts)
     assert [word for word in words if word not in str(caught.value)] == []
-
-
-def test_a_prompt_may_fill_all_positions_but_no_more():
-    prompts = [Prompt(passage_ids=[1] * 6, question_ids=[2] * 4), Prompt(passage_ids=[1] * 7, question_ids=[2] * 6)]
-    check_prompt_lengths(prompts, 13)
-    check_prompt_lengths(prompts[:1], 10)
-    with pytest.raises(PromptTooLongError) as caught:
-        check_prompt_lengths(prompts, 10)
-    for words in (
-        "prompt 1 has 13 tokens",
-        "7 of the context",
-        "6 of the question",
-        "10 positions",
-        "at least 3 tokens",
-    ):
-        assert words in str(caught.value)
-
-
-@st.composite
-def passages_with_a_part_to_keep(draw):
-    context = draw(st.lists(pieces, min_size=1, max_size=30).map("".join).filter(str.strip))
-    start = draw(st.integers(0, len(context) - 1))
-    end = draw(st.integers(start + 1, len(context)))
-    return context, start, end
-
-
-def fit_or_none(tokenizer, context, keep, max_tokens):
-    try:
-        return fit_prompt(tokenizer, QUESTION, context, keep=keep, max_tokens=max_tokens)
-    except PromptTooLongError:
-        return None
-
-
-@settings(deadline=None, max_examples=200)
-@pytest.mark.parametrize("trim_offsets", [False, True])
-@given(passage=passages_with_a_part_to_keep(), room=st.integers(-3, 150))
-@example(passage=("😀😀😀 Rollo", 4, 9), room=12)
-@example(passage=("Rollo 😀😀😀", 0, 5), room=12)
-def test_a_fitted_prompt_keeps_question_and_part_and_the_limit(trim_offsets, passage, room):
-    context, start, end = passage
-    kept = context[start:end]
-    whole = encode_one(QUESTION, context)
-    max_tokens = len(whole.question_ids) + len(LABEL_IDS) + room
-    spy = SpyTokenizer(small_tokenizer(trim_offsets=trim_offsets))
-    prompt = fit_or_none(spy, context, (start, end), max_tokens)
-    if prompt is None:
-        # It could not be done: each token of the part has at least one of its bytes. (Where offsets leave white space
-        # out, unlike GPT-2's, tokens of white space alone cannot be placed and may stay.)
-        assert room < len(ids_of("Context: ")) + len(kept.encode()) or not kept.strip() or trim_offsets
-        return
-    assert len(prompt) <= max_tokens
-    assert prompt.question_ids == whole.question_ids
-    assert kept.strip() in passage_of(prompt)
-    assert prompt == whole or len(whole) > max_tokens
-
-
-@pytest.mark.parametrize("room", [-1, 0, 5])
-def test_what_cannot_be_fitted_is_refused_with_the_way_out(room):
-    max_tokens = len(encode_one(QUESTION, PASSAGE).question_ids) + len(LABEL_IDS) + room
-    with pytest.raises(PromptTooLongError, match=rf"{len(PASSAGE)} characters .* {max_tokens} tokens; shorten"):
-        fit_prompt(small_tokenizer(), QUESTION, PASSAGE, keep=(0, len(PASSAGE)), max_tokens=max_tokens)
-
-
-def test_a_fitted_prompt_fills_the_room_and_leaves_as_much_on_both_sides():
-    words = [f"w{index}" for index in range(41)]
-    words[20] = "Rollo"
-    context = " ".join(words)
-    start = context.index("Rollo")
-    max_tokens = len(encode_one(QUESTION, context)) // 2
-    prompt = fit_prompt(small_tokenizer(), QUESTION, context, keep=(start, start + 5), max_tokens=max_tokens)
-    before, after = passage_of(prompt).split("Rollo")
-    assert max_tokens - len(prompt) <= 3
-    assert abs(len(ids_of(before)) - len(ids_of(after))) <= 3
-
-
-@pytest.mark.parametrize("room", range(-2, 8))
-def test_without_a_part_to_keep_the_passage_loses_its_end(room):
-    question_ids = encode_one(QUESTION, "x").question_ids
-    max_tokens = len(question_ids) + len(LABEL_IDS) + len(ids_of("Context:")) + room
-    spy = SpyTokenizer(small_tokenizer())
-    if room < 1:
-        with pytest.raises(PromptTooLongError, match="shorten"):
-            fit_prompt(spy, QUESTION, PASSAGE, keep=(0, 0), max_tokens=max_tokens)
-    else:
-        prompt = fit_prompt(spy, QUESTION, PASSAGE, keep=(0, 0), max_tokens=max_tokens)
-        assert prompt.question_ids == question_ids
-        passage_ids = prompt.passage_ids[: -len(LABEL_IDS)]
-        assert passage_ids == ids_of(f"Context: {PASSAGE}")[: len(passage_ids)]
-        assert len(prompt) == max_tokens
