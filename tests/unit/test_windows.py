@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stand_ins import PASSAGE, small_tokenizer
+
+from qa_onnx.errors import PromptTooLongError
+from qa_onnx.prompt import encode_prompts
+from qa_onnx.windows import encode_windows
+
+WORDS = ("Rollo", "the", "Normans,", "東京タワー", "e\u0301", "🙂🙂", "(1911)", "x" * 60, "\n\n", "\t", "\u00a0")
+documents = st.lists(st.sampled_from(WORDS), min_size=1, max_size=150).flatmap(
+    lambda words: st.sampled_from(["", " ", "  "]).map(lambda space: space.join(words))
+)
+
+
+def windows_of(context, question="Who led them?", *, max_positions=128, max_new_tokens=8, stride=16):
+    (windows,) = encode_windows(
+        small_tokenizer(),
+        [question],
+        [context],
+        max_positions=max_positions,
+        max_new_tokens=max_new_tokens,
+        stride=stride,
+    )
+    return windows
+
+
+@settings(deadline=None, max_examples=150)
+@given(context=documents.filter(lambda text: text.strip()), stride=st.integers(0, 200))
+def test_windows_fit_and_cover_the_document(context, stride):
+    windows = windows_of(context, stride=stride)
+    covered = set()
+    for window in windows:
+        assert context.startswith(window.text, window.start)
+        assert len(window.prompt) + 7 <= 128
+        assert window.prompt == encode_prompts(small_tokenizer(), ["Who led them?"], [window.text])[0]
+        covered |= set(range(window.start, window.start + len(window.text)))
+    assert {index for index, character in enumerate(context) if not character.isspace()} <= covered
+    starts = [window.start for window in windows]
+    assert starts == sorted(set(starts))
+    whole = encode_prompts(small_tokenizer(), ["Who led them?"], [context])[0]
+    assert (len(windows) == 1) == (len(whole) + 7 <= 128) or len(windows) == 1
+
+
+def test_a_document_that_fits_is_one_window_unchanged():
+    (window,) = windows_of(PASSAGE + "  ")
+    assert (window.start, window.text) == (0, PASSAGE + "  ")
+
+
+def test_neighbours_share_about_the_stride_and_start_at_words():
+    context = " ".join(f"word{index}" for index in range(200))
+    windows = windows_of(context, stride=20)
+    assert len(windows) > 3
+    for left, right in zip(windows, windows[1:], strict=False):
+        shared = context[right.start : left.start + len(left.text)]
+        assert context[right.start - 1] == " "
+        assert not context[left.start + len(left.text)].isalnum()
+        assert 15 <= len(small_tokenizer().encode(shared).ids) <= 40
+
+
+def test_the_number_of_windows_grows_with_the_document_alone():
+    for stride in (0, 10, 1000):
+        windows = windows_of(" ".join(["Rollo"] * 600), stride=stride)
+        assert len(windows) < 100
+
+
+def test_questions_of_like_length_share_windows():
+    context = " ".join(f"word{index}" for index in range(200))
+    short, long = windows_of(context, "Who led?"), windows_of(context, "Who led them?")
+    assert [window.prompt.passage_ids for window in short] == [window.prompt.passage_ids for window in long]
+
+
+def test_a_question_longer_than_the_model_is_refused_with_the_way_out():
+    with pytest.raises(PromptTooLongError, match=r"question 0 has \d+ tokens.*Shorten the question"):
+        windows_of("Rollo.", "Who led them? " * 40)
