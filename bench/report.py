@@ -106,9 +106,39 @@ def roofline_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
+def callers_table(result: dict[str, Any]) -> str:
+    """A result of `bench.latency --concurrency` as a Markdown table, with the machine and the versions below."""
+    lines = [
+        f"{result['concurrency']} callers ask {result['questions']} questions, {result['max_new_tokens']} new tokens; "
+        f"{result['model']}",
+        "",
+        "| | answer_batch, answers/s | answer_async, answers/s | of answer_batch | answers equal "
+        "| waited p50 | p95 | p99 |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for row in result["rows"]:
+        batch, waiting = (statistics.median(row[f"{kind}_seconds"]) for kind in ("batch", "async"))
+        ratio = statistics.median(
+            one / other for one, other in zip(row["batch_seconds"], row["async_seconds"], strict=True)
+        )
+        equal = row["equal"] / result["questions"] / result["rounds"]
+        waits = " | ".join(f"{seconds:.2f} s" for seconds in row["seconds_waited"].values())
+        lines.append(
+            f"| {row['name']} | {result['questions'] / batch:.2f} | {result['questions'] / waiting:.2f} | {ratio:.0%} "
+            f"| {equal:.1%} | {waits} |"
+        )
+    return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
+
+
 def render(result: dict[str, Any]) -> str:
     """The table of any result: a headline, the table, and where it was measured, with empty lines between them."""
-    tables = {"throughput": table, "latency": latency_table, "scaling": scaling_table, "roofline": roofline_table}
+    tables = {
+        "throughput": table,
+        "latency": latency_table,
+        "callers": callers_table,
+        "scaling": scaling_table,
+        "roofline": roofline_table,
+    }
     return tables[result["benchmark"]](result)
 
 

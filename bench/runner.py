@@ -15,6 +15,7 @@ from bench.peers import RUNNERS, Settings
 
 SETTLE_SECONDS = 0.5
 """Pause before a measurement, in which the threads of the runner before stop spinning."""
+PEERS = [name for name in RUNNERS if not name.endswith("grounded")]
 RANDOM = "GPT-2's 124 M parameters, random"
 
 
@@ -71,7 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the models; used again")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=RUNNERS, default=list(RUNNERS), metavar="RUNNER")
+    parser.add_argument("--only", nargs="+", choices=RUNNERS, default=PEERS, metavar="RUNNER")
 
 
 def prepare_models(arguments: argparse.Namespace) -> None:

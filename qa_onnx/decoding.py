@@ -119,11 +119,11 @@ class Row:
         is_first = not self.token_ids
         token = self._eos
         if is_first:
-            self.no_answer_probability = math.exp(logits[self._eos] - normalizer)
+            self.no_answer_probability = math.exp(float(logits[self._eos]) - normalizer)
         threshold = self.config.no_answer_threshold if is_first else None
         if threshold is None or self.no_answer_probability <= threshold:
             token = int(logits.argmax()) if self.is_plain else self._choose(logits, normalizer)
-        self.logprobs.append(float(logits[token] - normalizer))
+        self.logprobs.append(float(logits[token]) - normalizer)
         if token == self._eos:
             self.finish_reason = "no_answer" if is_first else "stop"
         else:
@@ -165,7 +165,7 @@ class Row:
             beginning = Prefix(token_ids=tuple(self.token_ids), logprobs=tuple(self.logprobs))
             best = np.argpartition(-scores, min(config.top_k, len(scores) - 1))[: config.top_k + 1]
             self.alternatives += [
-                beginning.followed_by(token, float(logits[token] - normalizer))
+                beginning.followed_by(token, float(logits[token]) - normalizer)
                 for token in best.tolist()
                 if token != chosen and scores[token] > -np.inf
             ]

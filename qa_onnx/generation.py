@@ -112,7 +112,7 @@ def check_whole_number(name: str, value: object, least: int) -> None:
 def log_sum_exp(logits: np.ndarray) -> float:
     """What to subtract from logits (float32 [V]) to get log-probabilities."""
     top = logits.max()
-    return float(top) + float(np.log(np.exp(logits - top).sum()))
+    return float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
 
 
 def repeating_tokens(token_ids: Sequence[int], size: int) -> np.ndarray:

@@ -126,7 +126,7 @@ class SpanWriter:
         self._written += len(spelled)
 
     def span(self) -> tuple[int, int] | None:
-        """Start and end character of what is written, where it stands first; None where nothing is.
+        """Start and end character of what is written, where it stands first; None where there is no whole character yet.
 
         Text that was cut short goes back to the last end of a word in it, or else to its last whole character.
         """
@@ -140,7 +140,7 @@ class SpanWriter:
             inside = range(start + 1, end + 1)
             whole = [place for place in inside if place in spans._end_bytes]
             end = max(whole or [place for place in inside if place in spans._character_at], default=start)
-        return spans._character_at[start], spans._character_at[end]
+        return (spans._character_at[start], spans._character_at[end]) if end > start else None
 
 
 def word_boundaries(text: str) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.prompt import PROMPT_TEMPLATE
 from qa_onnx.squad import Example, GoldAnswer, parse_squad
+from qa_onnx.windows import encode_windows
 from tests.conftest import ROOT
 from training import data, finetune, model
 from training.data import Collator, load_examples, target_answer, tokenize
@@ -66,21 +67,32 @@ def test_many_gold_answers_make_one_row_with_the_most_given_one():
 
 
 @pytest.mark.parametrize("place", [0, 40, 79])
-def test_a_long_passage_is_cut_around_the_answer_and_nothing_else_is(tokenizer, place):
+def test_a_long_passage_is_trained_on_in_the_windows_it_is_answered_in(tokenizer, place):
     words = [f"word{index}" for index in range(80)]
     words[place] = "Zanzibar"
     context = " ".join(words)
     long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=context.index("Zanzibar")),))
-    row = tokenize([long], tokenizer, loss_on="answer", max_positions=100)[0]
-    text = tokenizer.backend_tokenizer.decode(row["input_ids"])
-    assert 90 <= len(row["input_ids"]) <= 100
-    assert text.startswith("Context: ")
-    assert text.endswith("\nQuestion: Who founded Tolvik?\nAnswer: Zanzibar")
-    assert text.count("Zanzibar") == 2
+    rows = tokenize([long], tokenizer, loss_on="answer", max_positions=160)
+    windows = encode_windows(
+        tokenizer.backend_tokenizer, [long.question], [context], max_positions=160, max_new_tokens=32, stride=128
+    )[0]
+    assert len(rows) == len(windows) > 2
+    for row, window in zip(rows, windows, strict=True):
+        assert row["input_ids"][: len(window.prompt)] == window.prompt.ids
+        answer = tokenizer.backend_tokenizer.decode(row["input_ids"][len(window.prompt) : -1])
+        assert answer == (" Zanzibar" if "Zanzibar" in window.text else "")
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
+        assert len(row["input_ids"]) <= 160
+
+
+def test_an_answer_in_other_words_is_trained_on_once(tokenizer):
+    context = " ".join(f"word{index}" for index in range(80))
+    long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=0),))
+    assert len(tokenize([long], tokenizer, loss_on="answer", max_positions=160)) == 1
 
 
 def test_a_question_that_cannot_fit_is_named(tokenizer):
-    with pytest.raises(PromptTooLongError, match=r"question q.*shorten"):
+    with pytest.raises(PromptTooLongError, match=r"question 0 has \d+ tokens.*Shorten"):
         tokenize([example(question="why " * 300 + "?")], tokenizer, loss_on="answer", max_positions=256)
 
 

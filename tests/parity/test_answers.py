@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from export.decoder import build_decoder
 from qa_onnx import Answerer
+from qa_onnx.engine import Engine
+from qa_onnx.kv_cache import CacheLayout, PassageCache
+from qa_onnx.planner import plan_groups
+from qa_onnx.prompt import Prompt
+from qa_onnx.session import Session
 from qa_onnx.squad import parse_squad, read_squad
 from training.evaluation import generate_answers
 from training.model import STARTER, load_model
@@ -81,3 +91,44 @@ def test_the_torch_side_does_not_depend_on_batching_either(tiny):
     assert together == alone
     assert not model.training
     assert torch.is_grad_enabled()
+
+
+def test_long_documents_are_answered_as_pytorch_answers_their_windows(tiny, tiny_answerer):
+    model, tokenizer = tiny
+    examples = parse_squad(generate("heldout", questions=8), source="sample")
+    together = " ".join(example.context for example in examples)
+    examples = [dataclasses.replace(example, context=together[start:]) for start, example in enumerate(examples)]
+    expected = generate_answers(model, tokenizer, examples, max_new_tokens=6, progress=False)
+    answers = tiny_answerer.answer_batch(
+        [e.question for e in examples], [e.context for e in examples], max_new_tokens=6
+    )
+    assert {answer.windows for answer in answers} > {1} or min(answer.windows for answer in answers) > 1
+    assert {e.id: answer.text for e, answer in zip(examples, answers, strict=True)} == expected
+
+
+def test_long_passages_get_the_same_bits_in_any_batch(tmp_path):
+    """A product of attention adds up 256 columns at a time (head size 64): padding must not move these blocks."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=700, n_embd=128, n_layer=2, n_head=2, initializer_range=0.2)
+    weights = {
+        name.removeprefix("transformer."): tensor.numpy()
+        for name, tensor in GPT2LMHeadModel(config).state_dict().items()
+        if name != "lm_head.weight"
+    }
+    onnx.save(build_decoder(weights, config, {}), tmp_path / "model.onnx")
+    engine = Engine(
+        Session(tmp_path / "model.onnx", provider="cpu"),
+        layout=CacheLayout(layers=2, heads=2, head_size=64),
+        eos_token_id=0,
+        max_positions=700,
+        passage_cache=PassageCache(0),
+    )
+    draw = np.random.default_rng(0)
+    prompts = {
+        index: Prompt(passage_ids=draw.integers(300, size=length).tolist(), question_ids=[1, 2, 3 + index])
+        for index, length in enumerate((20, 130, 250, 270, 300, 420, 530, 600))
+    }
+    together = engine.prefill(prompts, list(plan_groups(prompts, max_rows=64)))
+    for logits, number in zip(together.logits, together.prompts.tolist(), strict=True):
+        alone = {0: prompts[number]}
+        np.testing.assert_array_equal(engine.prefill(alone, list(plan_groups(alone, max_rows=1))).logits[0], logits)

@@ -66,7 +66,7 @@ def test_requests_that_arrive_while_others_run_join_the_batch(held):
 
 def test_one_request_too_many_is_refused_and_the_others_are_answered(held):
     futures = [held.submit("Who?", PASSAGE) for _ in range(3)]
-    with pytest.raises(QueueFullError, match="3 requests wait.*max_queue is 3"):
+    with pytest.raises(QueueFullError, match=r"3 requests wait.*max_queue is 3"):
         held.submit("Who?", PASSAGE)
     held.release.set()
     assert {future.result(10).text for future in futures} == {"Who?"}

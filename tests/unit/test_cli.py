@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from stand_ins import PASSAGE, echo_answerer, manifest_fields, squad_data, write_json
 
-from qa_onnx import cli
-from qa_onnx.bundle import write_manifest
+from qa_onnx import Answer, cli
+from qa_onnx.bundle import Bundle, write_manifest
 
 
 @pytest.fixture
@@ -54,12 +55,65 @@ def test_evaluate_ends_with_one_line_of_json(files, capsys):
     status, out, err = run(capsys, "evaluate --data data.json --predictions predictions.json")
     scores = json.loads(out.splitlines()[-1])
     assert (status, err) == (0, "")
-    assert scores == {"exact_match": pytest.approx(200 / 3), "f1": pytest.approx(100 * (2 + 2 / 3) / 3), "total": 3}
+    f1 = 100 * (2 + 2 / 3) / 3
+    assert {name: scores[name] for name in ("exact_match", "f1", "total")} == {
+        "exact_match": pytest.approx(200 / 3),
+        "f1": pytest.approx(f1),
+        "total": 3,
+    }
+    assert (scores["HasAns_exact"], scores["HasAns_total"]) == (50.0, 2)
+    assert (scores["NoAns_exact"], scores["NoAns_f1"], scores["NoAns_total"]) == (100.0, 100.0, 1)
+
+
+def test_evaluate_prints_a_table_by_groups(files, capsys):
+    _, out, _ = run(capsys, "evaluate --data data.json --predictions predictions.json")
+    rows = {line[:28].strip(): line[28:].split() for line in out.splitlines()[:-1]}
+    assert rows["1 word"] == ["1", "100.00", "100.00"]
+    assert rows["2 words"][:2] == ["1", "0.00"]
+    assert rows["no answer"] == ["1", "100.00", "100.00"]
+    assert rows["who"] == ["1", "100.00", "100.00"]
+    assert "windows" not in rows
+
+
+def test_evaluate_reads_whole_answers_and_writes_the_worst_and_a_plot(files, loaded, capsys):
+    pytest.importorskip("matplotlib")
+    run(capsys, "predict --model bundle --data data.json --output out.json --answers answers.jsonl")
+    command = "evaluate --data data.json --answers answers.jsonl --worst worst.jsonl --worst-limit 2 --plot plot.png"
+    status, out, err = run(capsys, command)
+    assert (status, err) == (0, "")
+    scores = json.loads(out.splitlines()[-1])
+    assert scores["best_exact"] == pytest.approx(100 / 3)
+    assert scores["best_f1_thresh"] == 0.0
+    assert "windows" in out
+    worst = [json.loads(line) for line in (files / "worst.jsonl").read_text("utf-8").splitlines()]
+    assert [sorted(case) for case in worst] == [["answer", "f1", "gold", "id", "passage", "question", "score"]] * 2
+    assert worst[0]["f1"] <= worst[1]["f1"] < 1
+    assert (files / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibrate_keeps_the_best_threshold_in_the_bundle(files, loaded, capsys):
+    status, out, err = run(capsys, "calibrate --model bundle --data data.json")
+    assert (status, err) == (0, "")
+    kept = json.loads(out)
+    assert (kept["questions"], kept["without_answer"], kept["source"]) == (3, 1, "data.json")
+    assert Bundle.open("bundle").manifest.no_answer == kept
+    assert Bundle.open("bundle").manifest.no_answer_threshold == kept["threshold"] == kept["best_f1_thresh"]
+    assert list(files.glob("bundle/*.partial")) == []
+
+
+def test_generation_options_reach_the_answerer(files, loaded, capsys):
+    command = "answer --model bundle --question Normans --context @passage.txt --grounded --top-k 2"
+    _, out, _ = run(capsys, command)
+    assert len(out.splitlines()) == 2
+    assert out.splitlines()[0] == "Normans"
+    options = "--temperature 1 --top-k-tokens 5 --top-p 0.9 --seed 3 --no-repeat-ngram-size 2 --no-answer-threshold 1"
+    command = f"answer --model bundle --question Normans --context @passage.txt {options} --stride 9"
+    assert run(capsys, command)[0] == 0
 
 
 def test_evaluate_tells_of_missing_and_unknown_predictions(files, capsys):
     status, out, err = run(capsys, "evaluate --data data.json --predictions some.json")
-    assert (status, json.loads(out)["total"]) == (0, 3)
+    assert (status, json.loads(out.splitlines()[-1])["total"]) == (0, 3)
     assert "2 of 3 questions have no prediction and score 0" in err
     assert "1 predictions are of questions that are not in data.json" in err
 
@@ -78,7 +132,7 @@ def test_answer_reads_the_file_after_the_at_sign(files, loaded, capsys):
 def test_answer_prints_the_whole_answer_as_json(files, loaded, capsys):
     _, out, _ = run(capsys, "answer --model bundle --question Who_was_it? --context Rollo --json --max-new-tokens 2")
     answer = json.loads(out)
-    assert sorted(answer) == ["finish_reason", "new_tokens", "prompt_tokens", "text"]
+    assert answer.keys() == {field.name for field in dataclasses.fields(Answer)}
     assert (answer["new_tokens"], answer["finish_reason"]) == (2, "length")
 
 
@@ -126,6 +180,16 @@ ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bund
         ("evaluate --data data.json --predictions list.json", "list.json: got a JSON array"),
         ("evaluate --data list.json --predictions predictions.json", "list.json: the top level: got a JSON array"),
         ("info --model nowhere", "nowhere is not a bundle"),
+        (f"{ANSWER} --context Rollo --top-p 0.5", "without a temperature"),
+        (f"{PREDICT} --output out.json --answers nowhere/answers.jsonl", "answers.jsonl: cannot be written"),
+        ("evaluate --data data.json --answers predictions.json", "predictions.json: line 1"),
+        ("evaluate --data data.json --answers latin.txt", "latin.txt: byte 3 is not UTF-8"),
+        (
+            "evaluate --data data.json --predictions predictions.json --plot plot.png",
+            "--plot needs answers with scores",
+        ),
+        ("evaluate --data data.json --predictions predictions.json --worst nowhere/x", "nowhere/x: cannot be written"),
+        ("calibrate --model bundle --data data.json --limit 2", "0 of 2 questions have no answer; expected some"),
     ],
 )
 def test_bad_input_gives_status_2_and_one_line(files, capsys, command, words):

@@ -56,7 +56,7 @@ def test_a_config_is_frozen():
 
 def test_log_sum_exp_normalises_and_bears_large_logits():
     logits = np.array([1000.0, 1001.0, -1000.0], np.float32)
-    probabilities = np.exp(logits - log_sum_exp(logits))
+    probabilities = np.exp(logits.astype(np.float64) - log_sum_exp(logits))
     assert probabilities.sum() == pytest.approx(1)
     assert probabilities[1] == pytest.approx(1 / (1 + math.exp(-1)))
 
@@ -93,7 +93,7 @@ def logits_after(token_ids, sharpness):
 
 def log_probabilities(token_ids, sharpness):
     logits = logits_after(token_ids, sharpness)
-    return logits - log_sum_exp(logits)
+    return logits.astype(np.float64) - log_sum_exp(logits)
 
 
 def search_all(config, sharpness, seed):

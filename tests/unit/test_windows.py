@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +55,7 @@ def test_neighbours_share_about_the_stride_and_start_at_words():
     context = " ".join(f"word{index}" for index in range(200))
     windows = windows_of(context, stride=20)
     assert len(windows) > 3
-    for left, right in zip(windows, windows[1:], strict=False):
+    for left, right in pairwise(windows):
         shared = context[right.start : left.start + len(left.text)]
         assert context[right.start - 1] == " "
         assert not context[left.start + len(left.text)].isalnum()
