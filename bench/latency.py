@@ -3,8 +3,8 @@
 Each runner is asked two questions on a passage that it has not seen, one after the other, then the next runner, then
 the next passage. qa_onnx remembers the passage for the second question, as it does by default.
 
-With `--concurrency N`, N callers ask qa_onnx at once, each one question at a time, beside one call of `answer_batch` with
-the same questions.
+With `--concurrency N`, N callers ask qa_onnx at once, each one question at a time, beside one call of `answer_batch`
+with the same questions.
 """
 
 from __future__ import annotations
