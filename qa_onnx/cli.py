@@ -102,14 +102,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if unknown:
         sys.stderr.write(f"{unknown} predictions are of questions that are not in {arguments.data}\n")
     windows = {name: answer["windows"] for name, answer in answers.items() if "windows" in answer}
-    _write(breakdown.table(examples, predictions, windows))
+    if arguments.plot is not None:
+        breakdown.plot(examples, answers, arguments.plot)
     if arguments.worst is not None:
         worst = breakdown.worst_cases(examples, answers, limit=arguments.worst_limit)
         _write_whole(arguments.worst, _json_lines(worst))
-        _write(f"wrote {len(worst)} of the worst cases to {arguments.worst}")
-    if arguments.plot is not None:
-        breakdown.plot(examples, answers, arguments.plot)
-        _write(f"drew {arguments.plot}")
+    _write(breakdown.table(examples, predictions, windows))
     figures = evaluate(examples, predictions).to_dict()
     probabilities = {name: answer["no_answer_probability"] for name, answer in answers.items() if "score" in answer}
     if probabilities and any(not example.answers for example in examples):

@@ -126,7 +126,7 @@ class SpanWriter:
         self._written += len(spelled)
 
     def span(self) -> tuple[int, int] | None:
-        """Start and end character of what is written, where it stands first; None where there is no whole character yet.
+        """Start and end character of what is written, where it stands first; None without a whole character.
 
         Text that was cut short goes back to the last end of a word in it, or else to its last whole character.
         """

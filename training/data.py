@@ -72,8 +72,8 @@ def tokenize(
 ) -> Dataset:
     """Makes one row of each example, or of each window of a long one: `input_ids`, `labels` and `length`.
 
-    A row is the prompt, the answer and the end-of-text; without an answer the end-of-text follows at once. So it does in
-    windows that the answer is not in.
+    A row is the prompt, the answer and the end-of-text; without an answer the end-of-text follows at once. So it does
+    in windows that the answer is not in.
 
     Args:
         examples: However many gold answers they have, one is trained on (`target_answer`).
@@ -97,8 +97,8 @@ def tokenize(
                 rows["length"].append(len(prompt_ids) + len(closed))
                 if len(prompt_ids) + len(closed) > max_positions:
                     raise PromptTooLongError(
-                        f"question {example.id}: its prompt and answer have {len(prompt_ids) + len(closed)} tokens; the "
-                        f"model has {max_positions} positions. Shorten the question or the answer"
+                        f"question {example.id}: its prompt and answer have {len(prompt_ids) + len(closed)} tokens; "
+                        f"the model has {max_positions} positions. Shorten the question or the answer"
                     )
         return rows
 

@@ -134,8 +134,9 @@ def test_scores_are_what_pytorch_says(starter, answerer, heldout_file):
 
 def test_grounded_answers_stand_in_the_passage_and_spans_stay_as_they_were(answerer, heldout_file):
     examples = read_squad(heldout_file)
-    free = answerer.answer_batch(*texts_of(examples), max_new_tokens=12)
-    config = GenerationConfig(grounded=True, max_new_tokens=12)
+    # Before it is fine-tuned the starter does not end its answers: short ones are cut where a word may end.
+    free = answerer.answer_batch(*texts_of(examples), max_new_tokens=2)
+    config = GenerationConfig(grounded=True, max_new_tokens=2)
     grounded = answerer.answer_batch(*texts_of(examples), config=config)
     tokens = TokenBytes(answerer._tokenizer)
     spans = kept = 0
@@ -151,7 +152,7 @@ def test_grounded_answers_stand_in_the_passage_and_spans_stay_as_they_were(answe
                 break
             writer.write(token)
         else:
-            if writer.may_end and len(ids) == before.new_tokens and before.finish_reason == "stop":
+            if writer.may_end and len(ids) == before.new_tokens:
                 spans += 1
                 kept += (before.text, before.score) == (after.text, after.score)
     assert kept == spans > len(examples) // 3
