@@ -107,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description="Answers a second, axis by axis.")
     add_model_options(parser)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS", help="default: all")
     parser.add_argument("--questions", type=int, default=32, help="at each point; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="default: %(default)s")
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         **describe_machine(),
-        "rows": [row for axis in AXES for value in values[axis] for row in measure(arguments, axis, value)],
+        "rows": [row for axis in arguments.axes for value in values[axis] for row in measure(arguments, axis, value)],
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -387,7 +387,7 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("--from-scratch", choices=list(ARCHITECTURES), help="random weights; needs --tokenizer")
     start.add_argument("--tokenizer", metavar="DIR", help="tokenizer for --from-scratch: a directory or a hub id")
     data = parser.add_argument_group("data")
-    data.add_argument("--train", required=True, metavar="squad|sample|FILE", help="SQuAD v1.1 or v2.0 JSON, or a name")
+    data.add_argument("--train", required=True, metavar="squad|squad_v2|sample|FILE", help="SQuAD JSON, or a name")
     data.add_argument("--eval", required=True, metavar="squad|sample|FILE", help="scored at the end of each epoch")
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")
     data.add_argument("--limit-eval", type=int, metavar="N", help="use only the first N questions to evaluate")

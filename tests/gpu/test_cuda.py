@@ -23,7 +23,10 @@ def test_cuda_gives_the_answers_of_the_cpu(starter_bundle, heldout_file):
         expected = answerer.answer_batch(questions, contexts, max_new_tokens=12)
     with Answerer.from_pretrained(starter_bundle, provider="cuda") as answerer:
         assert answerer.provider == "cuda"
-        assert answerer.answer_batch(questions, contexts, max_new_tokens=12, batch_size=7) == expected
+        answers = answerer.answer_batch(questions, contexts, max_new_tokens=12, batch_size=7)
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    scores = [answer.score for answer in expected]
+    assert [answer.score for answer in answers] == pytest.approx(scores, rel=1e-2)
 
 
 def test_auto_takes_cuda(starter_bundle):
@@ -42,5 +45,5 @@ def test_fp16_on_cuda_gives_nearly_the_answers_of_fp32(starter_bundle, heldout_f
         alone = [answerer.answer(*pair, max_new_tokens=12) for pair in zip(questions, contexts, strict=True)]
     equal = sum(answer.text == other.text for answer, other in zip(answers, expected, strict=True))
     assert equal >= 0.9 * len(examples)
-    same = sum(answer == other for answer, other in zip(answers, alone, strict=True))
+    same = sum(answer.text == other.text for answer, other in zip(answers, alone, strict=True))
     assert same >= 0.95 * len(examples)
