@@ -18,7 +18,7 @@ from qa_onnx.prompt import encode_answers
 from qa_onnx.squad import Example, GoldAnswer, parse_squad, read_squad
 from qa_onnx.windows import Window, encode_windows
 from training.model import IGNORED
-from training.starter.sample import generate
+from training.starter.sample import generate, with_unanswerable
 
 Part = Literal["train", "eval"]
 LossOn = Literal["answer", "all"]
@@ -27,14 +27,14 @@ HUB_DATASETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 
 
 def load_examples(source: str, part: Part) -> list[Example]:
-    """Loads the examples of `squad` or `squad_v2` (from the hub), `sample` (generated) or a SQuAD JSON file.
+    """Loads the examples of `squad` or `squad_v2` (from the hub), `sample` or `sample_v2` (generated) or a SQuAD JSON file.
 
     Raises:
         InvalidInputError: The file is not in SQuAD's format, or the hub cannot be reached.
     """
-    if source == "sample":
-        split: Literal["train", "heldout"] = "train" if part == "train" else "heldout"
-        return parse_squad(generate(split), source="sample")
+    if source in ("sample", "sample_v2"):
+        data = generate("train" if part == "train" else "heldout")
+        return parse_squad(data if source == "sample" else with_unanswerable(data), source=source)
     if source not in HUB_DATASETS:
         return read_squad(source)
     try:

@@ -22,7 +22,7 @@ from qa_onnx.windows import encode_windows
 from tests.conftest import ROOT
 from training import data, finetune, model
 from training.data import Collator, load_examples, target_answer, tokenize
-from training.starter.sample import generate
+from training.starter.sample import generate, with_unanswerable
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,12 @@ def test_squad_from_the_hub_is_read_as_examples(monkeypatch):
     monkeypatch.setattr(data, "load_dataset", load_dataset)
     expected = Example(id="1", title="T", context="c", question="q", answers=(GoldAnswer(text="c", start=0),))
     assert load_examples("squad", "train") == load_examples("squad", "eval") == [expected]
-    assert asked == [("rajpurkar/squad", "train"), ("rajpurkar/squad", "validation")]
+    assert load_examples("squad_v2", "train") == [expected]
+    assert asked == [
+        ("rajpurkar/squad", "train"),
+        ("rajpurkar/squad", "validation"),
+        ("rajpurkar/squad_v2", "train"),
+    ]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):
@@ -145,6 +150,17 @@ def test_every_answer_of_sample_stands_where_it_says():
         for made in parse_squad(generate(part, questions=500), source="sample"):
             answer = made.answers[0]
             assert made.context[answer.start : answer.start + len(answer.text)] == answer.text
+
+
+def test_sample_v2_asks_a_third_of_its_questions_where_there_is_no_answer():
+    data = generate("heldout", questions=300)
+    examples = parse_squad(with_unanswerable(data), source="sample_v2")
+    golds = {example.id: example.answers for example in parse_squad(data, source="sample")}
+    assert {example.id for example in examples} == golds.keys()
+    without = [example for example in examples if not example.answers]
+    assert 0.25 < len(without) / len(examples) < 0.35
+    assert not any(answer.text in example.context for example in without for answer in golds[example.id])
+    assert all(example.answers == golds[example.id] for example in examples if example.answers)
 
 
 def run_finetune(*arguments):

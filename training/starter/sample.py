@@ -413,6 +413,26 @@ def generate(split: Split, *, questions: int | None = None, seed: int = 0, contr
     return {"version": "1.1", "data": data}
 
 
+def with_unanswerable(data: dict[str, Any]) -> dict[str, Any]:
+    """The same part as SQuAD v2.0: every third question is asked about a passage that does not answer it.
+
+    It goes to the passage after its own that tells of the same kind of subject; it stays where its answer stands there.
+    """
+    articles = []
+    for article in data["data"]:
+        paragraphs = [{"context": paragraph["context"], "qas": []} for paragraph in article["paragraphs"]]
+        for index, paragraph in enumerate(article["paragraphs"]):
+            following = paragraphs[(index + 1) % len(paragraphs)]
+            for place, qa in enumerate(paragraph["qas"]):
+                stands_there = any(answer["text"] in following["context"] for answer in qa["answers"])
+                if (index + place) % 3 or stands_there:
+                    paragraphs[index]["qas"].append({**qa, "is_impossible": False})
+                else:
+                    following["qas"].append({**qa, "is_impossible": True, "answers": []})
+        articles.append({"title": article["title"], "paragraphs": paragraphs})
+    return {"version": "v2.0", "data": articles}
+
+
 def main() -> None:
     """Writes one part of `sample` to a file: `python -m training.starter.sample --split heldout --output FILE`."""
     parser = argparse.ArgumentParser(description="Write the generated sample set as a SQuAD v1.1 JSON file.")
@@ -420,8 +440,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--questions", type=int, help=f"how many questions (default: {QUESTIONS})")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unanswerable", action="store_true", help="in the format of v2.0: a third have no answer")
     arguments = parser.parse_args()
     data = generate(arguments.split, questions=arguments.questions, seed=arguments.seed)
+    if arguments.unanswerable:
+        data = with_unanswerable(data)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
     print(f"wrote {arguments.output}")
