@@ -84,14 +84,16 @@ def test_the_tables_are_those_of_the_results(result):
         assert where in TEXT
 
 
-def test_the_snippet_runs(workplace):
-    (snippet,) = (block for language, block in BLOCKS if language == "python")
+@pytest.mark.parametrize("snippet", [block for language, block in BLOCKS if language == "python"])
+def test_the_snippets_run(workplace, snippet):
     assert len(run(workplace, "-c", snippet).splitlines()) >= 3
 
 
 def test_the_commands_that_ask_a_bundle_run_in_order(workplace):
-    commands = [command for command in COMMANDS if command.startswith("python -m qa_onnx")]
+    commands = [command for command in COMMANDS if command.startswith("python -m qa_onnx") and "runs/demo" in command]
     outputs = [run(workplace, *shlex.split(command)[1:]) for command in commands]
-    assert len(outputs) == 4
+    assert len(outputs) == 6
     assert '"exact_match"' in outputs[2]
-    assert '"format_version": 3' in outputs[3]
+    assert "question word" in outputs[4]
+    assert (workplace / "runs" / "demo" / "scores.png").is_file()
+    assert '"format_version": 3' in outputs[5]
