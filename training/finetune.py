@@ -390,7 +390,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--train", required=True, metavar="NAME|FILE", help="squad, squad_v2, sample, sample_v2, or a SQuAD JSON file"
     )
-    data.add_argument("--eval", required=True, metavar="NAME|FILE", help="the same; scored at the end of each epoch")
+    data.add_argument("--eval", required=True, metavar="NAME|FILE", help="as --train; scored at the end of each epoch")
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")
     data.add_argument("--limit-eval", type=int, metavar="N", help="use only the first N questions to evaluate")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty directory")

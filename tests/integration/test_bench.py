@@ -62,6 +62,18 @@ def test_latency_asks_two_questions_a_passage(tiny_model_dir, tmp_path, work, qu
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_many_callers_get_what_a_batch_gets(tiny_model_dir, tmp_path, work, quick, capsys):
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=30)))
+    arguments = ["--data", data, "--model", tiny_model_dir, "--work", work, "--output", output, "--concurrency", 8]
+    options = ["--questions", "20", "--rounds", "2", "--only", "qa_onnx fp32", "transformers fp32"]
+    assert latency.main([*map(str, arguments), *options]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["name"], row["equal"], len(row["waits"])) == ("qa_onnx fp32", 40, 40)
+    assert row["seconds_waited"]["50"] <= row["seconds_waited"]["95"] <= max(row["async_seconds"])
+    assert "| qa_onnx fp32 |" in capsys.readouterr().out
+
+
 def test_scaling_varies_one_thing_at_a_time(tiny_model_dir, tmp_path, work, quick, monkeypatch, capsys):
     base = scaling.Point(batch_size=2, passage_words=15, questions_per_passage=2, threads=2)
     monkeypatch.setattr(scaling, "BASE", base)
