@@ -95,22 +95,20 @@ def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> li
     """
     label = PASSAGE_TEMPLATE.index("{")
     encoding = tokenizer.encode(PASSAGE_TEMPLATE.format(context=context), add_special_tokens=False)
-    first_characters = [max(first - label, 0) for first, _ in encoding.offsets] + [len(context)]
+    total, offsets = len(encoding.ids), encoding.offsets  # each access makes a new list
+    first_characters = [max(first - label, 0) for first, _ in offsets] + [len(context)]
     # A token with a space before its word may count the space or not; a part starts behind it in both cases.
     can_cut = [
-        index == 0
-        or index == len(encoding.ids)
-        or context[first : first + 1].isspace()
-        or context[first - 1 : first].isspace()
+        index == 0 or index == total or context[first : first + 1].isspace() or context[first - 1 : first].isspace()
         for index, first in enumerate(first_characters)
     ]
-    template = next((index for index, (_, last) in enumerate(encoding.offsets) if last > label), 0)
+    template = next((index for index, (_, last) in enumerate(offsets) if last > label), 0)
     parts: list[tuple[int, str]] = []
     begin = template
     while True:
         size = max_tokens - template
         while True:
-            end = min(begin + size, len(encoding.ids))
+            end = min(begin + size, total)
             end = _back_to_cut(can_cut, begin, end)
             start, stop = first_characters[begin], first_characters[end]
             while start < stop and context[start].isspace():
@@ -122,7 +120,7 @@ def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> li
             size -= tokens - max_tokens  # a word that was cut has other tokens than whole
         if text.strip():
             parts.append((start, text))
-        if end == len(encoding.ids):
+        if end == total:
             return parts
         begin = max(_back_to_cut(can_cut, begin, end - stride), begin + 1)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -77,3 +78,15 @@ def test_questions_of_like_length_share_windows():
 def test_a_question_longer_than_the_model_is_refused_with_the_way_out():
     with pytest.raises(PromptTooLongError, match=r"question 0 has \d+ tokens.*Shorten the question"):
         windows_of("Rollo.", "Who led them? " * 40)
+
+
+def test_a_book_is_cut_in_time_that_grows_with_its_length():
+    """Looking a list up again for each token would take minutes."""
+
+    def seconds(words):
+        context = " ".join(f"word{index % 97}" for index in range(words))
+        started = time.process_time()
+        windows_of(context)
+        return time.process_time() - started
+
+    assert seconds(16_000) < 16 * max(seconds(2_000), 0.05)
