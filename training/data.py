@@ -27,7 +27,7 @@ HUB_DATASETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 
 
 def load_examples(source: str, part: Part) -> list[Example]:
-    """Loads examples: `squad` or `squad_v2` from the hub, `sample` or `sample_v2`, which are generated, or a SQuAD file.
+    """Loads examples: `squad` or `squad_v2` from the hub, `sample` or `sample_v2` (generated), or a SQuAD file.
 
     Raises:
         InvalidInputError: The file is not in SQuAD's format, or the hub cannot be reached.
