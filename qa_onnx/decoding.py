@@ -182,13 +182,18 @@ class Decoding:
             engine: Computes the logits.
             batch_size: The most rows computed together; long prompts share a batch's tokens among fewer
                 (`Limits.batch_tokens`).
-            oldest_first: Every batch holds the row that has waited longest. Otherwise the order is that which
-                computes least padding.
+            oldest_first: Every batch that is read holds the row whose turn it is: rows take turns in the order they
+                were added, and the second row of a call counts as if it had come with the next call, and so on. So a
+                document of many windows does not keep others waiting. Otherwise the order is that which computes least
+                padding.
         """
         self._engine = engine
         self._batch_size = batch_size
         self._oldest_first = oldest_first
         self._numbers = count()
+        self._calls = count()
+        self._turns: dict[int, int] = {}
+        """When it is the turn of each waiting row, for `oldest_first`."""
         self._rows: dict[int, Row] = {}
         self._waiting: dict[int, Prompt] = {}
         self._queue: deque[Group] | None = deque()
@@ -204,10 +209,11 @@ class Decoding:
         return not self._rows
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Rows to be answered; they join one of the next steps."""
-        for row in rows:
+        """Rows of one caller, to be answered; they join one of the next steps."""
+        for turn, row in enumerate(rows, next(self._calls)):
             number = next(self._numbers)
             self._rows[number] = row
+            self._turns[number] = turn
             self._waiting[number] = row.prompt
             self._queue = None
 
@@ -251,7 +257,7 @@ class Decoding:
         if self._queue is None:
             self._queue = plan_groups(self._waiting, max_rows=self._batch_size)
         if self._oldest_first:
-            oldest = next(iter(self._waiting))
+            oldest = min(self._waiting, key=self._turns.__getitem__)
             self._queue.rotate(-next(place for place, group in enumerate(self._queue) if oldest in group.prompts))
         carried = self._state
         free = self._batch_size - (0 if carried is None else len(carried.prompts))
@@ -262,7 +268,7 @@ class Decoding:
             carried.grid.give_back()
         for group in groups:
             for number in group.prompts:
-                del self._waiting[number]
+                del self._waiting[number], self._turns[number]
         self._known = self._engine.keep_passages(self._state.grid, self._queue)
         self._full = len(self._state.prompts)
 
@@ -271,7 +277,7 @@ class Decoding:
         if not cancelled:
             return []
         for number in cancelled & self._waiting.keys():
-            del self._waiting[number]
+            del self._waiting[number], self._turns[number]
             self._queue = None
         state = self._state
         if state is not None:

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from stand_ins import PASSAGE, echo_answerer
+from stand_ins import PASSAGE, echo_answerer, small_tokenizer
 
 from qa_onnx import ClosedError, GenerationConfig, InvalidInputError, PromptTooLongError, QueueFullError
 
@@ -71,6 +71,23 @@ def test_one_request_too_many_is_refused_and_the_others_are_answered(held):
     held.release.set()
     assert {future.result(10).text for future in futures} == {"Who?"}
     assert held.submit("And now?", PASSAGE).result(10).text == "And now?"
+
+
+def test_a_long_document_does_not_keep_others_waiting(held):
+    book = held.submit("Who was it?", " ".join(f"word{index}" for index in range(3000)))
+    assert held.reached.wait(10)
+    first = len(held._engine.prompts)
+    other = held.submit("And who was that?", PASSAGE)
+    held.release.set()
+    assert other.result(10).text == "And who was that?"
+    windows = book.result(20).windows
+    places = [place for place, prompt in enumerate(held._engine.prompts) if "that" in text_of(prompt)]
+    assert windows > 100
+    assert first <= places[0] <= 3 * first < windows
+
+
+def text_of(prompt):
+    return small_tokenizer().decode(prompt.question_ids)
 
 
 def test_a_cancelled_request_frees_its_row(held):
