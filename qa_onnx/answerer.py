@@ -253,8 +253,8 @@ class Answerer:
     def submit(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Future[Answer]:
         """Has a question answered in the background; it joins the batch that is being computed.
 
-        The oldest requests come first, and none waits behind more than the batch that is being read. Cancelling the
-        future frees what the request takes, at any time.
+        Requests take turns in the order they came, the windows of a long document too: it keeps others waiting for no
+        more than the batch that is being read. Cancelling the future frees what the request takes, at any time.
 
         Raises:
             InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.

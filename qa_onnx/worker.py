@@ -16,7 +16,7 @@ from qa_onnx.request import Request
 
 
 class Worker:
-    """Answers requests in the background, the oldest first. Safe to use from any number of threads."""
+    """Answers requests in the background, in turn. Safe to use from any number of threads."""
 
     def __init__(
         self, make_decoding: Callable[[], Decoding], *, batch_size: int, max_wait_ms: float, max_queue: int
