@@ -58,7 +58,7 @@ def qa_onnx(settings: Settings, precision: str, *, is_grounded: bool = False) ->
     from qa_onnx import Answerer, GenerationConfig
     from qa_onnx.answerer import DEFAULT_PASSAGE_CACHE_BYTES
     from qa_onnx.decoding import greedy_decode
-    from qa_onnx.prompt import encode_prompts
+    from qa_onnx.prompt import encode_answers, encode_prompts
 
     cache_bytes = DEFAULT_PASSAGE_CACHE_BYTES if settings.passage_cache else 0
     answerer = Answerer.from_pretrained(
@@ -79,6 +79,9 @@ def qa_onnx(settings: Settings, precision: str, *, is_grounded: bool = False) ->
 
     def tokens_of(asked: Any) -> Tokens:
         """Asks again, outside of the time measured: an `Answer` has no token ids."""
+        if is_grounded:
+            answers = answerer.answer_batch(*asked, config=config)
+            return encode_answers(tokenizer, [answer.text for answer in answers])
         prompts = encode_prompts(tokenizer, *asked)
         made = greedy_decode(engine, prompts, max_new_tokens=settings.max_new_tokens, batch_size=64)
         return [generation.token_ids for generation in made]
