@@ -282,7 +282,8 @@ class Answerer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        """Closes; where an error leaves the block, requests that wait are failed instead of waited for."""
+        self.close(cancel_waiting=kind is not None)
 
     def __repr__(self) -> str:
         state = "closed" if self._engine is None else f"provider={self._provider!r}"
