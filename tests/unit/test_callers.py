@@ -134,12 +134,18 @@ def test_close_can_fail_what_waits(held):
 
 
 def test_a_block_left_by_an_error_does_not_wait_for_what_waits(held):
+    futures = []
+
+    def ask_and_fail():
+        with held:
+            futures.append(held.submit("Who?", PASSAGE))
+            raise KeyboardInterrupt
+
     threading.Timer(0.05, held.release.set).start()
-    with pytest.raises(KeyboardInterrupt), held:
-        future = held.submit("Who?", PASSAGE)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        ask_and_fail()
     with pytest.raises(ClosedError):
-        future.result(0)
+        futures[0].result(0)
 
 
 def test_an_error_of_the_worker_reaches_its_callers_and_later_calls_work(answerer):
