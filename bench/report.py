@@ -130,6 +130,25 @@ def callers_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
 
 
+def training_table(result: dict[str, Any]) -> str:
+    """A result of `bench.training` as a Markdown table, with the machine and the versions below."""
+    first = result["rows"][0]
+    lines = [
+        f"Training on {result['questions']} questions of {result['passages']} passages, {result['tokens']} tokens; "
+        f"{result['model']}, {result['device']}",
+        "",
+        f"| | tokens/s | questions/s | beside {first['name']} | tokens computed | peak memory |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for row in result["rows"]:
+        factor = statistics.median(theirs / mine for mine, theirs in zip(row["seconds"], first["seconds"], strict=True))
+        lines.append(
+            f"| {row['name']} | {row['tokens_per_second']:,.0f} | {row['questions_per_second']:.2f} | {factor:.1f}x "
+            f"| {row['tokens_computed']:,} | {row['peak_mib']:,.0f} MiB |"
+        )
+    return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
+
+
 def render(result: dict[str, Any]) -> str:
     """The table of any result: a headline, the table, and where it was measured, with empty lines between them."""
     tables = {
@@ -138,6 +157,7 @@ def render(result: dict[str, Any]) -> str:
         "callers": callers_table,
         "scaling": scaling_table,
         "roofline": roofline_table,
+        "training": training_table,
     }
     return tables[result["benchmark"]](result)
 

@@ -36,11 +36,18 @@ def read_squad(path: str | Path) -> list[Example]:
         InvalidInputError: The file cannot be read, is not JSON, or is not in SQuAD's format; the message names the
             file and the path inside it, such as `data[0].paragraphs[3].qas[1].question`.
     """
-    return parse_squad(_read_json(path), source=str(path))
+    return parse_squad(read_json(path), source=str(path))
 
 
-def parse_squad(data: Any, *, source: str) -> list[Example]:
-    """Reads SQuAD data that is already in memory; `source` names it in errors."""
+def parse_squad(data: Any, *, source: str, skipped: list[str] | None = None) -> list[Example]:
+    """Reads SQuAD data that is already in memory.
+
+    Args:
+        data: As of `json.load`.
+        source: Its name in errors.
+        skipped: Takes what is wrong with each paragraph or question that is not in SQuAD's format, which is left out
+            then. Without it the first one is an error.
+    """
     reader = _Reader(source)
     examples = []
     seen: dict[str, str] = {}
@@ -49,14 +56,24 @@ def parse_squad(data: Any, *, source: str) -> list[Example]:
         if not isinstance(title, str):
             reader.fail(f"{article_path}.title", f"a JSON {_kind(title)}", "a string")
         for paragraph_path, paragraph in reader.items(article, article_path, "paragraphs"):
-            context = reader.text(paragraph, paragraph_path, "context")
-            for qa_path, qa in reader.items(paragraph, paragraph_path, "qas"):
-                example = reader.example(qa, qa_path, title=title, context=context)
-                if example.id in seen:
-                    reader.fail(f"{qa_path}.id", f"{example.id!r}", f"an id of its own ({seen[example.id]} has it too)")
+            try:
+                context = reader.text(paragraph, paragraph_path, "context")
+                qas = reader.items(paragraph, paragraph_path, "qas")
+            except InvalidInputError as error:
+                _skip(error, skipped)
+                continue
+            for qa_path, qa in qas:
+                try:
+                    example = reader.example(qa, qa_path, title=title, context=context)
+                    if example.id in seen:
+                        other = seen[example.id]
+                        reader.fail(f"{qa_path}.id", f"{example.id!r}", f"an id of its own ({other} has it too)")
+                except InvalidInputError as error:
+                    _skip(error, skipped)
+                    continue
                 seen[example.id] = qa_path
                 examples.append(example)
-    if not examples:
+    if not examples and not skipped:
         reader.fail("data", "no questions", "at least one")
     return examples
 
@@ -67,7 +84,7 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Raises:
         InvalidInputError: The file cannot be read or is not such an object.
     """
-    predictions = _read_json(path)
+    predictions = read_json(path)
     if not isinstance(predictions, dict):
         raise InvalidInputError(f"{path}: got a JSON {_kind(predictions)}; expected an object of question id to answer")
     for key, value in predictions.items():
@@ -110,7 +127,18 @@ def _read_text(path: str | Path) -> str:
         raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected a JSON file in UTF-8") from error
 
 
-def _read_json(path: str | Path) -> Any:
+def _skip(error: InvalidInputError, skipped: list[str] | None) -> None:
+    if skipped is None:
+        raise error
+    skipped.append(str(error))
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InvalidInputError: The file cannot be read or is not JSON; the message names the line.
+    """
     try:
         return json.loads(_read_text(path))
     except RecursionError as error:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qa-onnx-tests-")  # before anything imports datasets
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,62 +1,41 @@
-"""Training rows: where examples come from, how they are tokenised, cut and padded into batches."""
+"""Training rows: how examples are tokenised, cut, packed, kept, put in order and padded into batches."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import datasets
+import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer
+from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast
 
-from qa_onnx.errors import InvalidInputError, PromptTooLongError
+from qa_onnx.errors import PromptTooLongError
 from qa_onnx.generation import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
-from qa_onnx.prompt import encode_answers
-from qa_onnx.squad import Example, GoldAnswer, parse_squad, read_squad
+from qa_onnx.prompt import Prompt, encode_answers
+from qa_onnx.squad import Example, GoldAnswer
 from qa_onnx.windows import Window, encode_windows
 from training.model import IGNORED
-from training.starter.sample import generate, with_unanswerable
 
-Part = Literal["train", "eval"]
 LossOn = Literal["answer", "all"]
 LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
-HUB_DATASETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
-
-
-def load_examples(source: str, part: Part) -> list[Example]:
-    """Loads examples: `squad` or `squad_v2` from the hub, `sample` or `sample_v2` (generated), or a SQuAD file.
-
-    Raises:
-        InvalidInputError: The file is not in SQuAD's format, or the hub cannot be reached.
-    """
-    if source in ("sample", "sample_v2"):
-        data = generate("train" if part == "train" else "heldout")
-        return parse_squad(data if source == "sample" else with_unanswerable(data), source=source)
-    if source not in HUB_DATASETS:
-        return read_squad(source)
-    try:
-        rows = load_dataset(HUB_DATASETS[source], split="train" if part == "train" else "validation")
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{source!r} could not be loaded from the hub ({error}). Check the connection, or give a SQuAD JSON file, "
-            "or 'sample'"
-        ) from error
-    return [
-        Example(
-            id=row["id"],
-            title=row["title"],
-            context=row["context"],
-            question=row["question"],
-            answers=tuple(
-                GoldAnswer(text=text, start=start)
-                for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
-            ),
-        )
-        for row in rows
-    ]
+MIN_PACKED_TOKENS = 256
+"""Questions of so many tokens are packed behind a passage however short it is."""
+ROWS_VERSION = 1
+"""To be raised when other rows are made of the same examples: kept rows of other versions are not used."""
+POOL_BATCHES = 50
 
 
 def target_answer(example: Example) -> GoldAnswer | None:
@@ -67,48 +46,150 @@ def target_answer(example: Example) -> GoldAnswer | None:
     return next(answer for answer in example.answers if answer.text == text)
 
 
-def tokenize(
-    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, *, loss_on: LossOn, max_positions: int
-) -> Dataset:
-    """Makes one row of each example, or of each window of a long one: `input_ids`, `labels` and `length`.
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How examples become rows.
 
-    A row is the prompt, the answer and the end-of-text; without an answer the end-of-text follows at once. So it does
-    in windows that the answer is not in.
+    Attributes:
+        loss_on: `answer` labels the answer and its end-of-text, `all` every token.
+        text_loss_share: Share of the other tokens, drawn once for each row, that `answer` labels, too: language-model
+            training beside.
+        max_positions: Passages that are too long are cut into the windows that `qa_onnx` reads them in.
+        packing: One row for several questions of one passage (see `Collator`).
+    """
+
+    loss_on: LossOn = "answer"
+    text_loss_share: float = 0.0
+    max_positions: int = 1024
+    packing: bool = False
+
+
+def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings: RowSettings) -> Dataset:
+    """Makes rows of examples, one for each window of a passage and each question, or all questions packed.
+
+    A row is the passage, then the question, the answer and the end-of-text; without an answer the end-of-text follows
+    at once. So it does in windows that the answer is not in. A packed row has several questions with their answers, one
+    behind the other.
 
     Args:
         examples: However many gold answers they have, one is trained on (`target_answer`).
         tokenizer: From `training.model.load_tokenizer`.
-        loss_on: `answer` labels the answer and its end-of-text, `all` every token.
-        max_positions: Passages that are too long are cut into the windows that `qa_onnx` reads them in.
+        settings: How.
+
+    Returns:
+        `input_ids` and `labels` (`IGNORED` where a token does not count), `length`, how many tokens they are,
+        `passage_tokens`, how many of them are the passage, `question_tokens`, how many each question has with its
+        answer, and `windows`, how many of the questions are asked about a part of a passage.
 
     Raises:
         PromptTooLongError: A question or an answer leaves no room for a window.
     """
     bpe = tokenizer.backend_tokenizer
+    order = range(len(examples))
+    if settings.packing:  # questions of one passage side by side, wherever they stood
+        first = {}
+        for index, example in enumerate(examples):
+            first.setdefault(example.context, index)
+        order = sorted(order, key=lambda index: first[examples[index].context])
 
     def rows_of(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         chosen = [examples[index] for index in batch["index"]]
-        rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-        for example, windows in zip(chosen, _windows(chosen, bpe, max_positions), strict=True):
-            for prompt_ids, answer_ids in windows:
+        asked: list[Asked] = []
+        for example, windows in zip(chosen, _windows(chosen, bpe, settings.max_positions), strict=True):
+            for prompt, answer_ids in windows:
                 closed = [*answer_ids, tokenizer.eos_token_id]
-                rows["input_ids"].append(prompt_ids + closed)
-                rows["labels"].append((prompt_ids if loss_on == "all" else [IGNORED] * len(prompt_ids)) + closed)
-                rows["length"].append(len(prompt_ids) + len(closed))
-                if len(prompt_ids) + len(closed) > max_positions:
+                asked.append(Asked(prompt, closed, is_window=len(windows) > 1))
+                if len(prompt) + len(closed) > settings.max_positions:
                     raise PromptTooLongError(
-                        f"question {example.id}: its prompt and answer have {len(prompt_ids) + len(closed)} tokens; "
-                        f"the model has {max_positions} positions. Shorten the question or the answer"
+                        f"question {example.id}: its prompt and answer have {len(prompt) + len(closed)} tokens; "
+                        f"the model has {settings.max_positions} positions. Shorten the question or the answer"
                     )
-        return rows
+        rows = [_row(row, settings) for row in (_packed(asked) if settings.packing else ([one] for one in asked))]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-    index = Dataset.from_dict({"index": range(len(examples))})
+    index = Dataset.from_dict({"index": list(order)})
     return index.map(rows_of, batched=True, remove_columns=["index"], desc="tokenising")
 
 
-def _windows(
-    examples: Sequence[Example], bpe: Tokenizer, max_positions: int
-) -> list[list[tuple[list[int], list[int]]]]:
+def cached_rows(
+    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings: RowSettings, *, cache_dir: Path | None = None
+) -> Dataset:
+    """Makes rows as `tokenize` does, or takes those that were made before of the same examples, tokenizer and settings.
+
+    Args:
+        examples: See `tokenize`.
+        tokenizer: See `tokenize`.
+        settings: See `tokenize`.
+        cache_dir: Where rows are kept, as Arrow files; None is `qa_onnx` in the cache of `datasets`.
+    """
+    directory = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "qa_onnx"
+    digest = hashlib.sha256(json.dumps([ROWS_VERSION, asdict(settings)]).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for example in examples:
+        digest.update(json.dumps([example.context, example.question, *map(asdict, example.answers)]).encode())
+    kept = directory / digest.hexdigest()
+    if not kept.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=directory, prefix="unfinished-"))
+        try:
+            tokenize(examples, tokenizer, settings).save_to_disk(made)
+            if not kept.is_dir():  # another process may have been faster
+                made.rename(kept)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return load_from_disk(str(kept))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer and end-of-text, and whether its passage is a part of a longer one."""
+
+    prompt: Prompt
+    closed: list[int]
+    is_window: bool
+
+    def __len__(self) -> int:
+        """Tokens behind the passage."""
+        return len(self.prompt.question_ids) + len(self.closed)
+
+
+def _packed(asked: Sequence[Asked]) -> list[list[Asked]]:
+    """Puts questions of one passage together, as long as they are not longer than the passage, or than 256 tokens."""
+    passages: dict[tuple[int, ...], list[list[Asked]]] = {}
+    for question in asked:
+        rows = passages.setdefault(tuple(question.prompt.passage_ids), [[]])
+        room = max(MIN_PACKED_TOKENS, len(question.prompt.passage_ids))
+        if rows[-1] and sum(map(len, rows[-1])) + len(question) > room:
+            rows.append([])
+        rows[-1].append(question)
+    return [row for rows in passages.values() for row in rows]
+
+
+def _row(asked: Sequence[Asked], settings: RowSettings) -> dict[str, Any]:
+    passage_ids = asked[0].prompt.passage_ids
+    input_ids, counts = list(passage_ids), [False] * len(passage_ids)
+    firsts = []
+    for question in asked:
+        firsts.append(len(input_ids))
+        input_ids += question.prompt.question_ids + question.closed
+        counts += [False] * len(question.prompt.question_ids) + [True] * len(question.closed)
+    share = 1.0 if settings.loss_on == "all" else settings.text_loss_share
+    if share:
+        draw = random.Random(zlib.crc32(repr(input_ids).encode()))
+        counts = [counted or draw.random() < share for counted in counts]
+        for first in firsts[1:]:  # what stands before a later question's first token is not what it follows
+            counts[first] = False
+    return {
+        "input_ids": input_ids,
+        "labels": [token if counted else IGNORED for token, counted in zip(input_ids, counts, strict=True)],
+        "length": len(input_ids),
+        "passage_tokens": len(passage_ids),
+        "question_tokens": [len(question) for question in asked],
+        "windows": sum(question.is_window for question in asked),
+    }
+
+
+def _windows(examples: Sequence[Example], bpe: Tokenizer, max_positions: int) -> list[list[tuple[Prompt, list[int]]]]:
     """The prompt and the answer of each window of each example; a window without the answer has none."""
     targets = [target_answer(example) for example in examples]
     answers = encode_answers(bpe, [target.text if target else "" for target in targets])
@@ -135,13 +216,13 @@ def _windows(
 
 def _answered(
     example: Example, target: GoldAnswer | None, answer_ids: list[int], windows: Sequence[Window]
-) -> list[tuple[list[int], list[int]]]:
+) -> list[tuple[Prompt, list[int]]]:
     if target is None:
-        return [(window.prompt.ids, []) for window in windows]
+        return [(window.prompt, []) for window in windows]
     stands_there = example.context.startswith(target.text, target.start)
     start = target.start if stands_there else example.context.find(target.text)
     if start < 0 or len(windows) == 1:  # in words of its own
-        return [(windows[0].prompt.ids, answer_ids)]
+        return [(windows[0].prompt, answer_ids)]
     end = start + len(target.text)
     holds = [window.start <= start and end <= window.start + len(window.text) for window in windows]
     if not any(holds):
@@ -150,26 +231,99 @@ def _answered(
             "whole; shorten it"
         )
     return [
-        (window.prompt.ids, answer_ids if has_answer else []) for window, has_answer in zip(windows, holds, strict=True)
+        (window.prompt, answer_ids if has_answer else []) for window, has_answer in zip(windows, holds, strict=True)
     ]
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Rows in a random order in which batches hold rows of like length; the longest of all come first.
+
+    So a batch that is too large for the memory shows at the first step. The order follows from seed and epoch alone: a
+    resumed run goes on in it, and several processes share it.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_rows: int, seed: int) -> None:
+        """Takes the rows' lengths in tokens, and how many rows all processes together take at a step."""
+        self._lengths = np.asarray(lengths)
+        self._batch_rows = batch_rows
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, from 0; accelerate calls it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = np.random.default_rng([self._seed, self._epoch])
+        order = draw.permutation(len(self._lengths))
+        pool = POOL_BATCHES * self._batch_rows
+        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+        grouped = np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in pools])
+        batches = [grouped[start : start + self._batch_rows] for start in range(0, len(grouped), self._batch_rows)]
+        last = [batches.pop()] if len(batches[-1]) < self._batch_rows else []  # the short one stays the last
+        batches = [batches[index] for index in draw.permutation(len(batches))]
+        if batches:
+            longest = max(range(len(batches)), key=lambda index: int(self._lengths[batches[index]].max()))
+            batches.insert(0, batches.pop(longest))
+        for batch in batches + last:
+            yield from batch.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Pads rows on the right to the longest of their batch."""
+    """Pads rows on the right to the longest of their batch, and keeps packed questions apart.
+
+    Each question of a packed row sees the passage and itself, and its positions go on from the passage, so that it
+    computes what it would compute in a row of its own:
+
+        passage     p p p p . . . .      positions 0 1 2 3
+        question 1  x x x x q . . .                4 5
+                    x x x x q q . .
+        question 2  x x x x . . q .                4 5
+                    x x x x . . q q
+
+    Attributes:
+        pad_token_id: What to pad `input_ids` with.
+        packing: Whether the rows are packed.
+        pad_to: Pad to so many tokens at least.
+    """
 
     pad_token_id: int
+    packing: bool = False
+    pad_to: int = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Makes `input_ids`, `attention_mask` and `labels`, each int64 [B, T]."""
+        """Makes `input_ids` and `labels`, int64 [B, T], and an `attention_mask`: int64 [B, T], or bool [B, 1, T, T].
+
+        Packed rows also get `position_ids`, int64 [B, T].
+        """
+        width = max(self.pad_to, *(len(row["input_ids"]) for row in rows))
 
         def padded(lists: list[list[int]], value: int) -> torch.Tensor:
-            tensors = [torch.tensor(values, dtype=torch.long) for values in lists]
-            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+            return torch.tensor([values + [value] * (width - len(values)) for values in lists])
 
         input_ids = [row["input_ids"] for row in rows]
-        return {
+        batch = {
             "input_ids": padded(input_ids, self.pad_token_id),
-            "attention_mask": padded([[1] * len(ids) for ids in input_ids], 0),
             "labels": padded([row["labels"] for row in rows], IGNORED),
+        }
+        if not self.packing:
+            return {**batch, "attention_mask": padded([[1] * len(ids) for ids in input_ids], 0)}
+        positions, segments = [], []
+        for row in rows:
+            passage = row["passage_tokens"]
+            positions.append(list(range(passage)))
+            segments.append([0] * passage)
+            for segment, tokens in enumerate(row["question_tokens"], 1):
+                positions[-1] += range(passage, passage + tokens)
+                segments[-1] += [segment] * tokens
+        segment = padded(segments, -1)
+        sees = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+        return {
+            **batch,
+            "position_ids": padded(positions, 0),
+            "attention_mask": (sees & torch.ones(width, width, dtype=torch.bool).tril())[:, None],
         }

@@ -21,6 +21,7 @@ def generate_answers(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    max_length: int | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """Answers questions with transformers' `generate`, in batches of like length, padded on the left.
@@ -31,6 +32,7 @@ def generate_answers(
         examples: Their gold answers are not looked at.
         max_new_tokens: The most tokens of an answer, its end-of-text included.
         batch_size: The most questions in a batch.
+        max_length: The most tokens of a prompt with its answer; None is what the model has positions for.
         progress: Show a progress bar where standard error is a terminal.
 
     Returns:
@@ -39,7 +41,7 @@ def generate_answers(
     Raises:
         PromptTooLongError: A question leaves no room for a part of its passage.
     """
-    positions = model.config.n_positions
+    positions = max_length or model.config.n_positions
     windows = encode_windows(
         tokenizer.backend_tokenizer,
         [example.question for example in examples],

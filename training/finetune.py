@@ -4,369 +4,285 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import (
-    GPT2TokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.generation import DEFAULT_STRIDE
-from qa_onnx.metrics import evaluate
-from qa_onnx.squad import Example
+from qa_onnx.squad import Example, read_predictions
 from qa_onnx.windows import encode_windows
-from training.data import LOSS_ON, Collator, LossOn, load_examples, tokenize
-from training.evaluation import generate_answers
-from training.model import ARCHITECTURES, GPT2LMHeadModel, build_model, load_model
-
-CONFIG_NAME, METRICS_NAME = "training_config.json", "metrics.json"
-POSITIVE = (
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "limit_train",
-    "limit_eval",
-    "save_steps",
-    "max_new_tokens",
-    "eval_batch_size",
+from training.data import LOSS_ON, RowSettings, cached_rows
+from training.model import ARCHITECTURES, build_model, load_model, with_lora
+from training.overview import describe, overview_of
+from training.report import METRICS_NAME, history_of, worst_examples, write_report
+from training.settings import (
+    FREE_TO_CHANGE,
+    LEARNING_RATE_LORA,
+    LEARNING_RATE_PRETRAINED,
+    LEARNING_RATE_SMALL,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+    FinetuneConfig,
 )
-LEARNING_RATE_PRETRAINED = 5e-5
-LEARNING_RATE_SMALL = 5e-4
-"""For `starter` and for random weights: small or young models learn with steps that would wreck a pretrained GPT-2."""
+from training.sources import FIELDS, Source, load_source, weighted
+from training.trainer import (
+    BAD_BATCH_NAME,
+    BEST_PREFIX,
+    PREDICTIONS_NAME,
+    GenerationTrainer,
+    TrainingError,
+    last_checkpoint,
+)
+
+CONFIG_NAME, TENSORBOARD_NAME = "training_config.json", "tensorboard"
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """All settings of a run. Written to the output directory as `training_config.json`.
+def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any] | None:
+    """Runs the fine-tuning and writes model, tokenizer, settings, metrics and report to `config.output`.
 
-    Attributes:
-        model: `starter`, a directory or a hub id; None with `from_scratch`.
-        from_scratch: A name of `ARCHITECTURES`, to start from random weights; None with `model`.
-        tokenizer: The tokenizer's directory or hub id, with `from_scratch`.
-        train: `squad`, `sample` or a SQuAD JSON file.
-        eval: The same; answered and scored at the end of each epoch.
-        output: Directory to write to; it must be new or empty, unless `resume`.
-        epochs: Times over the training data.
-        max_steps: Optimizer steps after which to stop; -1 leaves it to `epochs`.
-        batch_size: Rows of a batch.
-        learning_rate: Peak; None is 5e-5, or 5e-4 for `starter` and random weights.
-        loss_on: `answer` or `all`.
-        limit_train: Use only the first so many training questions.
-        limit_eval: Use only the first so many questions to evaluate.
-        max_new_tokens: The most tokens of an answer in evaluation.
-        eval_batch_size: Questions answered together in evaluation.
-        eval_at_start: Evaluate before the first step, too.
-        save_steps: Steps between resumable checkpoints.
-        resume: Go on from the last checkpoint in `output`.
-        bf16: bfloat16 autocast.
-        seed: Of weights, order and dropout.
-    """
+    The model is that of the best evaluation by F1. Where `config.output` holds the checkpoints of a run with the same
+    settings and data, it goes on from the last one.
 
-    model: str | None
-    from_scratch: str | None = None
-    tokenizer: str | None = None
-    train: str
-    eval: str
-    output: Path
-    epochs: float = 2.0
-    max_steps: int = -1
-    batch_size: int = 16
-    learning_rate: float | None = None
-    loss_on: LossOn = "answer"
-    limit_train: int | None = None
-    limit_eval: int | None = None
-    max_new_tokens: int = 32
-    eval_batch_size: int = 32
-    eval_at_start: bool = False
-    save_steps: int = 500
-    resume: bool = False
-    bf16: bool = False
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        """Checks what the command line cannot.
-
-        Raises:
-            InvalidInputError: The settings do not fit together.
-        """
-        if (self.model is None) == (self.from_scratch is None):
-            raise InvalidInputError("give either --model or --from-scratch, and not both")
-        if (self.from_scratch is None) != (self.tokenizer is None):
-            raise InvalidInputError("--from-scratch and --tokenizer go together: random weights need a vocabulary")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InvalidInputError(f"got {name} {value}; expected a number above 0")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise InvalidInputError(f"got max_steps {self.max_steps}; expected at least 1, or -1 for all epochs")
-
-    @property
-    def resolved_learning_rate(self) -> float:
-        """The learning rate, with the default filled in."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return LEARNING_RATE_SMALL if self.from_scratch or self.model == "starter" else LEARNING_RATE_PRETRAINED
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON, every default filled in, with the versions they ran on."""
-        return {
-            **asdict(self),
-            "output": str(self.output),
-            "learning_rate": self.resolved_learning_rate,
-            "package_versions": {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
-        }
-
-
-class GenerationTrainer(Trainer):
-    """transformers' Trainer, whose evaluation answers questions and scores the answers."""
-
-    def __init__(
-        self,
-        *,
-        model: GPT2LMHeadModel,
-        arguments: TrainingArguments,
-        tokenizer: GPT2TokenizerFast,
-        train_rows: datasets.Dataset,
-        eval_examples: list[Example],
-        config: FinetuneConfig,
-    ) -> None:
-        """Takes the tokenised training rows and the questions to evaluate with."""
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=train_rows,
-            eval_dataset=eval_examples,
-            data_collator=Collator(pad_token_id=tokenizer.eos_token_id),
-            processing_class=tokenizer,
-            callbacks=[StopWhenAsked()],
-        )
-        self._tokenizer = tokenizer
-        self._eval_examples = eval_examples
-        self._config = config
-
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Answers the evaluation questions and returns exact match and F1; Trainer's own arguments are not used."""
-        answers = generate_answers(
-            self.model,
-            self._tokenizer,
-            self._eval_examples,
-            max_new_tokens=self._config.max_new_tokens,
-            batch_size=self._config.eval_batch_size,
-        )
-        scores = evaluate(self._eval_examples, answers)
-        metrics = {"eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
-        self.log(metrics)
-        return metrics
-
-    def evaluations(self) -> list[dict[str, float]]:
-        """Exact match and F1 of every evaluation so far, those before a resume included."""
-        return [
-            {
-                "epoch": row["epoch"],
-                "step": row["step"],
-                "exact_match": row["eval_exact_match"],
-                "f1": row["eval_f1"],
-            }
-            for row in self.state.log_history
-            if "eval_f1" in row
-        ]
-
-
-class StopWhenAsked(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes the signals over."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves and stops if somebody asked for it."""
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leaves the evaluation out after a stop: it can take minutes, and the resumed run will do it."""
-        if self.asked:
-            control.should_evaluate = False
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, self._before[number])
-        self.asked = True
-        sys.stderr.write("\nstopping after this step, with a checkpoint; once more stops at once\n")
-
-
-def finetune(config: FinetuneConfig) -> dict[str, Any] | None:
-    """Runs the fine-tuning and writes model, tokenizer, settings and metrics to `config.output`.
+    Args:
+        config: The settings.
+        dry_run: Load, check and tokenise everything, print what was found, and stop; `config.output` is not touched.
 
     Returns:
-        The metrics, also in `metrics.json`; None where the run was interrupted and can be resumed.
+        The metrics, also in `metrics.json`; None after a dry run, or where the run was interrupted and can go on.
 
     Raises:
         InvalidInputError: Settings, data or model are not what they have to be. Nothing was written then.
+        TrainingError: The loss is not a number any more, or the memory does not suffice.
     """
     started = time.monotonic()
-    checkpoint = _check_output(config)
-    if checkpoint is not None:
-        _check_same_settings(config)
+    _check_output(config)
+    arguments = _training_arguments(config)
     set_seed(config.seed)
-    train_examples = load_examples(config.train, "train")[: config.limit_train]
-    eval_examples = load_examples(config.eval, "eval")[: config.limit_eval]
     if config.from_scratch is not None:
-        model, tokenizer = build_model(config.from_scratch, str(config.tokenizer))
+        model, tokenizer = build_model(config.from_scratch, str(config.tokenizer), dropout=config.dropout)
     else:
-        model, tokenizer = load_model(str(config.model))
+        model, tokenizer = load_model(str(config.model), dropout=config.dropout)
     positions = model.config.n_positions
-    train_rows = tokenize(train_examples, tokenizer, loss_on=config.loss_on, max_positions=positions)
-    encode_windows(  # what cannot be evaluated is refused before hours of training
-        tokenizer.backend_tokenizer,
-        [example.question for example in eval_examples],
-        [example.context for example in eval_examples],
-        max_positions=positions,
-        max_new_tokens=config.max_new_tokens,
-        stride=DEFAULT_STRIDE,
-    )
+    for name, tokens in (("--max-length", config.max_length or positions), ("--pad-to", config.pad_to)):
+        if tokens > positions:
+            raise InvalidInputError(
+                f"got {name} {tokens}; the model has {positions} positions, expected at most as many"
+            )
+    max_length = config.max_length or positions
+    with arguments.main_process_first(desc="loading the data"):
+        sources = _load_sources(config)
+        eval_source = load_source(config.eval, "eval", columns=_columns(config), skip_bad_rows=config.skip_bad_rows)
+        weights = config.weights or (1.0,) * len(sources)
+        pairs = zip(sources, weights, strict=True)
+        train_examples = [example for source, weight in pairs for example in weighted(source, weight, config.seed)]
+        train_examples = train_examples[: config.limit_train]
+        if not train_examples:
+            raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
+        eval_examples = list(eval_source.examples[: config.limit_eval])
+        rows = cached_rows(
+            train_examples,
+            tokenizer,
+            RowSettings(
+                loss_on=config.loss_on,
+                text_loss_share=config.text_loss_share,
+                max_positions=max_length,
+                packing=config.packing,
+            ),
+            cache_dir=config.cache_dir,
+        )
+    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
+    overview = overview_of(rows, config)
+    if arguments.should_save:
+        for warning in (line for source in (*sources, eval_source) for line in source.warnings()):
+            sys.stderr.write(f"warning: {warning}\n")
+    if dry_run:
+        print(describe([*sources, eval_source], rows, overview, tokenizer))
+        return None
+    settings = {**config.to_dict(), "data": {source.name: source.sha256 for source in (*sources, eval_source)}}
+    checkpoint = _checkpoint_to_go_on_from(config, settings)
     config.output.mkdir(parents=True, exist_ok=True)
-    _write_json(config.output / CONFIG_NAME, config.to_dict())
+    if arguments.should_save:
+        if checkpoint is not None:
+            sys.stderr.write(f"going on from {checkpoint}\n")
+        _write_json(config.output / CONFIG_NAME, settings)
+    model.label_smoothing = config.label_smoothing
     trainer = GenerationTrainer(
-        model=model,
-        arguments=_training_arguments(config),
+        model=model
+        if config.lora_rank is None
+        else with_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
+        arguments=arguments,
         tokenizer=tokenizer,
-        train_rows=train_rows,
+        train_rows=rows,
         eval_examples=eval_examples,
         config=config,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
+    _train(trainer, config, checkpoint)
+    if trainer.stop.asked:
         return None
     if not any(row["step"] == trainer.state.global_step for row in trainer.evaluations()):
         trainer.evaluate()  # a run stopped or resumed at its very last step
-    evaluations = trainer.evaluations()
-    trainer.save_model(str(config.output))
-    (config.output / TRAINING_ARGS_NAME).unlink()  # a pickle; training_config.json says the same in JSON
+    best, history = trainer.best(), history_of(trainer.state.log_history)
     metrics = {
         "train_questions": len(train_examples),
         "eval_questions": len(eval_examples),
         "steps": trainer.state.global_step,
-        "losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
-        "evaluations": evaluations,
-        "exact_match": evaluations[-1]["exact_match"],
-        "f1": evaluations[-1]["f1"],
+        "best_step": best["step"],
+        "losses": [[row["step"], row["loss"]] for row in history if "loss" in row],
+        "evaluations": trainer.evaluations(),
+        "exact_match": best["exact_match"],
+        "f1": best["f1"],
         "seconds": time.monotonic() - started,
     }
-    _write_json(config.output / METRICS_NAME, metrics)
-    for path in config.output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path)
+    if arguments.should_save:
+        for path in sorted(trainer.best_directory().iterdir()):
+            path.replace(config.output / path.name)
+        answers = read_predictions(config.output / PREDICTIONS_NAME)
+        write_report(
+            config.output,
+            config=config,
+            sources=sources,
+            eval_source=eval_source,
+            overview=overview,
+            metrics=metrics,
+            history=history,
+            worst=worst_examples(eval_examples, answers),
+        )
+        for prefix in (PREFIX_CHECKPOINT_DIR, BEST_PREFIX):
+            for path in config.output.glob(f"{prefix}-*"):
+                shutil.rmtree(path)
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
-def _check_output(config: FinetuneConfig) -> str | None:
-    """Returns the checkpoint to go on from, None for a fresh start."""
+def _columns(config: FinetuneConfig) -> dict[str, str]:
+    return dict(column.split("=", 1) for column in config.columns)
+
+
+def _load_sources(config: FinetuneConfig) -> list[Source]:
+    options = {"columns": _columns(config), "skip_bad_rows": config.skip_bad_rows}
+    return [load_source(name, "train", **options) for name in config.train]
+
+
+def _check_eval(examples: Sequence[Example], tokenizer: Any, max_length: int, max_new_tokens: int) -> None:
+    """What cannot be evaluated is refused before hours of training."""
+    if len({example.id for example in examples}) < len(examples):
+        raise InvalidInputError("questions to evaluate share an id; expected an id of its own for each")
+    encode_windows(
+        tokenizer.backend_tokenizer,
+        [example.question for example in examples],
+        [example.context for example in examples],
+        max_positions=max_length,
+        max_new_tokens=max_new_tokens,
+        stride=DEFAULT_STRIDE,
+    )
+
+
+def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        last = last_checkpoint(config.output)
+        raise TrainingError(
+            f"out of memory with --batch-size {config.batch_size}. Halve it and double --gradient-accumulation (now "
+            f"{config.gradient_accumulation}), which trains the same; or add --gradient-checkpointing, lower "
+            "--max-length, take --precision bf16, or train less of the model with --lora-rank 8. Last checkpoint: "
+            f"{last or 'none yet'}"
+        ) from error
+
+
+def _check_output(config: FinetuneConfig) -> None:
+    """Refuses an output directory that holds anything but the beginning of a run."""
     output = config.output
     if output.exists() and not output.is_dir():
         raise InvalidInputError(f"--output {output} is a file; expected a directory that is new or empty")
-    checkpoint = _last_checkpoint(output)
-    if config.resume:
-        if checkpoint is None:
-            raise InvalidInputError(f"--resume: {output} has no checkpoint to go on from; start without --resume")
-        return str(checkpoint)
-    # A run that was killed before its first checkpoint leaves its settings alone: nothing is lost by starting again.
-    if output.is_dir() and any(path.name != CONFIG_NAME for path in output.iterdir()):
-        mend = "go on from its last checkpoint with --resume, or " if checkpoint else ""
-        raise InvalidInputError(f"--output {output} exists and is not empty; {mend}choose another directory")
-    return None
+    if not output.is_dir():
+        return
+    if (output / METRICS_NAME).exists():
+        raise InvalidInputError(f"--output {output} holds a finished run; choose another directory")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise InvalidInputError("--tensorboard needs the package of that name: pip install tensorboard")
+    patterns = (CONFIG_NAME, BAD_BATCH_NAME, TENSORBOARD_NAME, f"{PREFIX_CHECKPOINT_DIR}-*", f"{BEST_PREFIX}-*")
+    others = [path.name for path in output.iterdir() if not any(path.match(pattern) for pattern in patterns)]
+    if others and last_checkpoint(output) is None:
+        raise InvalidInputError(
+            f"--output {output} exists and is not empty ({others[0]} is in it); choose another directory"
+        )
 
 
-def _last_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint that was written whole: the Trainer writes its state last."""
-    whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-def _check_same_settings(config: FinetuneConfig) -> None:
-    """Holds the settings of a resumed run against those it began with; only how far to go may change."""
+def _checkpoint_to_go_on_from(config: FinetuneConfig, settings: dict[str, Any]) -> Path | None:
+    """The last whole checkpoint of this same run; without any, nothing is lost by beginning anew."""
+    checkpoint = last_checkpoint(config.output)
+    if checkpoint is None:
+        return None
     try:
         began = json.loads((config.output / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInputError(
-            f"--resume: {config.output / CONFIG_NAME} cannot be read ({error}); the settings that the run began with "
-            "are in it. Bring it back, or start in another directory"
+            f"{config.output} has checkpoints, and {config.output / CONFIG_NAME} cannot be read ({error}); the "
+            "settings that the run began with are in it. Bring it back, or start in another directory"
         ) from error
-    free = ("resume", "output", "package_versions", "eval_at_start", "save_steps")
-    now = config.to_dict()
     changed = [
         f"{name} was {began.get(name)!r}, is {value!r}"
-        for name, value in now.items()
-        if name not in free and began.get(name) != value
+        for name, value in settings.items()
+        if name not in FREE_TO_CHANGE and began.get(name) != value
     ]
     if changed:
         raise InvalidInputError(
-            f"--resume: the settings are not those that the run in {config.output} began with: {'; '.join(changed)}. "
-            "Give the same ones, or start in another directory"
+            f"--output {config.output} holds the checkpoints of another run: {'; '.join(changed)}. Give the settings "
+            "and the data that it began with, or start in another directory"
         )
+    return checkpoint
 
 
 def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
+    precision = config.resolved_precision
+    has_accelerator = torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(config.output),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         learning_rate=config.resolved_learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_ratio=0.06,
-        weight_decay=0.01,
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        warmup_ratio=config.warmup,
+        weight_decay=config.weight_decay,
         max_grad_norm=1.0,
-        bf16=config.bf16,
-        use_cpu=config.bf16 and not torch.cuda.is_available(),
-        group_by_length=True,
-        length_column_name="length",
-        eval_strategy="epoch",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        torch_compile=config.compile,
+        use_cpu=not has_accelerator,
+        ddp_backend="gloo" if not has_accelerator and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        eval_strategy="epoch" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
         eval_on_start=config.eval_at_start,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=2,
         logging_steps=20,
-        report_to=[],
+        logging_first_step=True,
+        logging_dir=str(config.output / TENSORBOARD_NAME),
+        report_to=["tensorboard"] if config.tensorboard else [],
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
@@ -374,13 +290,20 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes the file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Describes the command line."""
+    """Describes the command line. What is not given is left out of the result, for a recipe or a default to fill in."""
+    default = FinetuneConfig(model="starter", train=("",), eval="", output=Path())
     parser = argparse.ArgumentParser(
-        prog="python -m training.finetune", description="Fine-tune a GPT-2 to answer questions about passages."
+        prog="python -m training.finetune",
+        description="Fine-tune a GPT-2 to answer questions about passages. The same command, started again, goes on "
+        "from the last checkpoint. Under `torchrun` or `accelerate launch` it runs in several processes.",
+        argument_default=argparse.SUPPRESS,
     )
     start = parser.add_argument_group("model (give one)")
     start.add_argument("--model", metavar="gpt2|starter|DIR", help="a hub id, the built-in small model, or a directory")
@@ -388,34 +311,84 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("--tokenizer", metavar="DIR", help="tokenizer for --from-scratch: a directory or a hub id")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--train", required=True, metavar="NAME|FILE", help="squad, squad_v2, sample, sample_v2, or a SQuAD JSON file"
+        "--train",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="squad, squad_v2 or an id of the hub; a SQuAD .json, a .jsonl or a .csv file; sample or sample_v2",
     )
-    data.add_argument("--eval", required=True, metavar="NAME|FILE", help="as --train; scored at the end of each epoch")
+    data.add_argument("--eval", required=True, metavar="SOURCE", help="as --train; scored at the end of each epoch")
+    data.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="how often an epoch has each source (default: 1 1 ...)"
+    )
+    data.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="FIELD=NAME",
+        help=f"names of columns in .jsonl, .csv or on the hub; fields: {', '.join(FIELDS)}",
+    )
+    data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out; the first ends the run else")
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")
     data.add_argument("--limit-eval", type=int, metavar="N", help="use only the first N questions to evaluate")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty directory")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    data.add_argument("--cache-dir", type=Path, metavar="DIR", help="where tokenised rows are kept")
+    data.add_argument("--dry-run", action="store_true", help="check and tokenise, show what was found, train nothing")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="new, empty, or with this run's checkpoints"
+    )
     recipe = parser.add_argument_group("recipe")
-    defaults = FinetuneConfig(model="starter", train="", eval="", output=Path())
-    recipe.add_argument("--epochs", type=float, default=defaults.epochs, help="default: %(default)s")
-    recipe.add_argument("--max-steps", type=int, default=defaults.max_steps, help="stop after so many steps")
-    recipe.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s rows")
-    recipe.add_argument(
-        "--learning-rate",
-        type=float,
-        help=f"default: {LEARNING_RATE_PRETRAINED}; {LEARNING_RATE_SMALL} for starter and --from-scratch",
+
+    def add(group: Any, name: str, words: str, **options: Any) -> None:
+        """An option of a setting's name, with its default in the help."""
+        value = getattr(default, name)
+        shown = "" if value is None or value is False else f" (default: {value})"
+        group.add_argument(f"--{name.replace('_', '-')}", help=f"{words}{shown}", **options)
+
+    recipe.add_argument("--recipe", choices=list(RECIPES), help="named settings; other options go over them")
+    add(recipe, "epochs", "times over the training data", type=float)
+    recipe.add_argument("--max-steps", type=int, metavar="N", help="stop after so many steps")
+    add(recipe, "batch_size", "rows, of each process", type=int)
+    add(recipe, "gradient_accumulation", "batches to a step", type=int)
+    rates = (
+        f"{LEARNING_RATE_PRETRAINED}; {LEARNING_RATE_LORA} with LoRA; {LEARNING_RATE_SMALL} for starter, from scratch"
     )
-    recipe.add_argument(
-        "--loss-on", choices=LOSS_ON, default=defaults.loss_on, help="tokens that count; default: %(default)s"
-    )
-    recipe.add_argument("--bf16", action="store_true", help="bfloat16 autocast, where the hardware has it")
-    recipe.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
-    recipe.add_argument("--save-steps", type=int, default=defaults.save_steps, help="default: %(default)s")
-    scoring = parser.add_argument_group("evaluation")
-    scoring.add_argument("--eval-at-start", action="store_true", help="evaluate before the first step, too")
-    scoring.add_argument("--eval-batch-size", type=int, default=defaults.eval_batch_size, help="default: %(default)s")
-    scoring.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")
+    recipe.add_argument("--learning-rate", type=float, help=f"peak (default: {rates})")
+    add(recipe, "schedule", "how the learning rate falls", choices=SCHEDULES)
+    add(recipe, "warmup", "share of the steps to warm up", type=float)
+    add(recipe, "weight_decay", "of matrices; biases and norms have none", type=float)
+    add(recipe, "label_smoothing", "share of a target that goes to all tokens", type=float)
+    add(recipe, "dropout", "the model's own unless given", type=float)
+    add(recipe, "loss_on", "tokens that count", choices=LOSS_ON)
+    add(recipe, "text_loss_share", "share of passage and question that counts, too", type=float)
+    add(recipe, "packing", "questions of one passage in one row", action="store_true")
+    add(recipe, "pad_to", "pad to so many tokens at least", type=int)
+    add(recipe, "max_length", "tokens of prompt and answer; the model's positions unless given", type=int)
+    add(recipe, "precision", "of the products; auto: what the GPU has", choices=PRECISIONS)
+    add(recipe, "gradient_checkpointing", "less memory, more time", action="store_true")
+    add(recipe, "compile", "torch.compile the model", action="store_true")
+    add(recipe, "lora_rank", "train LoRA matrices of this rank, merged at the end", type=int)
+    add(recipe, "lora_alpha", "their scale, over the rank", type=float)
+    add(recipe, "lora_dropout", "dropout before them", type=float)
+    add(recipe, "seed", "of weights, order and dropout", type=int)
+    running = parser.add_argument_group("evaluation and checkpoints")
+    add(running, "eval_at_start", "evaluate before the first step, too", action="store_true")
+    add(running, "eval_steps", "evaluate every so many steps, not every epoch", type=int)
+    add(running, "eval_batch_size", "questions answered together", type=int)
+    add(running, "max_new_tokens", "the most tokens of an answer", type=int)
+    add(running, "patience", "stop after so many evaluations without a better F1", type=int)
+    add(running, "save_steps", "steps between checkpoints", type=int)
+    add(running, "keep", "checkpoints to keep", type=int)
+    add(running, "tensorboard", "write TensorBoard's files, too", action="store_true")
     return parser
+
+
+def config_of(arguments: argparse.Namespace) -> FinetuneConfig:
+    """The settings that a command line asks for: its own, then its recipe's, then the defaults."""
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name != "dry_run"
+    }
+    return FinetuneConfig(**{**RECIPES.get(given.get("recipe", ""), {}), **given})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -425,18 +398,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return run_command(
-        lambda: _finetune_and_report(FinetuneConfig(**vars(arguments))),
-        interrupted="interrupted at once; --resume goes on from the last checkpoint, if there is one",
+        lambda: _finetune_and_say(config_of(arguments), dry_run="dry_run" in arguments),
+        interrupted="interrupted at once; the same command goes on from the last checkpoint, if there is one",
     )
 
 
-def _finetune_and_report(config: FinetuneConfig) -> int:
-    metrics = finetune(config)
+def _finetune_and_say(config: FinetuneConfig, *, dry_run: bool) -> int:
+    try:
+        metrics = finetune(config, dry_run=dry_run)
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if dry_run:
+        return 0
     if metrics is None:
-        print(f"stopped; go on with the same command and --resume (checkpoints are in {config.output})")
+        if is_first:
+            print(f"stopped; the same command goes on (checkpoints are in {config.output})")
         return EXIT_INTERRUPTED
-    print(f"wrote the model to {config.output}")
-    print(json.dumps({name: metrics[name] for name in ("exact_match", "f1", "eval_questions", "steps", "seconds")}))
+    if is_first:
+        print(f"wrote the model to {config.output}")
+        shown = ("exact_match", "f1", "eval_questions", "steps", "best_step", "seconds")
+        print(json.dumps({name: metrics[name] for name in shown}))
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, GPT2Config, GPT2TokenizerFast
@@ -26,7 +28,12 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
 
     With the loss on the answer a row has some 5 labelled tokens among 200, and the 50,257-wide output layer is
     a third of a small GPT-2's work. The name stays the same, so that checkpoints name transformers' own class.
+
+    Attributes:
+        label_smoothing: Share of each target that goes to all tokens alike (Szegedy et al., 2016).
     """
+
+    label_smoothing = 0.0
 
     def forward(
         self,
@@ -42,7 +49,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: int64 [B, T].
+            attention_mask: int64 [B, T]; or bool [B, 1, T, T], what each token sees (`training.data.Collator`).
             position_ids: int64 [B, T]. `generate` passes it only to a `forward` that names it, and without it the
                 padded rows of a batch go wrong; likewise `logits_to_keep`, without which it computes logits in vain.
             labels: int64 [B, T], `IGNORED` where a token does not count.
@@ -58,16 +65,22 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
                 logits_to_keep=logits_to_keep,
                 **options,
             )
+        if attention_mask is not None and attention_mask.dtype == torch.bool:  # else each layer would convert it
+            dtype = (
+                torch.get_autocast_dtype(input_ids.device.type)
+                if torch.is_autocast_enabled(input_ids.device.type)
+                else self.dtype
+            )
+            added = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+            attention_mask = added.masked_fill_(~attention_mask, torch.finfo(dtype).min)
         hidden = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
         targets = labels[:, 1:]
         counted = targets != IGNORED
         logits = self.lm_head(hidden[:, :-1][counted]).float()
-        if num_items_in_batch is None:
-            loss = cross_entropy(logits, targets[counted])
-        else:
-            loss = cross_entropy(logits, targets[counted], reduction="sum") / num_items_in_batch
+        loss = cross_entropy(logits, targets[counted], reduction="sum", label_smoothing=self.label_smoothing)
+        loss = loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithCrossAttentions(loss=loss)
 
 
@@ -90,13 +103,17 @@ def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
     return tokenizer
 
 
-def load_model(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
+def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     """Loads a GPT-2 and its tokenizer: `starter`, a directory, or a hub id such as `gpt2`.
 
     Only safetensors are read, so nothing is unpickled, and no code of a model repository is run.
 
+    Args:
+        name: Which.
+        dropout: Of embeddings, attention and residuals; None leaves the model's own.
+
     Raises:
-        InvalidInputError: There is no such model, or it is not a GPT-2.
+        InvalidInputError: There is no such model, it is not a GPT-2, or its tokenizer is another model's.
     """
     source = STARTER if name == "starter" else name
     try:
@@ -105,20 +122,60 @@ def load_model(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
         raise _no_model(name, error) from error
     if config.model_type != "gpt2":
         raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
+    _set_dropout(config, dropout)
     try:
         model = GPT2LMHeadModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: of other sizes than config's
         raise _no_model(name, error) from error
-    return model, load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InvalidInputError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and its model embeds {model.config.vocab_size}; "
+            "expected at most as many. Is tokenizer.json another model's?"
+        )
+    return model, tokenizer
 
 
-def build_model(architecture: str, tokenizer_name: str | Path) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
+def build_model(
+    architecture: str, tokenizer_name: str | Path, *, dropout: float | None = None
+) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     """Builds an architecture of `ARCHITECTURES` with random weights (seed them first) for a tokenizer's vocabulary."""
     tokenizer = load_tokenizer(tokenizer_name)
     config = GPT2Config.from_dict(ARCHITECTURES[architecture].to_dict())
     config.vocab_size = len(tokenizer)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    _set_dropout(config, dropout)
     return GPT2LMHeadModel(config), tokenizer
+
+
+def with_lora(model: GPT2LMHeadModel, *, rank: int, alpha: float, dropout: float) -> PeftModel:
+    """Freezes a model and adds trainable products of two thin matrices to its projections (LoRA, Hu et al., 2021).
+
+    Args:
+        model: Becomes part of what is returned.
+        rank: Width of the thin matrices.
+        alpha: Their product is scaled by `alpha / rank`.
+        dropout: Before them.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,  # GPT-2's projections are stored [in, out]
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def merged(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel:
+    """The model itself, or a copy in which LoRA's matrices are added to the weights: nothing has to know of LoRA."""
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def _set_dropout(config: GPT2Config, dropout: float | None) -> None:
+    if dropout is not None:
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
 
 
 def _no_model(name: str, error: Exception) -> InvalidInputError:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import latency, report, roofline, runner, scaling, throughput
+from bench import latency, report, roofline, runner, scaling, throughput, training
 from bench.peers import RUNNERS, Settings, serve
 from qa_onnx.bundle import Bundle
 from qa_onnx.squad import parse_squad, read_squad
@@ -219,3 +219,19 @@ def test_a_small_file_is_a_workload_too():
     examples = parse_squad(generate("heldout", questions=9), source="sample")
     assert list(throughput.documents(examples)) == examples
     assert len(throughput.one_question(examples)) == len({example.context for example in examples})
+
+
+def test_training_is_measured_beside_the_notebooks_way(tmp_path, capsys):
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=12)))
+    arguments = ["--data", data, "--passages", 2, "--rounds", 1, "--output", output]
+    assert training.main([*map(str, arguments), "--only", "notebook", "qa_onnx, packed"]) == 0
+    result = json.loads(output.read_text())
+    notebook, packed = result["rows"]
+    assert notebook["tokens_computed"] == 512 * result["questions"]
+    assert packed["tokens_computed"] < result["tokens"]
+    assert packed["peak_mib"] > 100
+    table = report.render(result)
+    assert table in capsys.readouterr().out
+    assert "| notebook |" in table
+    assert "| 1.0x |" in table

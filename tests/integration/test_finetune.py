@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import datasets
 import pytest
 import torch
+import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from qa_onnx.errors import InvalidInputError, PromptTooLongError
+from export.to_onnx import export
+from qa_onnx import Answerer
+from qa_onnx.errors import PromptTooLongError
+from qa_onnx.metrics import Scores
 from qa_onnx.prompt import PROMPT_TEMPLATE
 from qa_onnx.squad import Example, GoldAnswer, parse_squad
 from qa_onnx.windows import encode_windows
 from tests.conftest import ROOT
-from training import data, finetune, model
-from training.data import Collator, load_examples, target_answer, tokenize
+from training import finetune, model, trainer
+from training.data import Collator, LengthGroupedSampler, RowSettings, cached_rows, target_answer, tokenize
 from training.starter.sample import generate, with_unanswerable
+from training.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def example(**changes):
 
 
 def test_a_row_is_prompt_answer_end_of_text_and_only_the_answer_counts(tokenizer):
-    row = tokenize([example()], tokenizer, loss_on="answer", max_positions=256)[0]
+    row = tokenize([example()], tokenizer, RowSettings(max_positions=256))[0]
     text = tokenizer.backend_tokenizer.decode(row["input_ids"], skip_special_tokens=False)
     prompt = PROMPT_TEMPLATE.format(context=example().context, question=example().question)
     assert text == f"{prompt} Mara<|endoftext|>"
@@ -52,12 +59,12 @@ def test_a_row_is_prompt_answer_end_of_text_and_only_the_answer_counts(tokenizer
 
 
 def test_loss_on_all_counts_every_token(tokenizer):
-    row = tokenize([example()], tokenizer, loss_on="all", max_positions=256)[0]
+    row = tokenize([example()], tokenizer, RowSettings(loss_on="all", max_positions=256))[0]
     assert row["labels"] == row["input_ids"]
 
 
 def test_an_unanswerable_question_trains_the_end_of_text_alone(tokenizer):
-    row = tokenize([example(answers=())], tokenizer, loss_on="answer", max_positions=256)[0]
+    row = tokenize([example(answers=())], tokenizer, RowSettings(max_positions=256))[0]
     assert [label for label in row["labels"] if label != -100] == [tokenizer.eos_token_id]
 
 
@@ -72,7 +79,7 @@ def test_a_long_passage_is_trained_on_in_the_windows_it_is_answered_in(tokenizer
     words[place] = "Zanzibar"
     context = " ".join(words)
     long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=context.index("Zanzibar")),))
-    rows = tokenize([long], tokenizer, loss_on="answer", max_positions=160)
+    rows = tokenize([long], tokenizer, RowSettings(max_positions=160))
     windows = encode_windows(
         tokenizer.backend_tokenizer, [long.question], [context], max_positions=160, max_new_tokens=32, stride=128
     )[0]
@@ -88,12 +95,12 @@ def test_a_long_passage_is_trained_on_in_the_windows_it_is_answered_in(tokenizer
 def test_an_answer_in_other_words_is_trained_on_once(tokenizer):
     context = " ".join(f"word{index}" for index in range(80))
     long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=0),))
-    assert len(tokenize([long], tokenizer, loss_on="answer", max_positions=160)) == 1
+    assert len(tokenize([long], tokenizer, RowSettings(max_positions=160))) == 1
 
 
 def test_a_question_that_cannot_fit_is_named(tokenizer):
     with pytest.raises(PromptTooLongError, match=r"question 0 has \d+ tokens.*Shorten"):
-        tokenize([example(question="why " * 300 + "?")], tokenizer, loss_on="answer", max_positions=256)
+        tokenize([example(question="why " * 300 + "?")], tokenizer, RowSettings(max_positions=256))
 
 
 def test_batches_are_padded_to_their_longest_row():
@@ -104,33 +111,44 @@ def test_batches_are_padded_to_their_longest_row():
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
 
 
-def test_squad_from_the_hub_is_read_as_examples(monkeypatch):
-    """The hub cannot be reached here: a local data set of the same columns stands in for it."""
-    rows = [{"id": "1", "title": "T", "context": "c", "question": "q", "answers": {"text": ["c"], "answer_start": [0]}}]
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list(rows)
-
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
-    expected = Example(id="1", title="T", context="c", question="q", answers=(GoldAnswer(text="c", start=0),))
-    assert load_examples("squad", "train") == load_examples("squad", "eval") == [expected]
-    assert load_examples("squad_v2", "train") == [expected]
-    assert asked == [
-        ("rajpurkar/squad", "train"),
-        ("rajpurkar/squad", "validation"),
-        ("rajpurkar/squad_v2", "train"),
-    ]
+def test_rows_are_kept_by_content_tokenizer_and_settings(tokenizer, tmp_path, monkeypatch):
+    settings = RowSettings(max_positions=256)
+    rows = list(cached_rows([example()], tokenizer, settings, cache_dir=tmp_path))
+    assert rows == list(tokenize([example()], tokenizer, settings))
+    (kept,) = tmp_path.iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("training.data.tokenize", None)
+        assert list(cached_rows([example(id="other")], tokenizer, settings, cache_dir=tmp_path)) == rows
+    cached_rows([example(question="Who?")], tokenizer, settings, cache_dir=tmp_path)
+    cached_rows([example()], tokenizer, RowSettings(max_positions=256, loss_on="all"), cache_dir=tmp_path)
+    cached_rows([example(answers=())], tokenizer, settings, cache_dir=tmp_path)
+    other = model.load_tokenizer(model.STARTER)
+    assert cached_rows([example()], other, settings, cache_dir=tmp_path)[0]["input_ids"] != rows[0]["input_ids"]
+    assert len(list(tmp_path.iterdir())) == 5
+    assert kept.is_dir()
 
 
-def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):
-    def load_dataset(name, split):
-        raise ConnectionError("no route")
+def test_text_loss_share_counts_that_share_of_passage_and_question(tokenizer):
+    examples = [example(id=str(index), question=f"Who founded Tolvik {index}?") for index in range(50)]
+    rows = tokenize(examples, tokenizer, RowSettings(max_positions=256, text_loss_share=0.3))
+    answer = len(tokenizer(" Mara")["input_ids"]) + 1
+    counted = [sum(label != -100 for label in row["labels"][:-answer]) / (row["length"] - answer) for row in rows]
+    assert 0.25 < sum(counted) / len(counted) < 0.35
+    assert all(row["labels"][-answer:] == row["input_ids"][-answer:] for row in rows)
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
-    with pytest.raises(InvalidInputError, match=r"no route.*SQuAD JSON file"):
-        load_examples("squad", "train")
+
+def test_the_order_of_rows_groups_lengths_and_follows_from_seed_and_epoch():
+    lengths = [(index * 7919) % 1000 for index in range(4000)]
+    sampler = LengthGroupedSampler(lengths, batch_rows=16, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(4000))
+    assert first == list(LengthGroupedSampler(lengths, batch_rows=16, seed=1))
+    assert first != list(LengthGroupedSampler(lengths, batch_rows=16, seed=2))
+    batches = [[lengths[index] for index in first[start : start + 16]] for start in range(0, 4000, 16)]
+    assert max(batches[0]) == max(lengths)
+    assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 50
+    sampler.set_epoch(1)
+    assert list(sampler) != first
 
 
 def test_sample_is_the_same_each_time_and_its_parts_share_no_answer():
@@ -181,7 +199,9 @@ def finetuned(tiny_model_dir, tmp_path_factory):
 def test_a_run_writes_weights_tokenizer_settings_and_metrics_and_no_pickle(finetuned, tiny_model_dir):
     names = {path.name for path in finetuned.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "training_config.json", "metrics.json"} <= names
+    assert {"history.csv", "predictions.json", "report.md", "README.md", "training.png", "lengths.png"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl")) or "checkpoint" in name]
+    assert not [name for name in names if "best" in name or "unfinished" in name]
     settings = json.loads((finetuned / "training_config.json").read_text())
     assert settings["learning_rate"] == 1e-3
     assert settings["package_versions"]["torch"] == torch.__version__
@@ -203,7 +223,8 @@ def test_the_same_seed_gives_the_same_weights(finetuned, tiny_model_dir, tmp_pat
 
 def test_bfloat16_trains_and_saves_fp32(tiny_model_dir, tmp_path):
     arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
-    assert run_finetune(*arguments, "--bf16", "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 0
+    options = ["--precision", "bf16", "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2]
+    assert run_finetune(*arguments, *options) == 0
     assert load_file(tmp_path / "out" / "model.safetensors")["transformer.wte.weight"].dtype == torch.float32
 
 
@@ -242,7 +263,6 @@ def test_the_named_architecture_is_gpt2_itself():
         (["--model", "starter", "--learning-rate", "nan"], "learning_rate nan"),
         (["--model", "{missing}"], "no model could be loaded"),
         (["--model", "starter", "--train", "{broken}"], "not valid JSON at line 1"),
-        (["--model", "starter", "--resume"], "no checkpoint"),
         (["--model", "starter", "--output", "{full}"], "not empty"),
         (["--model", "starter", "--output", "{broken}"], "is a file"),
         (["--model", "{pickled}"], "safetensors"),
@@ -271,44 +291,317 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(arguments, message, 
     assert (places["full"] / "thesis.txt").read_text() == "precious"
 
 
+def command(tiny_model_dir, output, *more, launcher=()):
+    options = ["--train", "sample", "--eval", "sample", "--epochs", "1", "--limit-train", "960", "--limit-eval", "6"]
+    program = [*launcher, "-m", "training.finetune", "--model", str(tiny_model_dir), "--output", str(output)]
+    return [sys.executable, "-u", *program, *options, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, tmp_path_factory):
+    """A run of 60 steps that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "model"
+    subprocess.run(command(tiny_model_dir, output), cwd=ROOT, check=True, capture_output=True)
+    return output
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_a_checkpoint_and_resumes_to_the_same_weights(tiny_model_dir, tmp_path, number):
-    def command(name, *more):
-        options = ["--train", "sample", "--eval", "sample", "--epochs", "1", "--save-steps", "1000"]
-        options += ["--limit-train", "960", "--limit-eval", "4"]
-        places = ["--model", str(tiny_model_dir), "--output", str(tmp_path / name)]
-        return [sys.executable, "-u", "-m", "training.finetune", *places, *options, *more]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_same_command_goes_on_after_an_end_and_gives_the_same_weights(tiny_model_dir, tmp_path, whole, number):
+    output = tmp_path / "stopped"
+    killed = number == signal.SIGKILL
+    same = command(tiny_model_dir, output, "--save-steps", "7" if killed else "1000")
+
+    def run(*more):
+        return subprocess.run([*same, *more], cwd=ROOT, check=False, capture_output=True, text=True)
 
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command("stopped"), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-        for line in process.stdout:  # the first log line comes after 20 of 60 steps
-            if "'loss'" in line:
+        process = subprocess.Popen(same, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+        for line in process.stdout:  # after the first step, and after 20 of 60
+            if "'loss'" in line and "'epoch': 0.3" in line:
                 break
         time.sleep(0.1)
         process.send_signal(number)
         rest = process.stdout.read()
-        assert process.wait(120) == 130, (tmp_path / "log").read_text()
-    assert "--resume" in rest
-    checkpoints = list((tmp_path / "stopped").glob("checkpoint-*"))
-    assert len(checkpoints) == 1
-    assert 20 <= int(checkpoints[0].name.split("-")[1]) < 60
-    (tmp_path / "stopped" / "checkpoint-999").mkdir()  # as a kill in the middle of saving leaves it
-    other = subprocess.run(
-        command("stopped", "--resume", "--batch-size", "8"), cwd=ROOT, check=False, capture_output=True, text=True
-    )
+        assert process.wait(120) == (-9 if killed else 130), (tmp_path / "log").read_text()
+    checkpoint = last_checkpoint(output)
+    assert 14 <= int(checkpoint.name.split("-")[1]) < 60
+    if not killed:
+        assert "the same command goes on" in rest
+    # As kills in the middle of saving leave them: no mark, a file cut short, a file missing.
+    (output / "checkpoint-997").mkdir()
+    for name in ("checkpoint-998", "checkpoint-999"):
+        shutil.copytree(checkpoint, output / name)
+    (output / "checkpoint-998" / "optimizer.pt").write_bytes(b"cut")
+    (output / "checkpoint-999" / "trainer_state.json").unlink()
+    assert last_checkpoint(output) == checkpoint
+    other = run("--batch-size", "8")
     assert (other.returncode, "batch_size was 16, is 8" in other.stderr) == (2, True)
-    settings = tmp_path / "stopped" / "training_config.json"
+    other = run("--limit-eval", "5")
+    assert (other.returncode, "limit_eval was 6, is 5" in other.stderr) == (2, True)
+    settings = output / "training_config.json"
     settings.rename(tmp_path / "elsewhere")
-    other = subprocess.run(command("stopped", "--resume"), cwd=ROOT, check=False, capture_output=True, text=True)
+    other = run()
     assert (other.returncode, "training_config.json cannot be read" in other.stderr) == (2, True)
     (tmp_path / "elsewhere").rename(settings)
-    subprocess.run(command("stopped", "--resume"), cwd=ROOT, check=True, capture_output=True)
-    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
-    stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
-    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("stopped", "whole")]
+    again = run()
+    assert (again.returncode, f"going on from {checkpoint}" in again.stderr) == (0, True)
+    assert "'loss'" in again.stdout
+    assert "'epoch': 0.01" not in again.stdout  # the first step was not made again
+    weights, expected = (load_file(path / "model.safetensors") for path in (output, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (output, whole)]
     assert [row["step"] for row in metrics[0]["evaluations"]] == [row["step"] for row in metrics[1]["evaluations"]]
+    assert not list(output.glob("checkpoint-*"))
+    finished = run()
+    assert (finished.returncode, "holds a finished run" in finished.stderr) == (2, True)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+
+
+def losses_of(path):
+    """The loss of every step, the mean over the processes, each of which counts as much."""
+    curves = [list(map(float, part.read_text().split())) for part in sorted(path.parent.glob(f"{path.name}.*"))]
+    return [sum(step) / len(step) for step in zip(*curves, strict=True)], len(curves)
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_model_dir, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one") / "model"
+    return run_recorded(tiny_model_dir, output, 16, ())
+
+
+def run_recorded(tiny_model_dir, output, batch_size, launcher):
+    """20 steps of packed rows, less than an epoch: its last short batch is filled up with rows for two processes."""
+    script = [*launcher, str(ROOT / "tests" / "integration" / "record_losses.py"), str(output.parent / "losses")]
+    options = ["--model", str(tiny_model_dir), "--train", "sample", "--eval", "sample", "--output", str(output)]
+    options += ["--limit-train", "1500", "--limit-eval", "7", "--max-steps", "20", "--batch-size", str(batch_size)]
+    options += ["--dropout", "0", "--packing", "--learning-rate", "1e-3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *script, *options], cwd=ROOT, env=environment, check=True, capture_output=True)
+    return output
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(tiny_model_dir, tmp_path, one_process, launcher):
+    two_processes = run_recorded(tiny_model_dir, tmp_path / "model", 8, launcher)
+    (one, first), (two, second) = (losses_of(output.parent / "losses") for output in (one_process, two_processes))
+    assert (first, second, len(one)) == (1, 2, 20)
+    assert one[-1] < one[0] - 0.5
+    assert two == pytest.approx(one, abs=1e-5)
+    predictions = [json.loads((path / "predictions.json").read_text()) for path in (one_process, two_processes)]
+    assert predictions[0] == predictions[1]
+    assert len(predictions[0]) == 7
+
+
+def test_lora_trains_thin_matrices_and_leaves_a_plain_model_that_exports(tiny_model_dir, tmp_path):
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    options = ["--lora-rank", 4, "--learning-rate", 0.01, "--max-steps", 3, "--limit-train", 64, "--limit-eval", 4]
+    assert run_finetune(*arguments, *options) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tiny_model_dir, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+    assert not list((tmp_path / "out").glob("adapter*"))
+    export(str(tmp_path / "out"), tmp_path / "bundle")
+    with Answerer.from_pretrained(tmp_path / "bundle") as answerer:
+        assert answerer.answer("Who founded Tolvik?", example().context, max_new_tokens=4).new_tokens >= 1
+
+
+def test_the_best_weights_are_kept_and_a_run_stops_that_does_not_get_better(tiny_model_dir, tmp_path, monkeypatch):
+    """Scores 10, 30, 20, 20: the second evaluation's weights are the model, and the fourth is the last."""
+    scores, weights = iter([10.0, 30.0, 20.0, 20.0, 90.0]), {}
+    real = trainer.GenerationTrainer.evaluate
+
+    def evaluate(self):
+        weights[self.state.global_step] = self.model.transformer.wte.weight.detach().clone()
+        return real(self)
+
+    monkeypatch.setattr(trainer.GenerationTrainer, "evaluate", lambda self, *_, **__: evaluate(self))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: Scores(exact_match=0.0, f1=next(scores), total=4))
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    options = ["--eval-steps", 2, "--patience", 2, "--limit-train", 320, "--limit-eval", 4, "--save-steps", 3]
+    assert run_finetune(*arguments, *options) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [row["f1"] for row in metrics["evaluations"]] == [10.0, 30.0, 20.0, 20.0]
+    assert (metrics["best_step"], metrics["steps"], metrics["f1"]) == (4, 8, 30.0)
+    saved = load_file(tmp_path / "out" / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(saved, weights[4])
+    assert not torch.equal(saved, weights[8])
+
+
+def test_disk_use_is_bounded_by_keep(tiny_model_dir, tmp_path, monkeypatch):
+    seen = []
+    real = trainer.GenerationTrainer._save_checkpoint
+
+    def save(self, *arguments):
+        real(self, *arguments)
+        seen.append(sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")))
+
+    monkeypatch.setattr(trainer.GenerationTrainer, "_save_checkpoint", save)
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    run_finetune(*arguments, "--max-steps", 4, "--save-steps", 1, "--keep", 2, "--limit-train", 64, "--limit-eval", 2)
+    names = [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert seen == [names[:1], names[:2], names[1:3], names[2:]]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_batch_and_the_last_checkpoint(tiny_model_dir, tmp_path, capsys):
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    options = ["--learning-rate", 1e18, "--warmup", 0, "--save-steps", 1, "--limit-train", 64, "--limit-eval", 2]
+    assert run_finetune(*arguments, *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"the loss is (nan|inf) after step 1", error)
+    assert str(tmp_path / "out" / "checkpoint-1") in error
+    batch = load_file(tmp_path / "out" / "bad-batch.safetensors")
+    assert batch["input_ids"].shape == batch["labels"].shape
+
+
+def test_out_of_memory_names_the_settings_to_lower(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    def forward(self, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(model.GPT2LMHeadModel, "forward", forward)
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, "--limit-train", 64, "--limit-eval", 2) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--batch-size 16" in error
+    assert "--gradient-accumulation" in error
+
+
+def test_settings_of_training_reach_the_optimizer(tiny_model_dir, tmp_path, monkeypatch):
+    made = []
+
+    def stop_at_once(trainer, config, checkpoint):
+        made.append(trainer)
+        trainer.stop.asked = True
+
+    monkeypatch.setattr(finetune, "_train", stop_at_once)
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    options = [
+        "--weight-decay",
+        0.1,
+        "--schedule",
+        "linear",
+        "--warmup",
+        0.5,
+        "--label-smoothing",
+        0.1,
+        "--dropout",
+        0.2,
+    ]
+    options += ["--gradient-accumulation", 2, "--limit-train", 64, "--limit-eval", 2, "--packing", "--batch-size", 4]
+    assert run_finetune(*arguments, *options) == 130
+    trained = made[0]
+    trained.create_optimizer_and_scheduler(10)
+    names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
+    groups = trained.optimizer.param_groups
+    decayed = {group["weight_decay"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
+    assert decayed.keys() == {0.1, 0.0}
+    assert decayed[0.0] == {name for name in names.values() if name.endswith("bias") or ".ln_" in name}
+    rates = []
+    for _ in range(10):
+        rates.append(trained.lr_scheduler.get_last_lr()[0] / 5e-5)
+        trained.lr_scheduler.step()
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert trained.model.label_smoothing == 0.1
+    assert trained.model.transformer.h[0].attn.attn_dropout.p == trained.model.transformer.drop.p == 0.2
+    assert trained.args.gradient_accumulation_steps == 2
+    assert len(trained.get_train_dataloader()) < 64 / 4
+
+
+def test_less_memory_and_accumulated_batches_give_the_same_model(tiny_model_dir, tmp_path):
+    """Four rows at once, or two by two with activations computed again."""
+    found = []
+    for name, options in (("a", ["--batch-size", 4]), ("b", ["--batch-size", 2, "--gradient-accumulation", 2])):
+        arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / name]
+        more = ["--gradient-checkpointing"] if name == "b" else []
+        shared = ["--limit-train", 4, "--limit-eval", 2, "--max-steps", 1, "--dropout", 0, "--warmup", 0]
+        assert run_finetune(*arguments, *options, *more, *shared) == 0
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], atol=2e-5, rtol=1e-4)
+
+
+def test_the_notebooks_recipe_pads_to_512_and_options_go_over_a_recipe(tiny_model_dir, tmp_path, capsys):
+    parse = finetune.make_parser().parse_args
+    shared = ["--model", "gpt2", "--train", "squad", "--eval", "squad", "--output", "out"]
+    notebook = finetune.config_of(parse([*shared, "--recipe", "notebook"]))
+    assert (notebook.batch_size, notebook.pad_to, notebook.loss_on, notebook.schedule) == (2, 512, "all", "linear")
+    ours = finetune.config_of(parse([*shared, "--recipe", "gpt2-squad", "--epochs", "1"]))
+    assert (ours.packing, ours.epochs, ours.learning_rate, ours.precision) == (True, 1.0, 6.25e-5, "auto")
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
+    assert Collator(pad_token_id=9, pad_to=512)(rows)["input_ids"].shape == (1, 512)
+
+
+def test_a_dry_run_shows_what_there_is_and_touches_nothing(tiny_model_dir, tmp_path, capsys):
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, "--dry-run", "--limit-train", 64, "--packing", "--max-length", 128) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"rows: \d+ with \d+ questions \(\d+ of them about a part", output)
+    assert re.search(r"padding: \d+\.\d%", output)
+    assert re.search(r"\n +64-127 +\d+ =+", output)
+    assert output.count("in the loss: '") == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_its_files_when_asked(tiny_model_dir, tmp_path):
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, "--tensorboard", "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 0
+    assert list((tmp_path / "out" / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_the_report_and_the_card_say_what_was_done(finetuned):
+    report, card = ((finetuned / name).read_text() for name in ("report.md", "README.md"))
+    for words in ("## Data", "sha256", "## The worst answers", "torch 2.", "learning_rate | `0.001`", "CPU cores"):
+        assert words in report
+    loaded = ModelCard(card)
+    assert {result.metric_type for result in loaded.data.eval_results} == {"exact_match", "f1"}
+    assert loaded.data.pipeline_tag == "text-generation"
+    history = list(csv.DictReader((finetuned / "history.csv").open()))
+    assert [row["step"] for row in history] == ["0", "1", "2"]
+    assert history[0]["f1"]
+    assert float(history[1]["loss"]) > 0
+    assert all((finetuned / name).stat().st_size > 5000 for name in ("training.png", "lengths.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("vocabulary", [], r"tokenizer of .* has 600 tokens and its model embeds 500"),
+        ("no end-of-text", [], r"601 tokens and its model embeds 600|no <\|endoftext\|> token"),
+        ("positions", [], r"no model could be loaded"),
+        ("", ["--max-length", "300"], r"--max-length 300; the model has 256 positions"),
+        ("", ["--pad-to", "512"], r"--pad-to 512; the model has 256 positions"),
+        ("", ["--weights", "1", "2"], r"got 1 sources and 2 weights"),
+        ("", ["--weights", "-1"], r"weights \[-1.0\]"),
+        ("", ["--columns", "passage=context"], r"column 'passage=context'"),
+        ("", ["--precision", "fp16"], r"fp16 needs a GPU"),
+        ("", ["--packing", "--pad-to", "64"], r"do not go together"),
+        ("", ["--label-smoothing", "1"], r"label_smoothing 1.0"),
+    ],
+)
+def test_a_model_or_a_setting_that_cannot_be_is_refused(tiny_model_dir, tmp_path, capsys, change, options, message):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    config = json.loads((directory / "config.json").read_text())
+    if change == "vocabulary":
+        transformers.GPT2LMHeadModel(model.GPT2Config(**{**config, "vocab_size": 500})).save_pretrained(directory)
+    if change == "positions":
+        (directory / "config.json").write_text(json.dumps({**config, "n_positions": 512}))
+    if change == "no end-of-text":
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (directory / name).unlink()
+        vocabulary = json.loads((directory / "tokenizer.json").read_text())
+        vocabulary["added_tokens"] = []
+        number = vocabulary["model"]["vocab"].pop("<|endoftext|>")
+        vocabulary["model"]["vocab"]["<|end|>"] = number
+        (directory / "tokenizer.json").write_text(json.dumps(vocabulary))
+    arguments = ["--model", directory, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, *options) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_can_start_again(tiny_model_dir, tmp_path):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from bench import accuracy, latency, report, roofline, scaling, throughput
+from bench import accuracy, latency, report, roofline, scaling, throughput, training
 from export import to_onnx
 from qa_onnx import cli
 from tests.conftest import ROOT
@@ -39,6 +39,7 @@ PARSERS = {
     "bench.roofline": roofline.make_parser,
     "bench.scaling": scaling.make_parser,
     "bench.throughput": throughput.make_parser,
+    "bench.training": training.make_parser,
 }
 
 
@@ -87,6 +88,31 @@ def test_the_tables_are_those_of_the_results(result):
 @pytest.mark.parametrize("snippet", [block for language, block in BLOCKS if language == "python"])
 def test_the_snippets_run(workplace, snippet):
     assert len(run(workplace, "-c", snippet).splitlines()) >= 3
+
+
+def test_the_block_for_gpt2_and_squad_runs_with_random_weights(real_data, tmp_path):
+    """124 M parameters, 20 steps: some minutes. The block with random weights is the real one, but for its sources."""
+    tokenizer = real_data.parent / "tokenizer" / "gpt2"
+    if not tokenizer.is_dir():
+        pytest.skip(f"no GPT-2 tokenizer in {tokenizer}")
+    real, block = ([*text.splitlines()] for _, text in BLOCKS if "--recipe gpt2-squad" in text)
+    stand_ins = {
+        "--model gpt2": "--from-scratch gpt2 --tokenizer TOKENIZER_DIR",
+        "--train squad --eval squad": "--train SQUAD/train.json --eval SQUAD/dev.json --limit-eval 8 --max-steps 20",
+    }
+    for given, stand_in in stand_ins.items():
+        real = [line.replace(given, stand_in) for line in real]
+    assert block == real
+    places = {"TOKENIZER_DIR": str(tokenizer), "SQUAD/": f"{real_data / 'squad'}/"}
+    outputs = []
+    for line in block:
+        for place, path in places.items():
+            line = line.replace(place, path)
+        outputs.append(run(tmp_path, *shlex.split(line)[1:]))
+    metrics = json.loads((tmp_path / "runs" / "squad" / "model" / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["eval_questions"]) == (20, 8)
+    assert metrics["losses"][-1][1] < metrics["losses"][0][1]
+    assert "text" in json.loads(outputs[-1])
 
 
 def test_the_commands_that_ask_a_bundle_run_in_order(workplace):

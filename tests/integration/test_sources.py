@@ -1,0 +1,287 @@
+"""Training data from files of all kinds and from the hub: the same examples, and errors that name the row."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import datasets
+import pytest
+
+from qa_onnx.errors import InvalidInputError
+from qa_onnx.squad import Example, GoldAnswer
+from tests.conftest import ROOT
+from training import finetune, sources
+from training.sources import Source, by_length, load_source, weighted
+
+CONTEXT = "Mara founded Tolvik in 1803. It lies at the sea, and Mara lives there."
+ROWS = [
+    {"id": "a", "question": "Who founded Tolvik?", "text": "Mara", "start": 0},
+    {"id": "b", "question": 'When, said "Mara"?', "text": "1803", "start": 23},
+    {"id": "c", "question": "Who rules Tolvik?", "text": "", "start": None},
+    {"id": "d", "question": "Who lives there?", "text": "Mara", "start": CONTEXT.rindex("Mara")},
+]
+EXAMPLES = tuple(
+    Example(
+        id=row["id"],
+        title="",
+        context=CONTEXT,
+        question=row["question"],
+        answers=(GoldAnswer(text=row["text"], start=row["start"]),) if row["text"] else (),
+    )
+    for row in ROWS
+)
+
+
+def squad_of(rows):
+    qas = [
+        {
+            "id": row["id"],
+            "question": row["question"],
+            "is_impossible": not row["text"],
+            "answers": [{"text": row["text"], "answer_start": row["start"]}] if row["text"] else [],
+        }
+        for row in rows
+    ]
+    return {"version": "v2.0", "data": [{"title": "", "paragraphs": [{"context": CONTEXT, "qas": qas}]}]}
+
+
+def write(path, kind):
+    if kind == "squad.json":
+        path.write_text(json.dumps(squad_of(ROWS)))
+    elif kind == "squad.jsonl":  # as the hub's columns are
+        lines = [
+            {"answers": {"text": [r["text"]] if r["text"] else [], "answer_start": [r["start"]] if r["text"] else []}}
+            for r in ROWS
+        ]
+        merged = [
+            {"id": row["id"], "context": CONTEXT, "question": row["question"], **line}
+            for row, line in zip(ROWS, lines, strict=True)
+        ]
+        path.write_text("\n\n".join(map(json.dumps, merged)))
+    elif kind == "plain.jsonl":
+        lines = [
+            {
+                "id": r["id"],
+                "context": CONTEXT,
+                "question": r["question"],
+                "answer": r["text"],
+                "answer_start": r["start"],
+            }
+            for r in ROWS
+        ]
+        path.write_text("\n".join(map(json.dumps, lines)))
+    elif kind == "objects.jsonl":
+        lines = [
+            {
+                "id": r["id"],
+                "context": CONTEXT,
+                "question": r["question"],
+                "answers": [{"text": r["text"], "answer_start": r["start"]}] if r["text"] else [],
+            }
+            for r in ROWS
+        ]
+        path.write_text("\n".join(map(json.dumps, lines)))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "context", "question", "answers", "answer_start"])
+            writer.writerows(
+                [r["id"], CONTEXT, r["question"], r["text"], "" if r["start"] is None else r["start"]] for r in ROWS
+            )
+
+
+@pytest.mark.parametrize("kind", ["squad.json", "squad.jsonl", "plain.jsonl", "objects.jsonl", "rows.csv"])
+def test_every_format_gives_the_same_examples(tmp_path, kind):
+    write(tmp_path / kind, kind)
+    source = load_source(str(tmp_path / kind), "train")
+    assert source.examples == EXAMPLES
+    assert (source.repaired, source.absent, source.bad_rows) == (0, 0, ())
+    assert source.to_dict()["without_answer"] == 1
+
+
+def test_columns_of_other_names_are_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("passage,q,reply\nMara founded it.,Who?,Mara\n")
+    columns = {"context": "passage", "question": "q", "answers": "reply"}
+    (found,) = load_source(str(path), "train", columns=columns).examples
+    assert (found.context, found.question, found.answers[0].text) == ("Mara founded it.", "Who?", "Mara")
+    with pytest.raises(InvalidInputError, match=r"line 2: no column 'answers' among .*--columns"):
+        load_source(str(path), "train")
+
+
+def test_the_hub_is_read_as_a_file_is(monkeypatch):
+    """The hub cannot be reached here: a local data set of the same columns stands in for it."""
+    rows = [
+        {
+            "id": row["id"],
+            "title": "",
+            "context": CONTEXT,
+            "question": row["question"],
+            "answers": {
+                "text": [row["text"]] if row["text"] else [],
+                "answer_start": [row["start"]] if row["text"] else [],
+            },
+        }
+        for row in ROWS
+    ]
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    for name, part in (("squad", "train"), ("squad", "eval"), ("squad_v2", "train"), ("owner/some-set", "eval")):
+        assert load_source(name, part).examples == EXAMPLES
+    assert asked == [
+        ("rajpurkar/squad", "train"),
+        ("rajpurkar/squad", "validation"),
+        ("rajpurkar/squad_v2", "train"),
+        ("owner/some-set", "validation"),
+    ]
+
+
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    with pytest.raises(InvalidInputError, match=r"no route.*SQuAD JSON"):
+        load_source("squad", "train")
+
+
+BAD_ROWS = {
+    "rows.csv": (
+        f'id,context,question,answers,answer_start\na,"{CONTEXT}",Who founded Tolvik?,Mara,0\nb,,When?,1803,23\n'
+        f'c,"{CONTEXT}",Where?,sea,here\n',
+        ["line 3: context is ''", "line 4: answer_start is 'here'"],
+    ),
+    "rows.jsonl": (
+        "\n".join(
+            [
+                json.dumps({"context": CONTEXT, "question": "Who?", "answer": "Mara"}),
+                "{cut",
+                json.dumps({"context": CONTEXT, "question": 7, "answer": "Mara"}),
+                json.dumps({"context": CONTEXT, "question": "Who?", "answers": [3]}),
+                json.dumps({"context": CONTEXT, "question": "Who \ud800?", "answer": "Mara"}),
+                json.dumps({"context": CONTEXT, "question": "?", "answers": ["sea"], "answer_start": [1, 2]}),
+            ]
+        ),
+        [
+            "line 2: expected",
+            "line 3: question is 7",
+            "line 4: answers are",
+            "line 5: question has",
+            "line 6: 1 answers",
+        ],
+    ),
+    "squad.json": (
+        json.dumps(
+            {
+                "data": [
+                    {
+                        "paragraphs": [
+                            {
+                                "context": CONTEXT,
+                                "qas": [squad_of(ROWS)["data"][0]["paragraphs"][0]["qas"][0], {"id": "x"}],
+                            },
+                            {"context": 5, "qas": []},
+                        ]
+                    }
+                ]
+            }
+        ),
+        ["data[0].paragraphs[0].qas[1]", "data[0].paragraphs[1].context"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_named_and_skipped_only_when_asked(tmp_path, name):
+    text, places = BAD_ROWS[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InvalidInputError) as raised:
+        load_source(str(tmp_path / name), "train")
+    assert f"{tmp_path / name}: {places[0]}" in str(raised.value)
+    source = load_source(str(tmp_path / name), "train", skip_bad_rows=True)
+    assert [example.question for example in source.examples] in (["Who founded Tolvik?"], ["Who?"])
+    assert len(source.bad_rows) == len(places)
+    for found, place in zip(source.bad_rows, places, strict=True):
+        assert place in found
+    assert len(source.warnings()) == len(places)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "squad.json"])
+def test_a_file_of_bad_rows_only_and_an_empty_one_are_refused(tmp_path, name):
+    bad = {
+        "rows.csv": "context,question,answers\n,,\n",
+        "rows.jsonl": "[]\n",
+        "squad.json": '{"data": [{"paragraphs": [{"context": ""}]}]}',
+    }
+    empty = {"rows.csv": "", "rows.jsonl": "\n", "squad.json": '{"data": []}'}
+    (tmp_path / name).write_text(bad[name])
+    with pytest.raises(InvalidInputError, match="all 1 rows are bad, the first: "):
+        load_source(str(tmp_path / name), "train", skip_bad_rows=True)
+    (tmp_path / name).write_text(empty[name])
+    with pytest.raises(InvalidInputError, match="no questions"):
+        load_source(str(tmp_path / name), "train", skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "missing.jsonl", "missing.json", "missing"])
+def test_a_file_that_is_not_there_is_named(tmp_path, name):
+    with pytest.raises(InvalidInputError, match=name):
+        load_source(str(tmp_path / name), "train")
+
+
+def test_answers_that_stand_elsewhere_are_repaired_and_absent_ones_counted(tmp_path):
+    rows = [
+        {"context": CONTEXT, "question": "Who lives there?", "answer": "Mara", "answer_start": 50},
+        {"context": CONTEXT, "question": "What is it?", "answer": "a town", "answer_start": 3},
+        {"context": CONTEXT, "question": "Who founded it?", "answer": "Mara", "answer_start": -4},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = load_source(str(path), "train")
+    assert [example.answers[0].start for example in source.examples] == [CONTEXT.rindex("Mara"), 3, 0]
+    assert (source.repaired, source.absent) == (2, 1)
+    assert [line.split(": ", 1)[1] for line in source.warnings()] == [
+        "2 answers stand elsewhere than answer_start says; repaired",
+        "1 answers do not stand in their passage; trained on as they are",
+    ]
+
+
+def test_weights_repeat_a_source_or_take_a_part_of_it():
+    source = Source(name="x", examples=EXAMPLES, sha256="")
+    assert weighted(source, 1.0, 0) == list(EXAMPLES)
+    assert weighted(source, 2.0, 0) == [*EXAMPLES, *EXAMPLES]
+    more = weighted(source, 1.67, 0)
+    assert len(more) == 7
+    assert more == weighted(source, 1.67, 0)
+    assert {tuple(weighted(source, 1 / 4, seed)) for seed in range(40)} == {(example,) for example in EXAMPLES}
+
+
+def test_files_of_several_formats_train_together_with_weights(tiny_model_dir, tmp_path):
+    names = ["squad.json", "plain.jsonl", "rows.csv"]
+    for name in names:
+        write(tmp_path / name, name)
+    places = [str(tmp_path / name) for name in names]
+    options = ["--weights", "3", "1", "1", "0.002", "--eval", places[2], "--max-steps", "1"]
+    options += ["--output", str(tmp_path / "out")]
+    status = finetune.main(["--model", str(tiny_model_dir), "--train", *places, "sample", *options])
+    assert status == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    sample = len(load_source("sample", "train").examples)
+    assert metrics["train_questions"] == 12 + 4 + 4 + round(0.002 * sample)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert all(place in report for place in places)
+
+
+def test_lengths_are_counted_in_classes():
+    assert by_length([1, 63, 64, 300], 64) == {0: 2, 64: 1, 128: 0, 192: 0, 256: 1}
+    assert by_length([], 64) == {}
+
+
+def test_the_readme_names_every_kind_of_source():
+    text = (ROOT / "README.md").read_text()
+    assert all(word in text for word in ("JSONL", "CSV", "--columns", "--weights", "--skip-bad-rows"))

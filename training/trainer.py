@@ -1,0 +1,238 @@
+"""transformers' Trainer for a reader: it evaluates by answering, keeps the best weights, marks whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch.utils.data import Sampler
+from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from qa_onnx.errors import QAOnnxError
+from qa_onnx.metrics import evaluate
+from qa_onnx.squad import Example
+from training.data import Collator, LengthGroupedSampler
+from training.evaluation import generate_answers
+from training.model import GPT2LMHeadModel, PeftModel, merged
+from training.settings import FinetuneConfig
+
+COMPLETE_NAME = "complete.json"
+"""Written last into a checkpoint: the size of each of its files, in bytes."""
+BAD_BATCH_NAME, PREDICTIONS_NAME = "bad-batch.safetensors", "predictions.json"
+BEST_PREFIX = "best"
+
+
+class TrainingError(QAOnnxError):
+    """Training cannot go on: the loss is no number any more, or the memory is full."""
+
+
+class GenerationTrainer(Trainer):
+    """transformers' Trainer, whose evaluation answers questions and scores the answers."""
+
+    def __init__(
+        self,
+        *,
+        model: GPT2LMHeadModel | PeftModel,
+        arguments: TrainingArguments,
+        tokenizer: GPT2TokenizerFast,
+        train_rows: datasets.Dataset,
+        eval_examples: list[Example],
+        config: FinetuneConfig,
+    ) -> None:
+        """Takes the tokenised training rows and the questions to evaluate with."""
+        self.stop = StopWhenAsked()
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_examples,
+            data_collator=Collator(pad_token_id=tokenizer.eos_token_id, packing=config.packing, pad_to=config.pad_to),
+            processing_class=tokenizer,
+            callbacks=[self.stop],
+        )
+        self._tokenizer = tokenizer
+        self._eval_examples = eval_examples
+        self._config = config
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Epoch, step, exact match and F1 of every evaluation so far, those before a resume included."""
+        return [
+            {"epoch": row["epoch"], "step": row["step"], "exact_match": row["eval_exact_match"], "f1": row["eval_f1"]}
+            for row in self.state.log_history
+            if "eval_f1" in row
+        ]
+
+    def best(self) -> dict[str, float]:
+        """The evaluation with the best F1, the last among equals."""
+        return max(self.evaluations(), key=lambda row: (row["f1"], row["step"]))
+
+    def best_directory(self) -> Path:
+        """Where the weights of the best evaluation are: a whole model, LoRA merged, with its predictions."""
+        return self._config.output / f"{BEST_PREFIX}-{self.best()['step']}"
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Answers the evaluation questions, each process its part, and keeps the weights where F1 is the best so far.
+
+        After `patience` evaluations without a better F1 it asks to stop. Trainer's own arguments are not used.
+
+        Returns:
+            Exact match and F1 in percent, the same in all processes.
+        """
+        part = self._eval_examples[self.args.process_index :: self.args.world_size]
+        answered = generate_answers(
+            self.accelerator.unwrap_model(self.model),
+            self._tokenizer,
+            part,
+            max_new_tokens=self._config.max_new_tokens,
+            batch_size=self._config.eval_batch_size,
+            max_length=self._config.max_length,
+        )
+        answers = dict(gather_object(list(answered.items())))
+        scores = evaluate(self._eval_examples, answers)
+        metrics = {"eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.best()["step"] == self.state.global_step:
+            self._keep(answers)
+        since_best = sum(row["step"] > self.best()["step"] for row in self.evaluations())
+        if self._config.patience is not None and since_best >= self._config.patience:
+            self.control.should_training_stop = True
+        return metrics
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            TrainingError: The loss is not a finite number. The batch was saved to `output`.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            path = self._config.output / BAD_BATCH_NAME
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()}, path)
+            raise self._diverged(f"the loss is {loss.item()} after step {self.state.global_step}", f"saved in {path}")
+        return loss
+
+    def _diverged(self, what: str, batch: str) -> TrainingError:
+        checkpoint = last_checkpoint(self._config.output)
+        return TrainingError(
+            f"{what}. The batch: {batch}. The last good checkpoint: {checkpoint or 'none was written yet'}. Lower "
+            "--learning-rate, raise --warmup, or train in fp32 or bf16 rather than fp16, in another --output"
+        )
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        return LengthGroupedSampler(
+            self.train_dataset["length"],
+            batch_rows=self.args.per_device_train_batch_size * self.args.world_size,
+            seed=self.args.seed,
+        )
+
+    def _keep(self, answers: dict[str, str]) -> None:
+        """Saves the model and its answers as the best so far; older ones go with the next checkpoint."""
+        model = merged(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            directory = self.best_directory()
+            unfinished = directory.with_name(f"{directory.name}.unfinished")
+            for path in (unfinished, directory):
+                shutil.rmtree(path, ignore_errors=True)
+            model.save_pretrained(unfinished)
+            self._tokenizer.save_pretrained(unfinished)
+            text = json.dumps(answers, indent=1, ensure_ascii=False)
+            (unfinished / PREDICTIONS_NAME).write_text(f"{text}\n", encoding="utf-8")
+            unfinished.rename(directory)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes a checkpoint, marks it as whole, and only then deletes what is no longer needed."""
+        weights = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in weights):
+            raise self._diverged(f"weights are no numbers any more at step {self.state.global_step}", "it went well")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        directory = self._config.output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.name != COMPLETE_NAME}
+        unfinished = directory / f"{COMPLETE_NAME}.unfinished"
+        unfinished.write_text(json.dumps(sizes), encoding="utf-8")
+        unfinished.rename(directory / COMPLETE_NAME)
+        kept = whole_checkpoints(self._config.output)[-self._config.keep :]
+        if self.evaluations():
+            kept.append(self.best_directory())
+        for prefix in (PREFIX_CHECKPOINT_DIR, BEST_PREFIX):
+            for path in self._config.output.glob(f"{prefix}-*"):
+                if path not in kept:
+                    (path / COMPLETE_NAME).unlink(missing_ok=True)
+                    shutil.rmtree(path)
+
+
+def whole_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints that were written whole, the oldest first; a kill in the middle of one leaves it out."""
+    found = []
+    for marker in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_NAME}"):
+        sizes = json.loads(marker.read_text(encoding="utf-8"))
+        files = {name: marker.with_name(name) for name in sizes}
+        if all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items()):
+            found.append(marker.parent)
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint."""
+    return next(reversed(whole_checkpoints(output)), None)
+
+
+class StopWhenAsked(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Saves and stops if somebody asked for it, all processes after the same step."""
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked)
+            self.asked = asked.item() > 0
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the evaluation out after a stop: it can take minutes, and the resumed run will do it."""
+        if self.asked:
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, self._before[number])
+        self.asked = True
+        sys.stderr.write("\nstopping after this step, with a checkpoint; once more stops at once\n")
