@@ -253,6 +253,8 @@ def _checkpoint_to_go_on_from(config: FinetuneConfig, settings: dict[str, Any]) 
 
 def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
     precision = config.resolved_precision
+    # Trainer would take what it finds there, of a launcher or of an earlier run, over its own False.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     has_accelerator = torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(config.output),

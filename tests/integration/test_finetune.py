@@ -221,6 +221,16 @@ def test_the_same_seed_gives_the_same_weights(finetuned, tiny_model_dir, tmp_pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_precision_asked_for_goes_over_that_of_a_launcher(tiny_model_dir, tmp_path, monkeypatch):
+    found = []
+    for left in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", left)
+        arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / left]
+        assert run_finetune(*arguments, "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 0
+        found.append(json.loads((tmp_path / left / "metrics.json").read_text())["losses"])
+    assert found[0] == found[1]
+
+
 def test_bfloat16_trains_and_saves_fp32(tiny_model_dir, tmp_path):
     arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
     options = ["--precision", "bf16", "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2]
