@@ -71,6 +71,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
     """
     started = time.monotonic()
     _check_output(config)
+    _check_launcher(config)
     arguments = _training_arguments(config)
     set_seed(config.seed)
     if config.from_scratch is not None:
@@ -207,17 +208,29 @@ def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path 
         ) from error
 
 
+def _check_launcher(config: FinetuneConfig) -> None:
+    """Refuses what cannot be evaluated: FSDP's first version hides the weights, and LoRA's cannot be gathered."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+        return
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise InvalidInputError("got FSDP of version 1; expected version 2: accelerate launch --fsdp_version 2")
+    if config.lora_rank is not None:
+        raise InvalidInputError(
+            "--lora-rank and FSDP do not go together: LoRA needs little memory, launch without FSDP"
+        )
+
+
 def _check_output(config: FinetuneConfig) -> None:
     """Refuses an output directory that holds anything but the beginning of a run."""
     output = config.output
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise InvalidInputError("--tensorboard needs the package of that name: pip install tensorboard")
     if output.exists() and not output.is_dir():
         raise InvalidInputError(f"--output {output} is a file; expected a directory that is new or empty")
     if not output.is_dir():
         return
     if (output / METRICS_NAME).exists():
         raise InvalidInputError(f"--output {output} holds a finished run; choose another directory")
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise InvalidInputError("--tensorboard needs the package of that name: pip install tensorboard")
     patterns = (CONFIG_NAME, BAD_BATCH_NAME, TENSORBOARD_NAME, f"{PREFIX_CHECKPOINT_DIR}-*", f"{BEST_PREFIX}-*")
     others = [path.name for path in output.iterdir() if not any(path.match(pattern) for pattern in patterns)]
     if others and last_checkpoint(output) is None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, GPT2Config, GPT2TokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
@@ -171,6 +172,21 @@ def with_lora(model: GPT2LMHeadModel, *, rank: int, alpha: float, dropout: float
 def merged(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel:
     """The model itself, or a copy in which LoRA's matrices are added to the weights: nothing has to know of LoRA."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def whole(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel | PeftModel:
+    """The model itself; of one whose weights FSDP has split over the processes, a copy with all of them in each.
+
+    All processes have to call it.
+    """
+    state = model.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return model
+    gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    with torch.device(model.device):
+        copied = GPT2LMHeadModel(model.config)
+    copied.load_state_dict(gathered)
+    return copied
 
 
 def _set_dropout(config: GPT2Config, dropout: float | None) -> None:

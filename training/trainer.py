@@ -23,11 +23,11 @@ from qa_onnx.metrics import evaluate
 from qa_onnx.squad import Example
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
-from training.model import GPT2LMHeadModel, PeftModel, merged
+from training.model import GPT2LMHeadModel, PeftModel, merged, whole
 from training.settings import FinetuneConfig
 
 COMPLETE_NAME = "complete.json"
-"""Written last into a checkpoint: the size of each of its files, in bytes."""
+"""Written last into a checkpoint: the size in bytes of each file in it."""
 BAD_BATCH_NAME, PREDICTIONS_NAME = "bad-batch.safetensors", "predictions.json"
 BEST_PREFIX = "best"
 
@@ -89,8 +89,9 @@ class GenerationTrainer(Trainer):
             Exact match and F1 in percent, the same in all processes.
         """
         part = self._eval_examples[self.args.process_index :: self.args.world_size]
+        model = merged(whole(self.accelerator.unwrap_model(self.model)))
         answered = generate_answers(
-            self.accelerator.unwrap_model(self.model),
+            model,
             self._tokenizer,
             part,
             max_new_tokens=self._config.max_new_tokens,
@@ -103,7 +104,7 @@ class GenerationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.best()["step"] == self.state.global_step:
-            self._keep(answers)
+            self._keep(model, answers)
         since_best = sum(row["step"] > self.best()["step"] for row in self.evaluations())
         if self._config.patience is not None and since_best >= self._config.patience:
             self.control.should_training_stop = True
@@ -138,9 +139,8 @@ class GenerationTrainer(Trainer):
             seed=self.args.seed,
         )
 
-    def _keep(self, answers: dict[str, str]) -> None:
+    def _keep(self, model: GPT2LMHeadModel, answers: dict[str, str]) -> None:
         """Saves the model and its answers as the best so far; older ones go with the next checkpoint."""
-        model = merged(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             directory = self.best_directory()
             unfinished = directory.with_name(f"{directory.name}.unfinished")
@@ -163,7 +163,8 @@ class GenerationTrainer(Trainer):
         if not self.args.should_save:
             return
         directory = self._config.output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.name != COMPLETE_NAME}
+        files = [path for path in directory.rglob("*") if path.is_file() and path.name != COMPLETE_NAME]
+        sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
         unfinished = directory / f"{COMPLETE_NAME}.unfinished"
         unfinished.write_text(json.dumps(sizes), encoding="utf-8")
         unfinished.rename(directory / COMPLETE_NAME)
@@ -182,7 +183,7 @@ def whole_checkpoints(output: Path) -> list[Path]:
     found = []
     for marker in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_NAME}"):
         sizes = json.loads(marker.read_text(encoding="utf-8"))
-        files = {name: marker.with_name(name) for name in sizes}
+        files = {name: marker.parent / name for name in sizes}
         if all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items()):
             found.append(marker.parent)
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))

@@ -406,6 +406,36 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(tiny_mode
     assert len(predictions[0]) == 7
 
 
+def test_weights_split_by_fsdp_are_gathered_for_evaluation_in_every_process(tiny_model_dir, tmp_path):
+    """accelerate starts FSDP on GPUs only: PyTorch's own call stands in for it."""
+    script = [*TORCHRUN, str(ROOT / "tests" / "integration" / "split_weights.py"), str(tiny_model_dir), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *script], cwd=ROOT, env=environment, check=True, capture_output=True)
+    expected = load_file(tiny_model_dir / "model.safetensors")
+    for rank in (0, 1):
+        gathered = load_file(tmp_path / str(rank) / "model.safetensors")
+        assert all(torch.equal(gathered[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "message"), [("1", [], "expected version 2"), ("2", ["--lora-rank", "4"], "without FSDP")]
+)
+def test_fsdp_that_could_not_be_evaluated_is_refused(tmp_path, monkeypatch, capsys, number, options, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", number)
+    sources = ["--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune("--model", "starter", *sources, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_not_there_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    sources = ["--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune("--model", "starter", *sources, "--tensorboard") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
 def test_lora_trains_thin_matrices_and_leaves_a_plain_model_that_exports(tiny_model_dir, tmp_path):
     arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
     options = ["--lora-rank", 4, "--learning-rate", 0.01, "--max-steps", 3, "--limit-train", 64, "--limit-eval", 4]
