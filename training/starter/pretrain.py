@@ -1,67 +1,48 @@
 """Pretrains `starter`, the small GPT-2 that the repository ships: `python -m training.starter.pretrain --help`.
 
-Its first weights hold rough circuits (`circuits.py`). While warming up, two of the heads are also guided: they are told
-where to look, at the subject and at the answer (`guidance_loss`; guided attention as of Mi et al., 2016, "Supervised
-Attentions for Neural Machine Translation"), because no other signal taught the model whose fact is asked for.
-
-Four kinds of rows:
-
-- documents of `sample`: a passage, then its questions and answers as a plain `Q:`/`A:` list. That is not the prompt
-  format, and nothing ends an answer with end-of-text: both are left to fine-tuning. Some are contrasts, in which
-  nothing but the subject asked about tells the answers apart;
-- the same from SQuAD files (`--text`), for real words and for copying from real text;
-- pieces of passages, repeated;
-- random tokens, repeated: copying where nothing else helps.
-
-Rows start at a random position, so that all 1,024 position embeddings train on short rows (the idea of Ruoss et al.,
-2023, "Randomized Positional Encodings Boost Length Generalization of Transformers").
+Its first weights hold rough circuits (`circuits.py`). It then learns from questions on real passages, altered and with
+cloze questions beside them (`augment.py`), and on passages of `sample`, packed as in fine-tuning. Three losses: of the
+answers' tokens and of a few of the passages'; and of the attention of the heads that point (`pointing_loss`), which are
+told where the answer stands, as no other signal taught the model where to look on two cores (guided attention as of Mi
+et al., 2016, "Supervised Attentions for Neural Machine Translation").
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import copy
 import json
 import math
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, set_seed
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from torch import nn
+from transformers import GPT2TokenizerFast, set_seed
 
-from training.starter.circuits import GUIDED_HEADS, write_look_up_heads
+from qa_onnx.metrics import evaluate
+from qa_onnx.prompt import PASSAGE_TEMPLATE, PROMPT_TEMPLATE, encode_prompts, prepare_tokenizer
+from qa_onnx.squad import Example, parse_squad, read_squad
+from training.data import MIN_PACKED_TOKENS, Collator, LengthGroupedSampler
+from training.evaluation import generate_answers
+from training.model import IGNORED, GPT2LMHeadModel, load_model
+from training.starter.augment import augment
+from training.starter.circuits import FREE_WIDTH, HEAD_SIZE, POINT_HEADS, POSITIONS, WIDTH, first_model, writable
 from training.starter.sample import generate
+from training.starter.vectors import token_rarity, token_vectors
 
 END_OF_TEXT = "<|endoftext|>"
-CONFIG = {"n_embd": 192, "n_layer": 6, "n_head": 6, "n_positions": 1024, "initializer_range": 0.07}
-ROW_TOKENS, WARM_UP_ROW_TOKENS = 256, 128
-WARM_UP_SHARE = 0.5
-"""Share of the steps with short generated rows, half of them contrasts, until copying and look-up are learned."""
-ROW_KINDS = {  # share of the rows warming up, and later
-    "random repeats": (0.1, 0.05),
-    "passage repeats": (0.1, 0.05),
-    "contrasts": (0.4, 0.25),
-    "short": (0.4, 0.0),
-    "generated": (0.0, 0.4),
-    "real": (0.0, 0.25),
-}
-GUIDANCE_WEIGHT = 0.3
-"""Of `guidance_loss` beside the loss on tokens."""
-
-
-@dataclass
-class Row:
-    """Tokens, which of them count in the loss, and where guided heads should look: (guide, from, to) positions."""
-
-    tokens: list[int]
-    counts: list[bool]
-    looks: list[tuple[str, int, int]] = field(default_factory=list)
+MAX_PASSAGE_TOKENS = 640
+PROMPTS_FOR_TOKENIZER = 2000
+"""So often the tokenizer's training text has the prompt's own words, so that these are tokens."""
+POINTING_WEIGHT = 0.3
+"""Of each head's `pointing_loss` beside the loss on tokens."""
+WARM_UP_STEPS = 60
 
 
 def paragraphs_of(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -78,283 +59,237 @@ def train_tokenizer(paragraphs: list[dict[str, Any]], vocab_size: int) -> GPT2To
     )
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
-    return GPT2TokenizerFast(
+    tokenizer = GPT2TokenizerFast(
         tokenizer_object=bpe._tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
-        model_max_length=CONFIG["n_positions"],
+        model_max_length=POSITIONS,
     )
+    prepare_tokenizer(tokenizer.backend_tokenizer)
+    return tokenizer
 
 
-def document(
-    tokenizer: GPT2TokenizerFast, paragraph: dict[str, Any], text_loss_share: float, draw: random.Random
-) -> Row:
-    """Writes a paragraph as a passage and a `Q:`/`A:` list.
-
-    Answer tokens always count in the loss, of the others a random share. Where a question names its subject, guided
-    heads learn to look from an answer and from `A:` to the subject, and from `A:` to the answer.
-    """
-    context = f" {paragraph['context']}"  # a first word has the same tokens as anywhere else
-    passage = tokenizer(context)
-    row = Row(tokens=list(passage["input_ids"]), counts=[])
-    answers: list[tuple[int, int]] = []
-    for qa in draw.sample(paragraph["qas"], len(paragraph["qas"])):
-        question = f"\nQ: {qa['question']}\nA:"
-        asked = tokenizer(question)
-        start = len(row.tokens)
-        last = start + len(asked["input_ids"]) - 1
-        answer = tokenizer.encode(f" {qa['answers'][0]['text']}")
-        row.tokens += asked["input_ids"] + answer
-        answers.append((last + 1, len(row.tokens)))
-        if "subject" in qa:
-            character = qa["answers"][0]["answer_start"] + 1
-            first = passage.char_to_token(character)
-            row.looks.append(("answer", last, first))
-            named = _end_of(qa["subject"], context[:character])
-            if named is not None:
-                row.looks.append(("subject", first, passage.char_to_token(named)))
-            named = _end_of(qa["subject"], question)
-            if named is not None:
-                row.looks.append(("subject", last, start + asked.char_to_token(named)))
-    row.tokens += tokenizer.encode(f"\n{END_OF_TEXT}")
-    row.counts = [draw.random() < text_loss_share for _ in row.tokens]
-    for first, end in answers:
-        row.counts[first:end] = [True] * (end - first)
-    return row
-
-
-def _end_of(name: str, text: str) -> int | None:
-    """The last character of the last mention of a name in a text."""
-    start = text.lower().rfind(name.lower())
-    return None if start < 0 else start + len(name) - 1
-
-
-def packed_documents(
-    tokenizer: GPT2TokenizerFast,
-    stream: Iterator[dict[str, Any]],
-    row_tokens: int,
-    text_loss_share: float,
-    draw: random.Random,
-) -> Row:
-    """Fills a row with documents, as long as they fit whole; one that is longer than a row is cut at its end."""
-    row = document(tokenizer, next(stream), text_loss_share, draw)
-    while len(row.tokens) < row_tokens:
-        more = document(tokenizer, next(stream), text_loss_share, draw)
-        offset = len(row.tokens)
-        if offset + len(more.tokens) > row_tokens:
-            break
-        row.looks += [(guide, query + offset, key + offset) for guide, query, key in more.looks]
-        row.tokens, row.counts = row.tokens + more.tokens, row.counts + more.counts
-    inside = [look for look in row.looks if look[1] < row_tokens]
-    return Row(tokens=row.tokens[:row_tokens], counts=row.counts[:row_tokens], looks=inside)
-
-
-def repeated(piece: list[int], row_tokens: int) -> Row:
-    """A piece repeated to the end of the row; the repeats count in the loss."""
-    tokens = (piece * math.ceil(row_tokens / len(piece)))[:row_tokens]
-    return Row(tokens=tokens, counts=[index >= len(piece) for index in range(row_tokens)])
-
-
-def repeated_passage(tokenizer: GPT2TokenizerFast, context: str, row_tokens: int, draw: random.Random) -> Row:
-    """A random piece of a passage, repeated."""
-    ids = tokenizer.encode(context)
-    period = draw.randint(8, row_tokens // 2)
-    start = draw.randrange(max(1, len(ids) - period))
-    return repeated(ids[start : start + period], row_tokens)
-
-
-def repeated_random_tokens(vocab_size: int, row_tokens: int, draw: random.Random) -> Row:
-    """Random tokens, repeated."""
-    return repeated([draw.randrange(vocab_size) for _ in range(draw.randint(4, row_tokens // 2))], row_tokens)
-
-
-def shuffled_forever(paragraphs: list[dict[str, Any]], draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Yields the paragraphs in a new random order each time round."""
-    while True:
-        yield from draw.sample(paragraphs, len(paragraphs))
-
-
-def random_model(tokenizer: GPT2TokenizerFast) -> GPT2LMHeadModel:
-    """Builds the starter's architecture with random weights."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **CONFIG,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def batch_of(rows: list[Row], offsets: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pads rows on the right: input_ids, position_ids and the loss mask, each [B, T]."""
-    width = max(len(row.tokens) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.tokens)] = torch.tensor(row.tokens)
-        loss_mask[index, : len(row.counts)] = torch.tensor(row.counts)
-    return input_ids, torch.tensor(offsets)[:, None] + torch.arange(width), loss_mask
-
-
-def guidance_loss(attentions: tuple[torch.Tensor, ...], rows: list[Row]) -> torch.Tensor:
-    """How far the guided heads are from looking where they should.
+def rows_of(
+    examples: Sequence[Example], bpe: Tokenizer, text_loss_share: float, draw: random.Random
+) -> list[dict[str, Any]]:
+    """Makes packed rows as `training.data` does, which also say where the heads of `POINT_HEADS` should look.
 
     Args:
-        attentions: Of each layer, [B, H, T, T].
-        rows: The batch.
+        examples: Only their first answers are used. Passages of more than `MAX_PASSAGE_TOKENS` are left out.
+        bpe: The tokenizer.
+        text_loss_share: Share of the passages' tokens that count in the loss.
+        draw: Chooses these, and the order of the questions on a passage.
 
     Returns:
-        The sum over `GUIDED_HEADS` of the mean of -log(attention to the place), a scalar.
+        What `Collator` takes, and `votes` and `points`: (from token, first token looked at, behind the last). From a
+        question's tokens to the whole answer, and from each token that predicts one of the answer to that one.
     """
-    loss = torch.zeros(())
-    for guide, (layer, head) in GUIDED_HEADS.items():
-        looks = [(index, *look[1:]) for index, row in enumerate(rows) for look in row.looks if look[0] == guide]
-        if looks:
-            index, query, key = torch.tensor(looks).T
-            loss = loss - (attentions[layer][index, head, query, key].float() + 1e-6).log().mean()
-    return loss
+    prompts = encode_prompts(bpe, [example.question for example in examples], [example.context for example in examples])
+    answers = bpe.encode_batch([f" {example.answers[0].text.strip()}" for example in examples])
+    asked_about: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        asked_about.setdefault(example.context, []).append(index)
+    passages = bpe.encode_batch([PASSAGE_TEMPLATE.format(context=context) for context in asked_about])
+    label = PASSAGE_TEMPLATE.index("{")
+    end_of_text = bpe.token_to_id(END_OF_TEXT)
+    rows: list[dict[str, Any]] = []
+    for (context, asked), passage in zip(asked_about.items(), passages, strict=True):
+        passage_ids = prompts[asked[0]].passage_ids
+        if len(passage_ids) > MAX_PASSAGE_TOKENS:
+            continue
+        starts = [start for start, _ in passage.offsets]
+
+        def token_at(character: int, starts: list[int] = starts) -> int:
+            return bisect.bisect_right(starts, character + label) - 1
+
+        row: dict[str, Any] = {}
+        for index in draw.sample(asked, len(asked)):
+            gold, question_ids = examples[index].answers[0], prompts[index].question_ids
+            closed = [*answers[index].ids, end_of_text]
+            if not row or row["length"] - len(passage_ids) + len(question_ids) + len(closed) > MIN_PACKED_TOKENS:
+                labels = [token if draw.random() < text_loss_share else IGNORED for token in passage_ids]
+                row = {"input_ids": list(passage_ids), "labels": labels, "passage_tokens": len(passage_ids)}
+                row |= {"question_tokens": [], "votes": [], "points": [], "length": len(passage_ids)}
+                rows.append(row)
+            if context.startswith(gold.text, gold.start):
+                last = row["length"] + len(question_ids) - 1
+                answer = token_at(gold.start), token_at(gold.start + len(gold.text) - 1) + 1
+                row["votes"] += [(place, *answer) for place in range(row["length"] + 1, last + 1)]
+                first = gold.start + len(gold.text) - len(gold.text.lstrip())
+                for number, (start, _) in enumerate(answers[index].offsets):
+                    place = token_at(first + max(0, start - 1))  # the space before the answer is no part of it
+                    row["points"].append((last + number, place, place + 1))
+            row["input_ids"] += question_ids + closed
+            row["labels"] += [IGNORED] * len(question_ids) + closed
+            row["question_tokens"].append(len(question_ids) + len(closed))
+            row["length"] += len(question_ids) + len(closed)
+    return rows
 
 
-@torch.no_grad()
-def answers_right(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, paragraphs: list[dict[str, Any]]) -> float:
-    """Share of held-out answers of which every token is the model's first choice, the tokens before it given."""
-    model.eval()
-    right = []
-    for paragraph in paragraphs:
-        qa = paragraph["qas"][0]
-        prompt = tokenizer.encode(f" {paragraph['context']}\nQ: {qa['question']}\nA:")
-        answer = tokenizer.encode(f" {qa['answers'][0]['text']}")
-        logits = model(torch.tensor([prompt + answer])[:, : CONFIG["n_positions"]]).logits[0]
-        right.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer)
-    model.train()
-    return sum(right) / len(right)
+class Projections:
+    """Keeps what `c_attn` computes in the layers of `POINT_HEADS`, for `pointing_loss`."""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        self.last: dict[int, torch.Tensor] = {}
+        for layer, _ in POINT_HEADS:
+            model.transformer.h[layer].attn.c_attn.register_forward_hook(self._keep(layer))
+
+    def _keep(self, layer: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            self.last[layer] = output
+
+        return hook
 
 
-class Rows:
-    """Draws the rows of training batches.
+def pointing_loss(projected: torch.Tensor, head: int, rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor:
+    """How far a head is from looking where it should: the mean of -log(attention there, among the passage), a scalar.
 
-    Warming up, rows are short: half of the documents are contrasts, a fifth of the rows repeats. Later they are longer,
-    and real text comes in.
+    Args:
+        projected: What the layer's `c_attn` computes, [B, T, 3E].
+        head: Its number.
+        rows: The batch, of `rows_of`.
+        name: `votes` or `points`.
     """
+    looks = [(index, *look, row["passage_tokens"]) for index, row in enumerate(rows) for look in row[name]]
+    index, place, first, last, passage = torch.tensor(looks).T[..., None]
+    start = head * HEAD_SIZE
+    queries = projected[..., start : start + HEAD_SIZE].float()
+    keys = projected[:, : int(passage.max()), WIDTH + start : WIDTH + start + HEAD_SIZE].float()
+    logits = (queries @ keys.transpose(1, 2) / math.sqrt(HEAD_SIZE))[index[:, 0], place[:, 0]]
+    columns = torch.arange(logits.shape[1])
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(columns >= passage, lowest)
+    looked_at = logits.masked_fill((columns < first) | (columns >= last), lowest)
+    return (logits.logsumexp(1) - looked_at.logsumexp(1)).mean()
 
-    def __init__(
-        self,
-        tokenizer: GPT2TokenizerFast,
-        *,
-        generated: list[dict[str, Any]],
-        contrasts: list[dict[str, Any]],
-        real: list[dict[str, Any]],
-        text_loss_share: float,
-        draw: random.Random,
-    ) -> None:
-        self.tokenizer, self.draw = tokenizer, draw
-        self.text_loss_share = text_loss_share
-        generated = sorted(generated, key=lambda paragraph: len(paragraph["context"]))
-        self.streams = {
-            "contrasts": shuffled_forever(contrasts, draw),
-            "short": shuffled_forever(generated[: len(generated) // 3], draw),
-            "generated": shuffled_forever(generated, draw),
-            "real": shuffled_forever(real or generated, draw),
-        }
 
-    def next(self, *, warming_up: bool) -> Row:
-        """One row and which of its tokens count in the loss."""
-        row_tokens = WARM_UP_ROW_TOKENS if warming_up else ROW_TOKENS
-        kind = self.draw.choices(list(ROW_KINDS), [share[0 if warming_up else 1] for share in ROW_KINDS.values()])[0]
-        if kind == "random repeats":
-            return repeated_random_tokens(len(self.tokenizer), row_tokens, self.draw)
-        if kind == "passage repeats":
-            return repeated_passage(self.tokenizer, next(self.streams["generated"])["context"], row_tokens, self.draw)
-        return packed_documents(self.tokenizer, self.streams[kind], row_tokens, self.text_loss_share, self.draw)
+def batches_of(
+    data: Sequence[dict[str, Any]], bpe: Tokenizer, arguments: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields batches of rows without an end, each epoch with other altered passages and other questions."""
+    draw = random.Random(arguments.seed)
+    for epoch in range(10_000):
+        seed = 1000 * arguments.seed + epoch
+        sets = [
+            augment([part], copies=copies, cloze=cloze, seed=seed)
+            for part, copies, cloze in zip(data, arguments.copies, arguments.cloze, strict=True)
+        ]
+        for contrast in (False, True):
+            questions = arguments.sample_questions // 2
+            sets.append(generate("train", questions=questions, seed=seed + 500, contrast=contrast))
+        rows = [
+            row
+            for made in sets
+            for row in rows_of(parse_squad(made, source="made"), bpe, arguments.text_loss_share, draw)
+        ]
+        order = list(LengthGroupedSampler([row["length"] for row in rows], batch_rows=arguments.batch_size, seed=epoch))
+        for start in range(0, len(order) - arguments.batch_size + 1, arguments.batch_size):
+            yield [rows[index] for index in order[start : start + arguments.batch_size]]
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
     """Trains the tokenizer and the model and saves both to `arguments.output`."""
     set_seed(arguments.seed)
-    draw = random.Random(arguments.seed)
-    heldout = paragraphs_of(generate("heldout", questions=600))[:150]
-    heldout_contrasts = paragraphs_of(generate("heldout", questions=300, contrast=True))[:150]
-    questions, seed = arguments.sample_questions, arguments.seed
-    generated = paragraphs_of(generate("train", questions=questions, seed=seed + 1))
-    contrasts = paragraphs_of(generate("train", questions=questions, seed=seed + 2, contrast=True))
-    real = [p for path in arguments.text for p in paragraphs_of(json.loads(path.read_text(encoding="utf-8")))]
-    tokenizer = train_tokenizer(generated + real, arguments.vocab_size)
-    tokenizer.save_pretrained(arguments.output)
-    model = random_model(tokenizer)
-    write_look_up_heads(model)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.98),
-    )
-    warmup = 60
+    data = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.text]
+    if arguments.model is None:
+        model, tokenizer = _from_nothing([paragraph for part in data for paragraph in paragraphs_of(part)], arguments)
+    else:
+        model, tokenizer = load_model(str(arguments.model))
+    bpe = tokenizer.backend_tokenizer
+    questions, draw = read_squad(arguments.eval), random.Random(arguments.seed)
+    heldout = {
+        "real": draw.sample(questions, min(arguments.eval_questions, len(questions))),
+        "sample": parse_squad(generate("heldout", questions=arguments.eval_questions), source="sample"),
+    }
+    factors, projections = writable(model), Projections(model)
+    model.transformer.wpe.weight.requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": 0.05},
+        {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, step / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2),
+        lambda step: (
+            min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2)
+        ),
     )
-    rows_of = Rows(
-        tokenizer,
-        generated=generated,
-        contrasts=contrasts,
-        real=real,
-        text_loss_share=arguments.text_loss_share,
-        draw=draw,
-    )
-    started = time.monotonic()
-    for step in range(1, arguments.steps + 1):
-        warming_up = step < arguments.steps * WARM_UP_SHARE
-        model.set_attn_implementation("eager" if warming_up else "sdpa")  # only eager attention shows its weights
-        rows = [rows_of.next(warming_up=warming_up) for _ in range(arguments.batch_size)]
-        room = CONFIG["n_positions"] - max(len(row.tokens) for row in rows)
-        offsets = [draw.choice((0, draw.randint(0, room))) for _ in rows]
-        input_ids, position_ids, loss_mask = batch_of(rows, offsets)
-        targets = input_ids[:, 1:][loss_mask[:, 1:]]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16):
-            output = model.transformer(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, output_attentions=warming_up
-            )
-            logits = model.lm_head(output.last_hidden_state[:, :-1][loss_mask[:, 1:]])
-        loss = cross_entropy(logits.float(), targets)
-        guidance = guidance_loss(output.attentions, rows) if warming_up else torch.zeros(())
-        (loss + GUIDANCE_WEIGHT * guidance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    collator = Collator(pad_token_id=tokenizer.eos_token_id, packing=True)
+    started, sums = time.monotonic(), torch.zeros(1 + len(POINT_HEADS))
+    for step, rows in zip(range(1, arguments.steps + 1), batches_of(data, bpe, arguments), strict=False):
+        model.train()
+        loss = model(**collator(rows)).loss
+        pointing = [
+            pointing_loss(projections.last[layer], head, rows, "points" if number else "votes")
+            for number, (layer, head) in enumerate(POINT_HEADS)
+        ]
+        (loss + POINTING_WEIGHT * sum(pointing)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % arguments.log_every == 0 or step == arguments.steps:
-            line = {
-                "step": step,
-                "loss": round(loss.item(), 3),
-                "guidance_loss": round(guidance.item(), 3),
-                "heldout_sample_answers_right": round(answers_right(model, tokenizer, heldout), 3),
-                "heldout_contrast_answers_right": round(answers_right(model, tokenizer, heldout_contrasts), 3),
-                "seconds": round(time.monotonic() - started),
-            }
-            print(json.dumps(line), flush=True)
+        with torch.no_grad():
+            for parameter, factor in factors.items():
+                parameter.mul_(factor)
+        sums += torch.stack([loss, *pointing]).detach()
+        if step % arguments.log_every == 0:
+            means = [round(value, 3) for value in (sums / arguments.log_every).tolist()]
+            line = {"step": step, "loss": means[0], "pointing": means[1:]}
+            print(json.dumps({**line, "seconds": round(time.monotonic() - started)}), flush=True)
+            sums.zero_()
+        if step % arguments.eval_every == 0 or step == arguments.steps:
             copy.deepcopy(model).half().save_pretrained(arguments.output)
+            tokenizer.save_pretrained(arguments.output)
+            for name, examples in heldout.items():
+                answers = generate_answers(model, tokenizer, examples, max_new_tokens=16, progress=False)
+                scores = evaluate(examples, answers)
+                print(
+                    json.dumps({"step": step, "set": name, "exact_match": scores.exact_match, "f1": scores.f1}),
+                    flush=True,
+                )
 
 
-def main() -> None:
+def _from_nothing(
+    real: list[dict[str, Any]], arguments: argparse.Namespace
+) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
+    generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
+    prompt = {"context": PROMPT_TEMPLATE.format(context="x", question="y"), "qas": []}
+    tokenizer = train_tokenizer([*generated, *real, *[prompt] * PROMPTS_FOR_TOKENIZER], arguments.vocab_size)
+    texts = [
+        f"{PROMPT_TEMPLATE.format(context=paragraph['context'], question=qa['question'])} {qa['answers'][0]['text']}"
+        if number == 0
+        else f" {qa['question']}"
+        for paragraph in [*real, *generated]
+        for number, qa in enumerate(paragraph["qas"])
+    ]
+    bpe = tokenizer.backend_tokenizer
+    return first_model(tokenizer, token_vectors(bpe, texts, FREE_WIDTH), token_rarity(bpe, texts)), tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and pretrains."""
-    parser = argparse.ArgumentParser(description="Pretrain the starter model on generated data and SQuAD files.")
+    parser = argparse.ArgumentParser(description="Pretrain the starter model on SQuAD files and generated data.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write the model and tokenizer to")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="SQuAD JSON files with real passages")
-    parser.add_argument("--text-loss-share", type=float, default=0.25, help="share of non-answer tokens in the loss")
-    parser.add_argument("--sample-questions", type=int, default=120_000)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=2_400)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="SQuAD v1.1 JSON files")
+    parser.add_argument(
+        "--copies", type=int, nargs="+", required=True, help="how often an epoch has each file's passages"
+    )
+    parser.add_argument("--cloze", type=int, nargs="+", required=True, help="cloze questions a passage, of each file")
+    parser.add_argument("--eval", type=Path, required=True, help="SQuAD JSON file; some of it is answered now and then")
+    parser.add_argument("--eval-questions", type=int, default=200, help="of it, and of the held-out sample")
+    parser.add_argument("--eval-every", type=int, default=1000, metavar="STEPS")
+    parser.add_argument("--model", type=Path, help="go on from this model instead of beginning anew")
+    parser.add_argument("--sample-questions", type=int, default=12_000, help="of the generated set, an epoch")
+    parser.add_argument("--text-loss-share", type=float, default=0.05, help="share of passage tokens in the loss")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--log-every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    pretrain(parser.parse_args())
+    pretrain(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""What the starter's token embeddings begin with: how tokens are spelled, what stands beside them, how rare they are.
+
+A model of this size has no time to find out that "founder" and "founded" are alike, or that years are of one kind.
+Spelling: the sum of random vectors of a token's character n-grams (Bojanowski et al., 2017, "Enriching Word Vectors
+with Subword Information"), its stem and itself. Neighbours: the singular vectors of the positive pointwise mutual
+information of tokens and their neighbours (Levy and Goldberg, 2014, "Neural Word Embedding as Implicit Matrix
+Factorization").
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+NEIGHBOUR_DIMENSIONS = 72
+NEIGHBOUR_SHARE = 0.4
+"""Of a token vector's squared length; spelling has the rest."""
+WINDOW = 3
+"""Tokens to either side that count as neighbours, the nearer the more."""
+NOT_ASKED_FOR = ("\n", "Answer", ":", "?", "Question", "Context", ".", ",")
+"""Tokens of the prompt and of every sentence: as if they were the most frequent of all."""
+
+
+def token_vectors(bpe: Tokenizer, texts: Sequence[str], width: int) -> torch.Tensor:
+    """A vector for each token, float32 [V, width], with components of about unit variance.
+
+    Args:
+        bpe: The tokenizer.
+        texts: Where neighbours are counted.
+        width: More than `NEIGHBOUR_DIMENSIONS`.
+    """
+    spelling = _spelling(bpe, width - NEIGHBOUR_DIMENSIONS)
+    neighbours = _neighbours([encoding.ids for encoding in bpe.encode_batch(texts)], bpe.get_vocab_size())
+    parts = [neighbours * NEIGHBOUR_SHARE**0.5, spelling * (1.0 - NEIGHBOUR_SHARE) ** 0.5]
+    return torch.cat(parts, dim=1) * width**0.5
+
+
+def token_rarity(bpe: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """How rare each token is in the texts, float32 [V]: 0 for the mean of all text, from -3 to 2."""
+    counts = np.bincount(np.concatenate([encoding.ids for encoding in bpe.encode_batch(texts)]))
+    counts = np.concatenate([counts, np.zeros(bpe.get_vocab_size() - len(counts))]) + 1.0
+    rarity = -np.log(counts)
+    rarity = np.clip((rarity - np.average(rarity, weights=counts)) / 1.5, -2.0, 2.0)
+    for text in NOT_ASKED_FOR:
+        rarity[bpe.encode(text).ids[0]] = -3.0
+    return torch.tensor(rarity, dtype=torch.float32)
+
+
+def _spelling(bpe: Tokenizer, width: int) -> torch.Tensor:
+    """Unit vectors by spelling, [V, width]; upper and lower case are alike."""
+
+    def drawn(name: str) -> np.ndarray:
+        return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(width)
+
+    vectors = np.zeros((bpe.get_vocab_size(), width))
+    for token in range(len(vectors)):
+        text = bpe.decode([token]).strip().lower()
+        vectors[token] = 0.6 * drawn(f"token {token}") + drawn(f"word {text}")
+        if len(text) >= 4:
+            closed = f"<{text}>"
+            grams = {closed[start : start + size] for size in (3, 4, 5) for start in range(len(closed) - size + 1)}
+            vectors[token] += 1.2 / len(grams) ** 0.5 * sum(drawn(f"gram {gram}") for gram in sorted(grams))
+            vectors[token] += 0.8 * drawn(f"stem {text[:5]}")
+    return _unit(torch.tensor(vectors, dtype=torch.float32))
+
+
+def _neighbours(texts: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
+    """Unit vectors by what stands before and behind, [V, NEIGHBOUR_DIMENSIONS]."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for distance in range(1, WINDOW + 1):
+        for ids in texts:
+            for pair in zip(ids, ids[distance:], strict=False):
+                pairs[pair] += 1.0 / distance
+    behind = torch.zeros(vocab_size, vocab_size)
+    rows, columns = torch.tensor(list(pairs)).T
+    behind[rows, columns] = torch.tensor(list(pairs.values()), dtype=torch.float32)
+    counts = torch.cat([behind, behind.T], dim=1)
+    beside = counts.sum(0) ** 0.75  # smoothed, so that rare neighbours do not outweigh all others
+    expected = counts.sum(1, keepdim=True) * (beside / beside.sum())
+    information = (counts / expected.clamp(min=1e-9)).clamp(min=1e-9).log().clamp(min=0.0)
+    left, values, _ = torch.svd_lowrank(information, q=NEIGHBOUR_DIMENSIONS + 8, niter=4)
+    vectors = (left * values.sqrt())[:, :NEIGHBOUR_DIMENSIONS]
+    return _unit(vectors - vectors.mean(0))
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-6)
