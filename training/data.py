@@ -94,21 +94,30 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
 
     def rows_of(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         chosen = [examples[index] for index in batch["index"]]
-        asked: list[Asked] = []
-        for example, windows in zip(chosen, _windows(chosen, bpe, settings.max_positions), strict=True):
-            for prompt, answer_ids in windows:
-                closed = [*answer_ids, tokenizer.eos_token_id]
-                asked.append(Asked(prompt, closed, is_window=len(windows) > 1))
-                if len(prompt) + len(closed) > settings.max_positions:
-                    raise PromptTooLongError(
-                        f"question {example.id}: its prompt and answer have {len(prompt) + len(closed)} tokens; "
-                        f"the model has {settings.max_positions} positions. Shorten the question or the answer"
-                    )
+        try:
+            windows = _windows(chosen, bpe, settings.max_positions)
+        except PromptTooLongError as error:
+            problems = (too_long(example, tokenizer, settings) for example in chosen)
+            raise PromptTooLongError(next(filter(None, problems))) from error
+        asked = [
+            Asked(prompt, [*answer_ids, tokenizer.eos_token_id], is_window=len(parts) > 1)
+            for parts in windows
+            for prompt, answer_ids in parts
+        ]
         rows = [_row(row, settings) for row in (_packed(asked) if settings.packing else ([one] for one in asked))]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     index = Dataset.from_dict({"index": list(order)})
     return index.map(rows_of, batched=True, remove_columns=["index"], desc="tokenising")
+
+
+def too_long(example: Example, tokenizer: GPT2TokenizerFast, settings: RowSettings) -> str | None:
+    """What is wrong with an example whose question or answer leaves no room for a window; None where they do."""
+    try:
+        _windows([example], tokenizer.backend_tokenizer, settings.max_positions)
+    except PromptTooLongError as error:
+        return str(error).replace("question 0 ", f"question {example.id} ")
+    return None
 
 
 def cached_rows(
@@ -208,10 +217,18 @@ def _windows(examples: Sequence[Example], bpe: Tokenizer, max_positions: int) ->
         )
         for index, parts in zip(chosen, encoded, strict=True):
             windows[index] = parts
-    return [
+    answered = [
         _answered(example, target, answer_ids, parts)
         for example, target, answer_ids, parts in zip(examples, targets, answers, windows, strict=True)
     ]
+    for example, parts in zip(examples, answered, strict=True):
+        longest = max(len(prompt) + len(answer_ids) + 1 for prompt, answer_ids in parts)
+        if longest > max_positions:
+            raise PromptTooLongError(
+                f"question {example.id}: its prompt and answer have {longest} tokens; the model has {max_positions} "
+                "positions. Shorten the question or the answer"
+            )
+    return answered
 
 
 def _answered(

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,18 +17,19 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
-from qa_onnx.errors import InvalidInputError
+from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.generation import DEFAULT_STRIDE
 from qa_onnx.squad import Example, read_predictions
 from qa_onnx.windows import encode_windows
-from training.data import LOSS_ON, RowSettings, cached_rows
+from training.data import LOSS_ON, RowSettings, cached_rows, too_long
 from training.model import ARCHITECTURES, build_model, load_model, with_lora
 from training.overview import describe, overview_of
-from training.report import METRICS_NAME, history_of, worst_examples, write_report
+from training.report import METRICS_NAME, history_of, worst_examples, write_json, write_report
 from training.settings import (
     FREE_TO_CHANGE,
     LEARNING_RATE_LORA,
@@ -95,32 +97,50 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         if not train_examples:
             raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
         eval_examples = list(eval_source.examples[: config.limit_eval])
-        rows = cached_rows(
-            train_examples,
-            tokenizer,
-            RowSettings(
-                loss_on=config.loss_on,
-                text_loss_share=config.text_loss_share,
-                max_positions=max_length,
-                packing=config.packing,
-            ),
-            cache_dir=config.cache_dir,
+        row_settings = RowSettings(
+            loss_on=config.loss_on,
+            text_loss_share=config.text_loss_share,
+            max_positions=max_length,
+            packing=config.packing,
         )
+        problems: list[str] = []
+        try:
+            rows = cached_rows(train_examples, tokenizer, row_settings, cache_dir=config.cache_dir)
+        except PromptTooLongError:
+            if not config.skip_bad_rows:
+                raise
+            found = [too_long(example, tokenizer, row_settings) for example in train_examples]
+            train_examples = [example for example, problem in zip(train_examples, found, strict=True) if not problem]
+            problems = [problem for problem in found if problem]
+            if not train_examples:
+                raise
+            rows = cached_rows(train_examples, tokenizer, row_settings, cache_dir=config.cache_dir)
     _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
     overview = overview_of(rows, config)
     if arguments.should_save:
         for warning in (line for source in (*sources, eval_source) for line in source.warnings()):
             sys.stderr.write(f"warning: {warning}\n")
+        if problems:
+            sys.stderr.write(f"warning: skipped {len(problems)} questions that do not fit, the first: {problems[0]}\n")
     if dry_run:
-        print(describe([*sources, eval_source], rows, overview, tokenizer))
+        if arguments.should_save:
+            print(describe([*sources, eval_source], rows, overview, tokenizer))
         return None
-    settings = {**config.to_dict(), "data": {source.name: source.sha256 for source in (*sources, eval_source)}}
+    settings = {
+        **config.to_dict(),
+        "processes": arguments.world_size,
+        "data": {
+            "train": [[source.name, source.sha256] for source in sources],
+            "eval": [eval_source.name, eval_source.sha256],
+        },
+    }
     checkpoint = _checkpoint_to_go_on_from(config, settings)
+    arguments.eval_on_start = config.eval_at_start and checkpoint is None
     config.output.mkdir(parents=True, exist_ok=True)
     if arguments.should_save:
         if checkpoint is not None:
             sys.stderr.write(f"going on from {checkpoint}\n")
-        _write_json(config.output / CONFIG_NAME, settings)
+        write_json(config.output / CONFIG_NAME, settings)
     model.label_smoothing = config.label_smoothing
     trainer = GenerationTrainer(
         model=model
@@ -132,14 +152,16 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         eval_examples=eval_examples,
         config=config,
     )
-    _train(trainer, config, checkpoint)
-    if trainer.stop.asked:
+    if checkpoint is not None:  # `train` would make a step before it looks whether there is anything left to do
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if not trainer.is_patience_used_up():
+        _train(trainer, config, checkpoint)
+    if trainer.stop.stopped:
         return None
-    if not any(row["step"] == trainer.state.global_step for row in trainer.evaluations()):
-        trainer.evaluate()  # a run stopped or resumed at its very last step
     best, history = trainer.best(), history_of(trainer.state.log_history)
     metrics = {
         "train_questions": len(train_examples),
+        "questions_that_do_not_fit": len(problems),
         "eval_questions": len(eval_examples),
         "steps": trainer.state.global_step,
         "best_step": best["step"],
@@ -181,8 +203,9 @@ def _load_sources(config: FinetuneConfig) -> list[Source]:
 
 def _check_eval(examples: Sequence[Example], tokenizer: Any, max_length: int, max_new_tokens: int) -> None:
     """What cannot be evaluated is refused before hours of training."""
-    if len({example.id for example in examples}) < len(examples):
-        raise InvalidInputError("questions to evaluate share an id; expected an id of its own for each")
+    (name, count), *_ = Counter(example.id for example in examples).most_common(1)
+    if count > 1:
+        raise InvalidInputError(f"{count} questions to evaluate have the id {name!r}; expected one of its own for each")
     encode_windows(
         tokenizer.backend_tokenizer,
         [example.question for example in examples],
@@ -203,8 +226,8 @@ def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path 
         raise TrainingError(
             f"out of memory with --batch-size {config.batch_size}. Halve it and double --gradient-accumulation (now "
             f"{config.gradient_accumulation}), which trains the same; or add --gradient-checkpointing, lower "
-            "--max-length, take --precision bf16, or train less of the model with --lora-rank 8. Last checkpoint: "
-            f"{last or 'none yet'}"
+            "--max-length, take --precision bf16, or train less of the model with --lora-rank 8, in another --output. "
+            f"If it was while answering, lower --eval-batch-size. Last checkpoint: {last or 'none yet'}"
         ) from error
 
 
@@ -231,8 +254,10 @@ def _check_output(config: FinetuneConfig) -> None:
         return
     if (output / METRICS_NAME).exists():
         raise InvalidInputError(f"--output {output} holds a finished run; choose another directory")
-    patterns = (CONFIG_NAME, BAD_BATCH_NAME, TENSORBOARD_NAME, f"{PREFIX_CHECKPOINT_DIR}-*", f"{BEST_PREFIX}-*")
-    others = [path.name for path in output.iterdir() if not any(path.match(pattern) for pattern in patterns)]
+    written = (CONFIG_NAME, f"{CONFIG_NAME}.unfinished", BAD_BATCH_NAME.format("*"), TENSORBOARD_NAME)
+    if (output / CONFIG_NAME).exists():  # it is written before any of these
+        written += (f"{PREFIX_CHECKPOINT_DIR}-*", f"{BEST_PREFIX}-*")
+    others = [path.name for path in output.iterdir() if not any(path.match(pattern) for pattern in written)]
     if others and last_checkpoint(output) is None:
         raise InvalidInputError(
             f"--output {output} exists and is not empty ({others[0]} is in it); choose another directory"
@@ -266,6 +291,11 @@ def _checkpoint_to_go_on_from(config: FinetuneConfig, settings: dict[str, Any]) 
 
 def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
     precision = config.resolved_precision
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise InvalidInputError(
+            f"there are {torch.cuda.device_count()} GPUs; expected one, or a process for each: torchrun "
+            "--nproc-per-node N -m training.finetune ..., or hide the others with CUDA_VISIBLE_DEVICES=0"
+        )
     # Trainer would take what it finds there, of a launcher or of an earlier run, over its own False.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     has_accelerator = torch.accelerator.is_available()
@@ -284,6 +314,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         max_grad_norm=1.0,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
+        tf32=False if torch.cuda.is_available() else None,  # torch_compile would turn it on
         torch_compile=config.compile,
         use_cpu=not has_accelerator,
         ddp_backend="gloo" if not has_accelerator and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
@@ -302,13 +333,6 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
     )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def make_parser() -> argparse.ArgumentParser:

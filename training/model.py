@@ -89,7 +89,7 @@ def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
     """Loads a GPT-2 tokenizer from a directory or the hub, set up for `qa_onnx.prompt`.
 
     Raises:
-        InvalidInputError: There is none there, or it has no end-of-text token.
+        InvalidInputError: There is none there.
     """
     try:
         tokenizer = GPT2TokenizerFast.from_pretrained(name)
@@ -98,8 +98,6 @@ def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
             f"no tokenizer could be loaded from {name}: {one_line(error)}. Expected a directory with tokenizer.json "
             "or a hub id and a connection to the hub"
         ) from error
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= len(tokenizer):
-        raise InvalidInputError(f"the tokenizer of {name} has no <|endoftext|> token; answers could not be ended")
     prepare_tokenizer(tokenizer.backend_tokenizer)
     return tokenizer
 
@@ -114,7 +112,8 @@ def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadMo
         dropout: Of embeddings, attention and residuals; None leaves the model's own.
 
     Raises:
-        InvalidInputError: There is no such model, it is not a GPT-2, or its tokenizer is another model's.
+        InvalidInputError: There is no such model, it is not a GPT-2, or its tokenizer is another model's or without
+            an end-of-text token.
     """
     source = STARTER if name == "starter" else name
     try:
@@ -129,6 +128,11 @@ def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadMo
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: of other sizes than config's
         raise _no_model(name, error) from error
     tokenizer = load_tokenizer(source)
+    if tokenizer.eos_token_id >= model.config.vocab_size:  # transformers adds the token where it is not there
+        raise InvalidInputError(
+            f"the tokenizer of {name} has no {tokenizer.eos_token} among the {model.config.vocab_size} tokens of its "
+            "model; answers could not be ended. Add the token and train its embedding, or take another tokenizer.json"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise InvalidInputError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens and its model embeds {model.config.vocab_size}; "

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow.compute as compute
 from datasets import Dataset
 from transformers import GPT2TokenizerFast
 
 from training.data import LengthGroupedSampler
 from training.model import IGNORED
 from training.settings import FinetuneConfig
-from training.sources import Source, by_length
+from training.sources import Source
 
 HISTOGRAM_STEP, HISTOGRAM_WIDTH = 64, 40
 SHOWN = 3
@@ -40,16 +41,16 @@ class Overview:
     lengths: dict[int, int]
 
 
-def overview_of(rows: Dataset, config: FinetuneConfig, *, processes: int = 1) -> Overview:
-    """Counts what stands in the rows, and what padding an epoch of batches adds."""
+def overview_of(rows: Dataset, config: FinetuneConfig) -> Overview:
+    """Counts what stands in the rows, and what padding an epoch of one process's batches adds."""
     lengths = list(rows["length"])
-    labels = rows["labels"]
+    labels = compute.list_flatten(rows.with_format("arrow")["labels"][:])
     return Overview(
         rows=len(rows),
         questions=sum(len(tokens) for tokens in rows["question_tokens"]),
         windows=sum(rows["windows"]),
         tokens=sum(lengths),
-        counted=sum(label != IGNORED for row in labels for label in row),
+        counted=compute.sum(compute.not_equal(labels, IGNORED)).as_py(),
         padding=padding_share(lengths, batch_size=config.batch_size, pad_to=config.pad_to, seed=config.seed),
         lengths=by_length(lengths, HISTOGRAM_STEP),
     )
@@ -93,3 +94,14 @@ def describe(sources: Sequence[Source], rows: Dataset, found: Overview, tokenize
             f"  in the loss: {decode(counted, skip_special_tokens=False)!r}",
         ]
     return "\n".join(lines)
+
+
+def by_length(values: Sequence[int], step: int) -> dict[int, int]:
+    """Counts values in classes of `step`: class's first value to count, gaps included."""
+    if not values:
+        return {}
+    first, last = min(values) // step, max(values) // step
+    counts = dict.fromkeys((number * step for number in range(first, last + 1)), 0)
+    for value in values:
+        counts[value // step * step] += 1
+    return counts

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
@@ -25,6 +24,13 @@ from training.sources import SAMPLES, Source
 METRICS_NAME, HISTORY_NAME, REPORT_NAME, CARD_NAME = "metrics.json", "history.csv", "report.md", "README.md"
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "exact_match", "f1")
 WORST = 12
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def history_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,12 +75,10 @@ def write_report(
     report = _report(config, sources, eval_source, overview, metrics, worst)
     (output / REPORT_NAME).write_text(report, encoding="utf-8")
     (output / CARD_NAME).write_text(_card(config, sources, eval_source, metrics), encoding="utf-8")
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
-    (output / METRICS_NAME).write_text(f"{text}\n", encoding="utf-8")  # last: with it a run is finished
+    write_json(output / METRICS_NAME, metrics)  # last: with it a run is finished
 
 
 def _draw(output: Path, history: Sequence[dict[str, Any]], overview: Overview) -> None:
-    matplotlib.rcParams["svg.hashsalt"] = "qa_onnx"
     panels = (("loss", ("loss",)), ("learning rate", ("learning_rate",)), ("score, %", ("exact_match", "f1")))
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):

@@ -199,11 +199,13 @@ class FinetuneConfig:
                 raise InvalidInputError(
                     f"got column {column!r}; expected FIELD=NAME, with a field of {', '.join(FIELDS)}"
                 )
+        if self.from_scratch is not None and self.lora_rank is not None:
+            raise InvalidInputError("--lora-rank and --from-scratch do not go together: random weights would stay")
         if self.packing and self.pad_to:
             raise InvalidInputError("--packing and --pad-to do not go together: packed rows have no common length")
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise InvalidInputError("--precision fp16 needs a GPU; expected fp32, bf16 or auto here")
-        if self.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        if self.precision == "bf16" and torch.cuda.is_available() and not _gpu_has_bf16():
             raise InvalidInputError("--precision bf16 needs a newer GPU than this one; take fp16 or auto")
 
     @property
@@ -222,7 +224,7 @@ class FinetuneConfig:
             return self.precision
         if not torch.cuda.is_available():
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if _gpu_has_bf16() else "fp16"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them, every default filled in, with the versions they ran on."""
@@ -236,3 +238,7 @@ class FinetuneConfig:
             "package_versions": {name: version(name) for name in packages},
         }
         return json.loads(json.dumps(values))
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)

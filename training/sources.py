@@ -7,12 +7,13 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from qa_onnx.errors import InvalidInputError, one_line
 from qa_onnx.squad import Example, GoldAnswer, parse_squad, read_json
@@ -22,8 +23,12 @@ Part = Literal["train", "eval"]
 SAMPLES = ("sample", "sample_v2")
 HUB_DATASETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 FIELDS = ("context", "question", "answers", "answer_start", "id", "title")
-"""Of a row of JSONL, CSV or the hub; `columns` maps them to other names. The first three have to be there."""
+"""Of a row of JSONL, CSV or the hub; `columns` maps them to other names."""
+REQUIRED = ("answers", "context", "question")
+SURPLUS = "(surplus fields)"
 MAX_NAMED_ROWS = 5
+MAX_CSV_FIELD = 2**31 - 1
+"""Characters; Python's own limit of 131,072 is less than some documents have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +141,20 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
-                reader = csv.DictReader(file)
+                csv.field_size_limit(MAX_CSV_FIELD)
+                reader = csv.DictReader(file, restkey=SURPLUS)
                 for row in reader:
-                    yield f"{path}: line {reader.line_num}", row
+                    filled = {name: field for name, field in row.items() if field is not None}  # not in a short row
+                    yield f"{path}: line {reader.line_num}", filled
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         yield f"{path}: line {number}", json.loads(line)
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         yield f"{path}: line {number}", None
+    except csv.Error as error:
+        raise InvalidInputError(f"{path}: line {reader.line_num + 1} is not CSV ({error}); mend its quotes") from error
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected a JSONL or CSV file") from error
     except UnicodeDecodeError as error:
@@ -156,7 +165,7 @@ def _rows_of_hub(name: str, part: Part) -> Iterator[tuple[str, Any]]:
     split = "train" if part == "train" else "validation"
     try:
         rows = load_dataset(HUB_DATASETS.get(name, name), split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
         raise InvalidInputError(
             f"{name!r} is no file, and its split {split!r} could not be loaded from the hub ({one_line(error)}). Check "
             "the name and the connection, or give a SQuAD JSON, JSONL or CSV file, or 'sample'"
@@ -180,27 +189,29 @@ def _examples(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str], skipp
 def _example(row: Any, place: str, columns: Mapping[str, str]) -> Example:
     if not isinstance(row, dict):
         raise InvalidInputError(f"{place}: expected a JSON object with context, question and answers")
-    values = {field: row.get(columns.get(field, field)) for field in FIELDS}
-    if "answers" not in columns and "answers" not in row:
-        values["answers"] = row.get("answer")
-        if "answer" not in row:
-            raise InvalidInputError(
-                f"{place}: no column 'answers' among {sorted(map(str, row))}; name it with --columns"
-            )
-    for field in ("context", "question"):
-        column = columns.get(field, field)
+    if SURPLUS in row:
+        raise InvalidInputError(
+            f"{place}: {len(row[SURPLUS])} fields more than the header has; expected as many. Quote text with commas"
+        )
+    named = {field: columns.get(field, field) for field in FIELDS}
+    if "answers" not in columns and "answers" not in row and "answer" in row:
+        named["answers"] = "answer"
+    for column in [*(named[field] for field in REQUIRED), *columns.values()]:
         if column not in row:
-            raise InvalidInputError(
-                f"{place}: no column {column!r} among {sorted(map(str, row))}; name it with --columns"
-            )
+            raise InvalidInputError(f"{place}: no column {column!r} among {sorted(row)}; name it with --columns")
+    values = {field: row.get(column) for field, column in named.items()}
+    for field in ("context", "question"):
         if not isinstance(values[field], str) or not values[field].strip():
-            raise InvalidInputError(f"{place}: {column} is {values[field]!r}; expected some text")
-        if any("\ud800" <= character <= "\udfff" for character in values[field]):
-            raise InvalidInputError(f"{place}: {column} has a lone surrogate; expected text that is UTF-8")
+            raise InvalidInputError(f"{place}: {named[field]} is {values[field]!r}; expected some text")
     texts, starts = _answers(values["answers"], values["answer_start"], place)
-    context = values["context"]
+    context, name = values["context"], values["id"]
+    name = place if name in (None, "") else str(name)
+    strings = {"context": [context], "question": [values["question"]], "id": [name], "answers": texts}
+    for field, found in strings.items():
+        if any("\ud800" <= character <= "\udfff" for text in found for character in text):
+            raise InvalidInputError(f"{place}: {named[field]} has a lone surrogate; expected text that is UTF-8")
     return Example(
-        id=str(values["id"] if values["id"] is not None else place),
+        id=name,
         title=str(values["title"] or ""),
         context=context,
         question=values["question"],
@@ -213,8 +224,8 @@ def _example(row: Any, place: str, columns: Mapping[str, str]) -> Example:
 
 def _answers(value: Any, start: Any, place: str) -> tuple[list[str], list[int | None]]:
     """Texts and starts of whatever stands for answers: a text, a list of texts, SQuAD's lists, or objects."""
-    if isinstance(value, dict):
-        texts, starts = value.get("text"), value.get("answer_start")
+    if isinstance(value, dict) and "text" in value:
+        texts, starts = value["text"], value.get("answer_start")
     elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         texts, starts = [item.get("text") for item in value], [item.get("answer_start") for item in value]
     else:
@@ -231,7 +242,7 @@ def _answers(value: Any, start: Any, place: str) -> tuple[list[str], list[int | 
     for given in starts:
         try:
             numbers.append(None if given is None or given == "" else int(given))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InvalidInputError(f"{place}: answer_start is {given!r}; expected a whole number") from None
     if len(numbers) != len(texts):
         raise InvalidInputError(f"{place}: {len(texts)} answers and {len(numbers)} of answer_start; expected as many")
@@ -254,14 +265,3 @@ def _checked(example: Example) -> tuple[Example, int, int]:
             absent += 1
             answers.append(answer)
     return replace(example, answers=tuple(answers)), repaired, absent
-
-
-def by_length(values: Sequence[int], step: int) -> dict[int, int]:
-    """Counts values in classes of `step`: class's first value to count, gaps included."""
-    if not values:
-        return {}
-    first, last = min(values) // step, max(values) // step
-    counts = dict.fromkeys((number * step for number in range(first, last + 1)), 0)
-    for value in values:
-        counts[value // step * step] += 1
-    return counts

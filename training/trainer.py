@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from qa_onnx.errors import QAOnnxError
 from qa_onnx.metrics import evaluate
@@ -28,7 +28,8 @@ from training.settings import FinetuneConfig
 
 COMPLETE_NAME = "complete.json"
 """Written last into a checkpoint: the size in bytes of each file in it."""
-BAD_BATCH_NAME, PREDICTIONS_NAME = "bad-batch.safetensors", "predictions.json"
+BAD_BATCH_NAME, PREDICTIONS_NAME = "bad-batch-{}.safetensors", "predictions.json"
+"""The first one is of the process with that number."""
 BEST_PREFIX = "best"
 
 
@@ -105,10 +106,15 @@ class GenerationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.best()["step"] == self.state.global_step:
             self._keep(model, answers)
-        since_best = sum(row["step"] > self.best()["step"] for row in self.evaluations())
-        if self._config.patience is not None and since_best >= self._config.patience:
+        if self.is_patience_used_up():
             self.control.should_training_stop = True
         return metrics
+
+    def is_patience_used_up(self) -> bool:
+        """Whether `patience` evaluations in a row were not better than one before them."""
+        scores = [row["f1"] for row in self.evaluations()]
+        patience = self._config.patience
+        return patience is not None and bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
@@ -120,15 +126,16 @@ class GenerationTrainer(Trainer):
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            path = self._config.output / BAD_BATCH_NAME
+            path = self._config.output / BAD_BATCH_NAME.format(self.args.process_index)
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()}, path)
-            raise self._diverged(f"the loss is {loss.item()} after step {self.state.global_step}", f"saved in {path}")
+            step = self.state.global_step
+            raise self._diverged(f"the loss is {loss.item()} after step {step}; its batch was saved to {path}")
         return loss
 
-    def _diverged(self, what: str, batch: str) -> TrainingError:
+    def _diverged(self, what: str) -> TrainingError:
         checkpoint = last_checkpoint(self._config.output)
         return TrainingError(
-            f"{what}. The batch: {batch}. The last good checkpoint: {checkpoint or 'none was written yet'}. Lower "
+            f"{what}. The last good checkpoint: {checkpoint or 'none was written yet'}. Lower "
             "--learning-rate, raise --warmup, or train in fp32 or bf16 rather than fp16, in another --output"
         )
 
@@ -157,7 +164,7 @@ class GenerationTrainer(Trainer):
         """Writes a checkpoint, marks it as whole, and only then deletes what is no longer needed."""
         weights = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in weights):
-            raise self._diverged(f"weights are no numbers any more at step {self.state.global_step}", "it went well")
+            raise self._diverged(f"weights are no numbers any more after step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
@@ -182,6 +189,8 @@ def whole_checkpoints(output: Path) -> list[Path]:
     """The checkpoints that were written whole, the oldest first; a kill in the middle of one leaves it out."""
     found = []
     for marker in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_NAME}"):
+        if not marker.parent.name.rsplit("-", 1)[1].isdecimal():  # somebody's copy
+            continue
         sizes = json.loads(marker.read_text(encoding="utf-8"))
         files = {name: marker.parent / name for name in sizes}
         if all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items()):
@@ -195,10 +204,18 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 class StopWhenAsked(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once.
+
+    A checkpoint at the end of an epoch waits for the evaluation there, which a resumed run would leave out otherwise.
+
+    Attributes:
+        stopped: Whether training ended so, in all processes alike.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.stopped = False
+        self._asked = False
+        self._save_after_evaluation = False
         self._before: dict[int, Any] = {}
 
     def on_train_begin(
@@ -210,21 +227,24 @@ class StopWhenAsked(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Saves and stops if somebody asked for it, all processes after the same step."""
+        self.stopped = self._asked
         if args.world_size > 1:
-            asked = torch.tensor(float(self.asked), device=args.device)
+            asked = torch.tensor(float(self._asked), device=args.device)
             torch.distributed.all_reduce(asked)
-            self.asked = asked.item() > 0
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False
+            self.stopped = asked.item() > 0
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+        if args.eval_strategy == IntervalStrategy.EPOCH and _is_at_epochs_end(state):
+            self._save_after_evaluation, control.should_save = control.should_save, False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves the evaluation out after a stop: it can take minutes, and the resumed run will do it."""
-        if self.asked:
+        """Leaves the evaluation out where a stop came before the epoch's end."""
+        if self.stopped and not _is_at_epochs_end(state):
             control.should_evaluate = False
+        if self._save_after_evaluation:
+            self._save_after_evaluation, control.should_save = False, True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -235,5 +255,9 @@ class StopWhenAsked(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, self._before[number])
-        self.asked = True
+        self._asked = True
         sys.stderr.write("\nstopping after this step, with a checkpoint; once more stops at once\n")
+
+
+def _is_at_epochs_end(state: TrainerState) -> bool:
+    return float(state.epoch).is_integer() or state.global_step >= state.max_steps

@@ -28,6 +28,7 @@ from qa_onnx.windows import encode_windows
 from tests.conftest import ROOT
 from training import finetune, model, trainer
 from training.data import Collator, LengthGroupedSampler, RowSettings, cached_rows, target_answer, tokenize
+from training.starter import pretrain
 from training.starter.sample import generate, with_unanswerable
 from training.trainer import last_checkpoint
 
@@ -99,8 +100,23 @@ def test_an_answer_in_other_words_is_trained_on_once(tokenizer):
 
 
 def test_a_question_that_cannot_fit_is_named(tokenizer):
-    with pytest.raises(PromptTooLongError, match=r"question 0 has \d+ tokens.*Shorten"):
-        tokenize([example(question="why " * 300 + "?")], tokenizer, RowSettings(max_positions=256))
+    examples = [example(), example(id="x7", question="why " * 300 + "?")]
+    with pytest.raises(PromptTooLongError, match=r"question x7 has \d+ tokens.*Shorten"):
+        tokenize(examples, tokenizer, RowSettings(max_positions=256))
+
+
+def test_questions_that_cannot_fit_are_skipped_and_counted_when_asked(tiny_model_dir, tmp_path, capsys):
+    data = generate("train", questions=20)
+    pretrain.paragraphs_of(data)[0]["qas"][0].update(id="x7", question="why " * 300 + "?")
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    arguments = ["--model", tiny_model_dir, "--train", tmp_path / "data.json", "--eval", "sample"]
+    arguments += ["--limit-eval", 2, "--max-steps", 1, "--output", tmp_path / "out"]
+    assert run_finetune(*arguments) == 2
+    assert "question x7 has" in capsys.readouterr().err
+    assert run_finetune(*arguments, "--skip-bad-rows") == 0
+    assert "skipped 1 questions that do not fit, the first: question x7 has" in capsys.readouterr().err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["train_questions"], metrics["questions_that_do_not_fit"]) == (19, 1)
 
 
 def test_batches_are_padded_to_their_longest_row():
@@ -436,6 +452,85 @@ def test_a_package_that_is_not_there_is_named_before_anything_is_written(tmp_pat
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def two_epochs(tiny_model_dir, tmp_path_factory):
+    """Two epochs of 4 steps, each ended by a checkpoint and an evaluation: settings, and an undisturbed run."""
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--eval-at-start"]
+    arguments += ["--epochs", 2, "--limit-train", 64, "--limit-eval", 3, "--save-steps", 2]
+    output = tmp_path_factory.mktemp("two-epochs") / "model"
+    assert run_finetune(*arguments, "--output", output) == 0
+    return arguments, output
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing but the files is left."""
+
+
+def went_on_as_if_never_ended(arguments, output, expected):
+    """The same command, started again, makes the weights and the evaluations of the undisturbed run."""
+    assert run_finetune(*arguments, "--output", output) == 0
+    found, wanted = (json.loads((path / "metrics.json").read_text()) for path in (output, expected))
+    assert found["evaluations"] == wanted["evaluations"]
+    assert (found["steps"], found["best_step"]) == (wanted["steps"], wanted["best_step"])
+    weights, whole = (load_file(path / "model.safetensors") for path in (output, expected))
+    return all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("step", [0, 4, 8])
+def test_an_end_while_answering_loses_no_evaluation(two_epochs, tmp_path, monkeypatch, step):
+    arguments, expected = two_epochs
+    with monkeypatch.context() as patched:
+
+        def generate_answers(model, *rest, **options):
+            if current[0].state.global_step == step:
+                raise Killed
+            return real(model, *rest, **options)
+
+        current, real, start = [], trainer.generate_answers, trainer.GenerationTrainer.__init__
+        patched.setattr(trainer, "generate_answers", generate_answers)
+        patched.setattr(
+            trainer.GenerationTrainer,
+            "__init__",
+            lambda self, **options: (current.append(self), start(self, **options))[1],
+        )
+        with pytest.raises(Killed):
+            run_finetune(*arguments, "--output", tmp_path / "out")
+    assert went_on_as_if_never_ended(arguments, tmp_path / "out", expected)
+
+
+def test_an_end_while_finishing_does_not_train_on_when_patience_is_used_up(two_epochs, tmp_path, monkeypatch):
+    arguments, expected = [*two_epochs[0], "--patience", 1], tmp_path / "expected"
+    assert run_finetune(*arguments, "--output", expected) == 0
+    assert json.loads((expected / "metrics.json").read_text())["steps"] == 4  # F1 stays 0: the second was the last
+
+    def write_report(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "write_report", write_report)
+        with pytest.raises(Killed):
+            run_finetune(*arguments, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert went_on_as_if_never_ended(arguments, tmp_path / "out", expected)
+
+
+def test_checkpoints_of_something_else_are_left_alone(tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoint-500").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-500" / "model.safetensors").write_text("precious")
+    arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune(*arguments, "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 2
+    assert "checkpoint-500 is in it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint-500" / "model.safetensors").read_text() == "precious"
+
+
+def test_several_gpus_want_a_process_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    sources = ["--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
+    assert run_finetune("--model", "starter", *sources) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+
+
 def test_lora_trains_thin_matrices_and_leaves_a_plain_model_that_exports(tiny_model_dir, tmp_path):
     arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
     options = ["--lora-rank", 4, "--learning-rate", 0.01, "--max-steps", 3, "--limit-train", 64, "--limit-eval", 4]
@@ -494,7 +589,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_batch_and_the_last_check
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"the loss is (nan|inf) after step 1", error)
     assert str(tmp_path / "out" / "checkpoint-1") in error
-    batch = load_file(tmp_path / "out" / "bad-batch.safetensors")
+    batch = load_file(tmp_path / "out" / "bad-batch-0.safetensors")
     assert batch["input_ids"].shape == batch["labels"].shape
 
 
@@ -515,7 +610,7 @@ def test_settings_of_training_reach_the_optimizer(tiny_model_dir, tmp_path, monk
 
     def stop_at_once(trainer, config, checkpoint):
         made.append(trainer)
-        trainer.stop.asked = True
+        trainer.stop.stopped = True
 
     monkeypatch.setattr(finetune, "_train", stop_at_once)
     arguments = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--output", tmp_path / "out"]
@@ -610,7 +705,7 @@ def test_the_report_and_the_card_say_what_was_done(finetuned):
     ("change", "options", "message"),
     [
         ("vocabulary", [], r"tokenizer of .* has 600 tokens and its model embeds 500"),
-        ("no end-of-text", [], r"601 tokens and its model embeds 600|no <\|endoftext\|> token"),
+        ("no end-of-text", [], r"no <\|endoftext\|> among the 600 tokens of its model"),
         ("positions", [], r"no model could be loaded"),
         ("", ["--max-length", "300"], r"--max-length 300; the model has 256 positions"),
         ("", ["--pad-to", "512"], r"--pad-to 512; the model has 256 positions"),

@@ -12,7 +12,8 @@ from qa_onnx.errors import InvalidInputError
 from qa_onnx.squad import Example, GoldAnswer
 from tests.conftest import ROOT
 from training import finetune, sources
-from training.sources import Source, by_length, load_source, weighted
+from training.overview import by_length
+from training.sources import Source, load_source, weighted
 
 CONTEXT = "Mara founded Tolvik in 1803. It lies at the sea, and Mara lives there."
 ROWS = [
@@ -210,6 +211,52 @@ def test_bad_rows_are_named_and_skipped_only_when_asked(tmp_path, name):
     for found, place in zip(source.bad_rows, places, strict=True):
         assert place in found
     assert len(source.warnings()) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"answers": "Mara"}, {"answers": "reply"}, "no column 'reply'"),
+        ({"answers": "Mara"}, {"title": "heading"}, "no column 'heading'"),
+        ({}, {}, "no column 'answers'"),
+        ({"answers": {"txt": ["Mara"]}}, {}, "answers are"),
+        ({"answers": "Ma\ud800ra"}, {}, "lone surrogate"),
+        ({"answers": "Mara", "id": "\ud800"}, {}, "lone surrogate"),
+        ({"answers": "Mara", "answer_start": float("inf")}, {}, "answer_start is inf"),
+    ],
+)
+def test_what_would_be_trained_on_wrongly_is_refused(tmp_path, row, columns, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"context": CONTEXT, "question": "Who founded Tolvik?", **row}))
+    with pytest.raises(InvalidInputError, match=message):
+        load_source(str(path), "train", columns=columns)
+
+
+def test_rows_of_csv_with_too_many_or_too_few_fields_and_files_that_are_none_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    for row, message in (("a, b,c,d", "line 2: 1 fields more than the header"), ("a,b", "line 2: no column 'answers'")):
+        path.write_text(f"context,question,answers\n{row}\n")
+        with pytest.raises(InvalidInputError, match=message):
+            load_source(str(path), "train")
+    path.write_text(f"context,question,answers\na,b,{'c' * 99}\n")
+    monkeypatch.setattr(sources, "MAX_CSV_FIELD", 50)
+    with pytest.raises(InvalidInputError, match=r"line 2 is not CSV .*field larger than field limit"):
+        load_source(str(path), "train")
+
+
+def test_a_long_document_fits_into_a_field_and_an_empty_id_is_filled_in(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"id,context,question,answers\n,{'word ' * 40_000},Who?,word\n,Mara did.,Who?,Mara\n")
+    first, second = load_source(str(path), "train").examples
+    assert len(first.context) == 200_000
+    assert (first.id, second.id) == (f"{path}: line 2", f"{path}: line 3")
+
+
+def test_json_that_is_nested_too_deeply_is_a_bad_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InvalidInputError, match="line 1: expected a JSON object"):
+        load_source(str(path), "train")
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "squad.json"])
