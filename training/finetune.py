@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import TrainerState, TrainingArguments, set_seed
+from transformers import GPT2TokenizerFast, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -80,58 +81,22 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         model, tokenizer = build_model(config.from_scratch, str(config.tokenizer), dropout=config.dropout)
     else:
         model, tokenizer = load_model(str(config.model), dropout=config.dropout)
-    positions = model.config.n_positions
-    for name, tokens in (("--max-length", config.max_length or positions), ("--pad-to", config.pad_to)):
-        if tokens > positions:
-            raise InvalidInputError(
-                f"got {name} {tokens}; the model has {positions} positions, expected at most as many"
-            )
-    max_length = config.max_length or positions
     with arguments.main_process_first(desc="loading the data"):
-        sources = _load_sources(config)
-        eval_source = load_source(config.eval, "eval", columns=_columns(config), skip_bad_rows=config.skip_bad_rows)
-        weights = config.weights or (1.0,) * len(sources)
-        pairs = zip(sources, weights, strict=True)
-        train_examples = [example for source, weight in pairs for example in weighted(source, weight, config.seed)]
-        train_examples = train_examples[: config.limit_train]
-        if not train_examples:
-            raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
-        eval_examples = list(eval_source.examples[: config.limit_eval])
-        row_settings = RowSettings(
-            loss_on=config.loss_on,
-            text_loss_share=config.text_loss_share,
-            max_positions=max_length,
-            packing=config.packing,
-        )
-        problems: list[str] = []
-        try:
-            rows = cached_rows(train_examples, tokenizer, row_settings, cache_dir=config.cache_dir)
-        except PromptTooLongError:
-            if not config.skip_bad_rows:
-                raise
-            found = [too_long(example, tokenizer, row_settings) for example in train_examples]
-            train_examples = [example for example, problem in zip(train_examples, found, strict=True) if not problem]
-            problems = [problem for problem in found if problem]
-            if not train_examples:
-                raise
-            rows = cached_rows(train_examples, tokenizer, row_settings, cache_dir=config.cache_dir)
-    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
-    overview = overview_of(rows, config)
+        data = _load_data(config, tokenizer, model.config.n_positions)
+    overview = overview_of(data.rows, config)
     if arguments.should_save:
-        for warning in (line for source in (*sources, eval_source) for line in source.warnings()):
+        for warning in data.warnings():
             sys.stderr.write(f"warning: {warning}\n")
-        if problems:
-            sys.stderr.write(f"warning: skipped {len(problems)} questions that do not fit, the first: {problems[0]}\n")
     if dry_run:
         if arguments.should_save:
-            print(describe([*sources, eval_source], rows, overview, tokenizer))
+            print(describe([*data.sources, data.eval_source], data.rows, overview, tokenizer))
         return None
     settings = {
         **config.to_dict(),
         "processes": arguments.world_size,
         "data": {
-            "train": [[source.name, source.sha256] for source in sources],
-            "eval": [eval_source.name, eval_source.sha256],
+            "train": [[source.name, source.sha256] for source in data.sources],
+            "eval": [data.eval_source.name, data.eval_source.sha256],
         },
     }
     checkpoint = _checkpoint_to_go_on_from(config, settings)
@@ -148,21 +113,21 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         else with_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
         arguments=arguments,
         tokenizer=tokenizer,
-        train_rows=rows,
-        eval_examples=eval_examples,
+        train_rows=data.rows,
+        eval_examples=data.eval_examples,
         config=config,
     )
-    if checkpoint is not None:  # `train` would make a step before it looks whether there is anything left to do
+    if checkpoint is not None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if not trainer.is_patience_used_up():
+    if checkpoint is None or not trainer.is_at_its_end():  # else `train` would make one more step
         _train(trainer, config, checkpoint)
     if trainer.stop.stopped:
         return None
     best, history = trainer.best(), history_of(trainer.state.log_history)
     metrics = {
-        "train_questions": len(train_examples),
-        "questions_that_do_not_fit": len(problems),
-        "eval_questions": len(eval_examples),
+        "train_questions": data.train_questions,
+        "questions_that_do_not_fit": len(data.too_long),
+        "eval_questions": len(data.eval_examples),
         "steps": trainer.state.global_step,
         "best_step": best["step"],
         "losses": [[row["step"], row["loss"]] for row in history if "loss" in row],
@@ -178,12 +143,12 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         write_report(
             config.output,
             config=config,
-            sources=sources,
-            eval_source=eval_source,
+            sources=data.sources,
+            eval_source=data.eval_source,
             overview=overview,
             metrics=metrics,
             history=history,
-            worst=worst_examples(eval_examples, answers),
+            worst=worst_examples(data.eval_examples, answers),
         )
         for prefix in (PREFIX_CHECKPOINT_DIR, BEST_PREFIX):
             for path in config.output.glob(f"{prefix}-*"):
@@ -192,13 +157,76 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
     return metrics
 
 
-def _columns(config: FinetuneConfig) -> dict[str, str]:
-    return dict(column.split("=", 1) for column in config.columns)
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run trains on and is evaluated with.
+
+    Attributes:
+        sources: Of training questions, as given.
+        eval_source: Of questions to evaluate with.
+        eval_examples: These, as many as are wanted.
+        rows: Tokenised training rows.
+        train_questions: How many questions are in them.
+        too_long: What is wrong with each that was skipped because it fits into no window.
+    """
+
+    sources: list[Source]
+    eval_source: Source
+    eval_examples: list[Example]
+    rows: datasets.Dataset
+    train_questions: int
+    too_long: list[str]
+
+    def warnings(self) -> list[str]:
+        """What a user has to know, a line each."""
+        lines = [line for source in (*self.sources, self.eval_source) for line in source.warnings()]
+        if self.too_long:
+            lines.append(f"skipped {len(self.too_long)} questions that do not fit, the first: {self.too_long[0]}")
+        return lines
 
 
-def _load_sources(config: FinetuneConfig) -> list[Source]:
-    options = {"columns": _columns(config), "skip_bad_rows": config.skip_bad_rows}
-    return [load_source(name, "train", **options) for name in config.train]
+def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: int) -> Data:
+    max_length = config.max_length or positions
+    for name, tokens in (("--max-length", max_length), ("--pad-to", config.pad_to)):
+        if tokens > positions:
+            raise InvalidInputError(
+                f"got {name} {tokens}; the model has {positions} positions, expected at most as many"
+            )
+    columns = dict(column.split("=", 1) for column in config.columns)
+    options = {"columns": columns, "skip_bad_rows": config.skip_bad_rows}
+    sources = [load_source(name, "train", **options) for name in config.train]
+    eval_source = load_source(config.eval, "eval", **options)
+    eval_examples = list(eval_source.examples[: config.limit_eval])
+    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
+    weights = config.weights or (1.0,) * len(sources)
+    pairs = zip(sources, weights, strict=True)
+    examples = [example for source, weight in pairs for example in weighted(source, weight, config.seed)]
+    examples = examples[: config.limit_train]
+    if not examples:
+        raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
+    settings = RowSettings(
+        loss_on=config.loss_on,
+        text_loss_share=config.text_loss_share,
+        max_positions=max_length,
+        packing=config.packing,
+    )
+    problems: list[str | None] = []
+    try:
+        rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
+    except PromptTooLongError:
+        problems = [too_long(example, tokenizer, settings) for example in examples]
+        if not config.skip_bad_rows or all(problems):
+            raise
+        examples = [example for example, problem in zip(examples, problems, strict=True) if problem is None]
+        rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
+    return Data(
+        sources=sources,
+        eval_source=eval_source,
+        eval_examples=eval_examples,
+        rows=rows,
+        train_questions=len(examples),
+        too_long=[problem for problem in problems if problem is not None],
+    )
 
 
 def _check_eval(examples: Sequence[Example], tokenizer: Any, max_length: int, max_new_tokens: int) -> None:

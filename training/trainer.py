@@ -110,6 +110,10 @@ class GenerationTrainer(Trainer):
             self.control.should_training_stop = True
         return metrics
 
+    def is_at_its_end(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.state.global_step >= self.state.max_steps or self.is_patience_used_up()
+
     def is_patience_used_up(self) -> bool:
         """Whether `patience` evaluations in a row were not better than one before them."""
         scores = [row["f1"] for row in self.evaluations()]
@@ -207,6 +211,7 @@ class StopWhenAsked(TrainerCallback):
     """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once.
 
     A checkpoint at the end of an epoch waits for the evaluation there, which a resumed run would leave out otherwise.
+    The last step is always evaluated.
 
     Attributes:
         stopped: Whether training ended so, in all processes alike.
@@ -234,6 +239,8 @@ class StopWhenAsked(TrainerCallback):
             self.stopped = asked.item() > 0
         if self.stopped:
             control.should_save = control.should_training_stop = True
+        if args.eval_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_evaluate = True
         if args.eval_strategy == IntervalStrategy.EPOCH and _is_at_epochs_end(state):
             self._save_after_evaluation, control.should_save = control.should_save, False
 

@@ -498,10 +498,19 @@ def test_an_end_while_answering_loses_no_evaluation(two_epochs, tmp_path, monkey
     assert went_on_as_if_never_ended(arguments, tmp_path / "out", expected)
 
 
-def test_an_end_while_finishing_does_not_train_on_when_patience_is_used_up(two_epochs, tmp_path, monkeypatch):
-    arguments, expected = [*two_epochs[0], "--patience", 1], tmp_path / "expected"
+@pytest.mark.parametrize(
+    ("options", "steps", "evaluated"),
+    [
+        (["--patience", 1], 4, [0, 4]),  # F1 stays 0: the second is the last
+        (["--max-steps", 3], 3, [0, 3]),
+        (["--max-steps", 5, "--eval-steps", 3], 5, [0, 3, 5]),
+    ],
+)
+def test_an_end_while_finishing_does_not_train_on(two_epochs, tmp_path, monkeypatch, options, steps, evaluated):
+    arguments, expected = [*two_epochs[0], *options], tmp_path / "expected"
     assert run_finetune(*arguments, "--output", expected) == 0
-    assert json.loads((expected / "metrics.json").read_text())["steps"] == 4  # F1 stays 0: the second was the last
+    metrics = json.loads((expected / "metrics.json").read_text())
+    assert (metrics["steps"], [row["step"] for row in metrics["evaluations"]]) == (steps, evaluated)
 
     def write_report(*_, **__):
         raise Killed

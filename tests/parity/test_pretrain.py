@@ -75,6 +75,16 @@ def test_the_first_head_looks_at_the_token_before_at_any_position(written):
     assert attention.diagonal(offset=-1, dim1=1, dim2=2).min() > 0.9
 
 
+def test_what_came_behind_the_same_token_before_is_looked_at(written):
+    piece = torch.randperm(1800)[:40] + 100
+    ids = piece.repeat(3)[None]
+    written.set_attn_implementation("eager")
+    attention = written(input_ids=ids, output_attentions=True).attentions[1][0, 2]
+    written.set_attn_implementation("sdpa")
+    behind = [attention[place, [place - 39, max(0, place - 79)]].sum().item() for place in range(40, 120)]
+    assert sum(behind) / len(behind) > 0.3  # chance is 0.03
+
+
 def test_words_of_a_question_find_themselves_in_the_passage(rows, attentions):
     shares = []
     for index, row in enumerate(rows[:8]):

@@ -115,15 +115,14 @@ def first_model(tokenizer: GPT2TokenizerFast, vectors: torch.Tensor, rarity: tor
         block.attn.c_proj.weight.zero_()
         block.mlp.c_proj.weight.zero_()
 
-    previous = Head(model, 0, 0)
-    sharp = slice(6, None)
-    _look_back(previous, 1, sharp, logit=22.0)
-    _copy(previous, gain=1.0)
-    read, written = previous.value[FREE].clone(), previous.output[:, FREE].T / SCALE
-    for number, (by, frequencies, logit, gain) in enumerate(((3, slice(9, 15), 6.0, 1.5), (2, sharp, 22.0, 0.8)), 1):
-        head = Head(model, 0, number)
-        _look_back(head, by, frequencies, logit=logit)
-        _copy(head, gain=gain)
+    previous, near, before = (Head(model, 0, number) for number in range(3))
+    _look_back(previous, 1, slice(6, None), logit=22.0)
+    _look_back(near, 3, slice(9, 15), logit=6.0)
+    _look_back(before, 2, slice(6, None), logit=22.0)
+    read, written = _directions(HEAD_SIZE), _directions(HEAD_SIZE)
+    _copy(previous, read, written, gain=1.0)
+    _copy(near, _directions(HEAD_SIZE), _directions(HEAD_SIZE), gain=1.5)
+    _copy(before, _directions(HEAD_SIZE), gain=0.8)
     _tell_sides(Head(model, 0, 3), tokenizer, vectors)
     for number, gain in enumerate((1.2, 0.8)):
         _match(Head(model, 1, number), gain)
@@ -132,7 +131,7 @@ def first_model(tokenizer: GPT2TokenizerFast, vectors: torch.Tensor, rarity: tor
         gain = math.sqrt(REPEAT_LOGIT * math.sqrt(HEAD_SIZE) / HEAD_SIZE)
         head.query.zero_()[FREE] = gain * read
         head.key.zero_()[FREE] = gain * written
-        _copy(head, gain=1.0)
+        _copy(head, _directions(HEAD_SIZE), gain=1.0)
     asked = _gather(Head(model, 2, 0))
     for place in POINT_HEADS:
         _point(Head(model, *place), asked)
@@ -184,11 +183,10 @@ def _look_back(head: Head, by: int, frequencies: slice, *, logit: float) -> None
     head.key.zero_()[PLACE, :WAVES] = gain * torch.eye(WAVES)
 
 
-def _copy(head: Head, *, gain: float) -> None:
-    """Writes what is found back into the directions that it was read from."""
-    read = _directions(HEAD_SIZE)
+def _copy(head: Head, read: torch.Tensor, written: torch.Tensor | None = None, *, gain: float) -> None:
+    """Writes what is found; back into the directions that it was read from, it makes that token likelier to be next."""
     head.value.zero_()[FREE] = read
-    head.output.zero_()[:, FREE] = gain * SCALE * read.T
+    head.output.zero_()[:, FREE] = gain * SCALE * (read if written is None else written).T
 
 
 def _tell_sides(head: Head, tokenizer: GPT2TokenizerFast, vectors: torch.Tensor) -> None:
@@ -255,4 +253,4 @@ def _point(head: Head, asked: tuple[torch.Tensor, torch.Tensor]) -> None:
         weight[FREE, own] += sign * OWN_WORDS_GAIN * directions[:, : own.stop - own.start]
         weight[waves, :VOTE_WAVES] = votes
     _only(head, -1.0)
-    _copy(head, gain=1.0)
+    _copy(head, _directions(HEAD_SIZE), gain=1.0)
