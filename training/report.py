@@ -91,7 +91,7 @@ def _draw(output: Path, history: Sequence[dict[str, Any]], overview: Overview) -
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(["exact match", "F1"], frameon=False)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * max(row["f1"] for row in history if "f1" in row) + 1.0)
     figure.savefig(output / "training.png", dpi=120)
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -160,9 +160,9 @@ def _report(
             data,
         ),
         "",
-        f"{overview.rows} rows with {overview.questions} questions, {overview.windows} of them about a part of a long "
-        f"passage; {overview.tokens} tokens, {overview.counted} of them in the loss; {overview.padding:.1%} of a batch "
-        "is padding.",
+        f"Trained on {metrics['train_questions']} questions of these: {overview.rows} rows with {overview.questions} "
+        f"questions, {overview.windows} of them about a part of a long passage; {overview.tokens} tokens, "
+        f"{overview.counted} of them in the loss; {overview.padding:.1%} of a batch is padding.",
         "",
         "![lengths of the rows](lengths.png)",
         "",
@@ -209,7 +209,7 @@ def _card(config: FinetuneConfig, sources: Sequence[Source], eval_source: Source
         model_name=name,
         eval_results=results,
     )
-    trained_on = ", ".join(f"{source.name} ({len(source.examples)} questions)" for source in sources)
+    trained_on = f"{metrics['train_questions']} questions of {', '.join(source.name for source in sources)}"
     prompt = PROMPT_TEMPLATE.replace("\n", "\\n")
     body = f"""
 # {name}

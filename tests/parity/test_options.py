@@ -38,12 +38,13 @@ def texts_of(examples):
     return [example.question for example in examples], [example.context for example in examples]
 
 
-def generate(model, tokenizer, examples, **options):
+def generate(model, tokenizer, examples, *, batch_size=20, **options):
     """transformers' greedy answers to examples, in batches."""
     prompts = encode_prompts(tokenizer.backend_tokenizer, *texts_of(examples))
     texts = []
-    for first in range(0, len(prompts), 20):
-        input_ids, mask = pad_left([prompt.ids for prompt in prompts[first : first + 20]], tokenizer.eos_token_id)
+    for first in range(0, len(prompts), batch_size):
+        rows = [prompt.ids for prompt in prompts[first : first + batch_size]]
+        input_ids, mask = pad_left(rows, tokenizer.eos_token_id)
         config = TorchConfig(
             do_sample=False, pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, **options
         )
@@ -60,7 +61,9 @@ def generate(model, tokenizer, examples, **options):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_no_repeat_ngram_size_is_transformers(starter, answerer, heldout_file, size):
     examples = read_squad(heldout_file)
-    expected = generate(*starter, examples, max_new_tokens=12, no_repeat_ngram_size=size)
+    # With single tokens transformers also forbids the padding, which is the end-of-text: rows are padded no more then.
+    batch_size = 1 if size == 1 else 20
+    expected = generate(*starter, examples, batch_size=batch_size, max_new_tokens=12, no_repeat_ngram_size=size)
     config = GenerationConfig(max_new_tokens=12, no_repeat_ngram_size=size)
     assert [answer.text for answer in answerer.answer_batch(*texts_of(examples), config=config)] == expected
     assert expected != generate(*starter, examples, max_new_tokens=12)
@@ -91,7 +94,9 @@ def test_the_probabilities_of_draws_are_transformers(temperature, top_k, top_p):
 
 
 def test_draws_follow_the_models_probabilities_and_their_seed(answerer, heldout_file):
-    example = read_squad(heldout_file)[0]
+    examples = read_squad(heldout_file)
+    scores = [answer.score for answer in answerer.answer_batch(*texts_of(examples), max_new_tokens=6)]
+    example = min(zip(examples, scores, strict=True), key=lambda pair: abs(pair[1] - 0.5))[0]  # not all but sure
     pair = [example.question], [example.context]
 
     def draw(seed, temperature):
@@ -134,7 +139,7 @@ def test_scores_are_what_pytorch_says(starter, answerer, heldout_file):
 
 def test_grounded_answers_stand_in_the_passage_and_spans_stay_as_they_were(answerer, heldout_file):
     examples = read_squad(heldout_file)
-    # Before it is fine-tuned the starter does not end its answers: short ones are cut where a word may end.
+    # Short answers are cut where a word may end.
     free = answerer.answer_batch(*texts_of(examples), max_new_tokens=2)
     config = GenerationConfig(grounded=True, max_new_tokens=2)
     grounded = answerer.answer_batch(*texts_of(examples), config=config)
