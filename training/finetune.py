@@ -35,7 +35,8 @@ from training.settings import (
     FREE_TO_CHANGE,
     LEARNING_RATE_LORA,
     LEARNING_RATE_PRETRAINED,
-    LEARNING_RATE_SMALL,
+    LEARNING_RATE_RANDOM,
+    LEARNING_RATE_STARTER,
     PRECISIONS,
     RECIPES,
     SCHEDULES,
@@ -416,7 +417,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(recipe, "batch_size", "rows, of each process", type=int)
     add(recipe, "gradient_accumulation", "batches to a step", type=int)
     rates = (
-        f"{LEARNING_RATE_PRETRAINED}; {LEARNING_RATE_LORA} with LoRA; {LEARNING_RATE_SMALL} for starter, from scratch"
+        f"{LEARNING_RATE_PRETRAINED}; {LEARNING_RATE_LORA} with LoRA; {LEARNING_RATE_STARTER} for starter; "
+        f"{LEARNING_RATE_RANDOM} from scratch"
     )
     recipe.add_argument("--learning-rate", type=float, help=f"peak (default: {rates})")
     add(recipe, "schedule", "how the learning rate falls", choices=SCHEDULES)

@@ -21,8 +21,8 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LEARNING_RATE_PRETRAINED, LEARNING_RATE_LORA = 5e-5, 2e-4
-LEARNING_RATE_SMALL = 5e-4
-"""For `starter` and for random weights: small or young models learn with steps that would wreck a pretrained GPT-2."""
+LEARNING_RATE_STARTER, LEARNING_RATE_RANDOM = 1e-4, 5e-4
+"""The smaller the model and the younger its weights, the larger the steps that it learns with."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Radford et al. (2018) fine-tuned the first GPT so: 3 epochs, batches of 32, 6.25e-5, a short warm-up. Eight packed
@@ -91,7 +91,7 @@ class FinetuneConfig:
         max_steps: Optimizer steps after which to stop; -1 leaves it to `epochs`.
         batch_size: Rows of a batch, of each process.
         gradient_accumulation: Batches to an optimizer step.
-        learning_rate: Peak; None is 5e-5, 2e-4 with LoRA, 5e-4 for `starter` and random weights.
+        learning_rate: Peak; None is 5e-5, 2e-4 with LoRA, 1e-4 for `starter`, 5e-4 for random weights.
         schedule: How the learning rate falls to 0 after the warm-up, or stays.
         warmup: Share of the steps in which the learning rate rises.
         weight_decay: Of weight matrices; biases and norms have none.
@@ -215,7 +215,9 @@ class FinetuneConfig:
             return self.learning_rate
         if self.lora_rank is not None:
             return LEARNING_RATE_LORA
-        return LEARNING_RATE_SMALL if self.from_scratch or self.model == "starter" else LEARNING_RATE_PRETRAINED
+        if self.from_scratch is not None:
+            return LEARNING_RATE_RANDOM
+        return LEARNING_RATE_STARTER if self.model == "starter" else LEARNING_RATE_PRETRAINED
 
     @property
     def resolved_precision(self) -> Precision:
