@@ -98,7 +98,8 @@ def test_the_block_for_gpt2_and_squad_runs_with_random_weights(real_data, tmp_pa
     real, block = ([*text.splitlines()] for _, text in BLOCKS if "--recipe gpt2-squad" in text)
     stand_ins = {
         "--model gpt2": "--from-scratch gpt2 --tokenizer TOKENIZER_DIR",
-        "--train squad --eval squad": "--train SQUAD/train.json --eval SQUAD/dev.json --limit-eval 8 --max-steps 20",
+        "--train squad --eval squad": "--train SQUAD/train.json --eval SQUAD/dev.json --limit-eval 8 --max-steps 20 "
+        "--batch-size 2 --gradient-accumulation 4",
     }
     for given, stand_in in stand_ins.items():
         real = [line.replace(given, stand_in) for line in real]
