@@ -10,8 +10,22 @@ from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
 from qa_onnx.generation import DEFAULT_STRIDE
 from qa_onnx.squad import Example
-from qa_onnx.windows import encode_windows
+from qa_onnx.windows import Window, encode_windows
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
+
+
+def windows_of(
+    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, *, max_positions: int, max_new_tokens: int
+) -> list[list[Window]]:
+    """The windows that each example is answered in; raises `PromptTooLongError` where a question leaves no room."""
+    return encode_windows(
+        tokenizer.backend_tokenizer,
+        [example.question for example in examples],
+        [example.context for example in examples],
+        max_positions=max_positions,
+        max_new_tokens=max_new_tokens,
+        stride=DEFAULT_STRIDE,
+    )
 
 
 def generate_answers(
@@ -42,14 +56,7 @@ def generate_answers(
         PromptTooLongError: A question leaves no room for a part of its passage.
     """
     positions = max_length or model.config.n_positions
-    windows = encode_windows(
-        tokenizer.backend_tokenizer,
-        [example.question for example in examples],
-        [example.context for example in examples],
-        max_positions=positions,
-        max_new_tokens=max_new_tokens,
-        stride=DEFAULT_STRIDE,
-    )
+    windows = windows_of(examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens)
     asked = [(example, window) for example, parts in zip(examples, windows, strict=True) for window in parts]
     has_windows = {example.id: len(parts) > 1 for example, parts in zip(examples, windows, strict=True)}
     prompts = [window.prompt for _, window in asked]

@@ -24,10 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
-from qa_onnx.generation import DEFAULT_STRIDE
 from qa_onnx.squad import Example, read_predictions
-from qa_onnx.windows import encode_windows
 from training.data import LOSS_ON, RowSettings, cached_rows, too_long
+from training.evaluation import windows_of
 from training.model import ARCHITECTURES, build_model, load_model, with_lora
 from training.overview import describe, overview_of
 from training.report import METRICS_NAME, history_of, worst_examples, write_json, write_report
@@ -230,19 +229,14 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
     )
 
 
-def _check_eval(examples: Sequence[Example], tokenizer: Any, max_length: int, max_new_tokens: int) -> None:
+def _check_eval(
+    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, max_length: int, max_new_tokens: int
+) -> None:
     """What cannot be evaluated is refused before hours of training."""
     (name, count), *_ = Counter(example.id for example in examples).most_common(1)
     if count > 1:
         raise InvalidInputError(f"{count} questions to evaluate have the id {name!r}; expected one of its own for each")
-    encode_windows(
-        tokenizer.backend_tokenizer,
-        [example.question for example in examples],
-        [example.context for example in examples],
-        max_positions=max_length,
-        max_new_tokens=max_new_tokens,
-        stride=DEFAULT_STRIDE,
-    )
+    windows_of(examples, tokenizer, max_positions=max_length, max_new_tokens=max_new_tokens)
 
 
 def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path | None) -> None:
