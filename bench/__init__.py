@@ -1,1 +1,1 @@
-"""Measurements: the runtime beside PyTorch and its other peers. Runs from a checkout; the wheel does not ship it."""
+"""Measurements of the runtime, PyTorch and other peers. Runs from a checkout; the wheel does not ship it."""

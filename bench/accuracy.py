@@ -17,12 +17,12 @@ import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from bench.machine import processor
-from qa_onnx import Answerer, InvalidInputError
+from qa_onnx import Answerer, EngineConfig, InvalidInputError
 from qa_onnx.cli import positive, run_command
-from qa_onnx.metrics import evaluate
-from qa_onnx.prompt import encode_prompts
-from qa_onnx.session import import_onnxruntime
-from qa_onnx.squad import Example, read_squad
+from qa_onnx.engine.session import import_onnxruntime
+from qa_onnx.evaluation.metrics import evaluate
+from qa_onnx.evaluation.squad import Example, read_squad
+from qa_onnx.text.prompt import encode_prompts
 from training.evaluation import generate_answers
 from training.model import load_model
 
@@ -60,11 +60,11 @@ def compare(
         torch_model: The fine-tuned model's directory.
         examples: The questions.
         threads: CPU threads of either side.
-        batch_size: The most questions in a batch, on either side.
-        max_new_tokens: The most tokens of an answer.
+        batch_size: Maximum number of questions in a batch, on either side.
+        max_new_tokens: Maximum number of tokens of an answer.
 
     Returns:
-        Exact match, F1 and answers a second of both sides, and `differing`: each question whose texts differ.
+        Exact match, F1 and answers per second of both sides, and `differing`: each question whose texts differ.
     """
     torch.set_num_threads(threads)
     model, tokenizer = load_model(torch_model)
@@ -73,14 +73,14 @@ def compare(
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     torch_seconds = time.perf_counter() - started
 
-    with Answerer.from_pretrained(bundle, provider="cpu", threads=threads) as answerer:
+    config = EngineConfig(threads=threads, batch_size=batch_size)
+    with Answerer.from_pretrained(bundle, provider="cpu", config=config) as answerer:
         precision = answerer.manifest.precision
         started = time.perf_counter()
         answers = answerer.answer_batch(
             [example.question for example in examples],
             [example.context for example in examples],
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
             progress=True,
         )
         seconds = time.perf_counter() - started

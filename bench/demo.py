@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from qa_onnx import Answerer
-from qa_onnx.squad import read_squad
+from qa_onnx.evaluation.squad import read_squad
 
 DIRECTORY = Path("runs/demo")
 MODEL, BUNDLE = DIRECTORY / "model", DIRECTORY / "bundle"
@@ -48,7 +48,7 @@ def main() -> None:
     for command in COMMANDS:
         run(command)
 
-    print("\nAnswers to questions on passages that the model has never seen:")
+    print("\nAnswers to questions on contexts that the model has never seen:")
     examples = read_squad(HELDOUT)[:: 400 // SHOWN][:SHOWN]
     with Answerer.from_pretrained(BUNDLE) as answerer:
         answers = answerer.answer_batch([e.question for e in examples], [e.context for e in examples])

@@ -1,10 +1,10 @@
 """How long one caller waits for one answer: `python -m bench.latency --help`.
 
 Each runner is asked two questions on a passage that it has not seen, one after the other, then the next runner, then
-the next passage. qa_onnx remembers the passage for the second question, as it does by default.
+the next passage. qa_onnx has the passage in its prefix cache for the second question, as it does by default.
 
-With `--concurrency N`, N callers ask qa_onnx at once, each one question at a time, beside one call of `answer_batch`
-with the same questions.
+With `--concurrency N`, N callers ask qa_onnx at once, each one question at a time, in turns with one call of
+`answer_batch` with the same questions: tasks of asyncio that await `answer_async`, and threads that call `answer`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from bench.machine import describe_machine
 from bench.peers import Settings
 from bench.report import OURS, render
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
-from qa_onnx import Answer, Answerer, GenerationConfig
-from qa_onnx.squad import Example, read_squad
+from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig
+from qa_onnx.bundle import Bundle
+from qa_onnx.evaluation.squad import Example, read_squad
 
 PERCENTILES = (50, 95, 99)
 
@@ -40,7 +42,7 @@ def two_questions(examples: Sequence[Example], passages: int) -> list[Example]:
 
 
 def measure(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Asks every runner every question; returns a row for each, `first` and `second` in seconds a passage.
+    """Asks every runner every question; returns a row per runner, `first` and `second` in seconds per passage.
 
     The first passage warms up and is not counted.
     """
@@ -74,64 +76,112 @@ def measure(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def measure_callers(arguments: argparse.Namespace, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Asks through `answer_async` from many tasks, and by one `answer_batch`, in turns; a row for each precision."""
+    """Asks by one `answer_batch` and from many callers, in turns; a row per bundle and kind of caller."""
     questions, contexts = [example.question for example in examples], [example.context for example in examples]
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens)
-    rows = []
-    for name in (name for name in arguments.only if name in OURS):
-        directory = arguments.work / name.split()[1]
-        with Answerer.from_pretrained(directory, threads=arguments.threads, passage_cache_bytes=0) as answerer:
-            row: dict[str, Any] = {"name": name, "batch_seconds": [], "async_seconds": [], "waits": [], "equal": 0}
+    engine = EngineConfig(threads=arguments.threads, batch_size=arguments.batch_size, prefix_cache_bytes=0)
+    found = []
+    for name, directory in _bundles(arguments):
+        with Answerer.from_pretrained(directory, config=engine) as answerer:
+            rows: list[dict[str, Any]] = [
+                {"name": name, "callers": callers, "batch_seconds": [], "seconds": [], "waits": [], "equal": 0}
+                for callers in arguments.callers
+            ]
             for index in range(arguments.rounds + 1):
                 started = time.perf_counter()
                 expected = answerer.answer_batch(questions, contexts, config=config)
                 batch_seconds = time.perf_counter() - started
-                started = time.perf_counter()
-                pairs = asyncio.run(_ask_all(answerer, examples, arguments.concurrency, config))
-                async_seconds = time.perf_counter() - started
-                if index == 0:  # warms up
-                    continue
-                row["batch_seconds"].append(batch_seconds)
-                row["async_seconds"].append(async_seconds)
-                row["waits"] += [wait for _, wait in pairs]
-                got = [answer for answer, _ in pairs]
-                row["equal"] += sum(one == other for one, other in zip(got, expected, strict=True))
-        values = np.percentile(row["waits"], PERCENTILES)
-        row["seconds_waited"] = dict(zip(map(str, PERCENTILES), values.tolist(), strict=True))
-        rows.append(row)
-    return rows
+                for row in rows:
+                    started = time.perf_counter()
+                    pairs = CALLERS[row["callers"]](answerer, examples, arguments.concurrency, config)
+                    seconds = time.perf_counter() - started
+                    if index == 0:  # warms up
+                        continue
+                    row["batch_seconds"].append(batch_seconds)
+                    row["seconds"].append(seconds)
+                    row["waits"] += [wait for _, wait in pairs]
+                    got = [answer for answer, _ in pairs]
+                    row["equal"] += sum(one == other for one, other in zip(got, expected, strict=True))
+        for row in rows:
+            values = np.percentile(row["waits"], PERCENTILES)
+            row["seconds_waited"] = dict(zip(map(str, PERCENTILES), values.tolist(), strict=True))
+        found += rows
+    return found
 
 
-async def _ask_all(
+def _bundles(arguments: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The bundles that callers ask, each with its name in the result."""
+    if arguments.bundles is None:
+        return [(name, arguments.work / name.split()[1]) for name in arguments.only if name in OURS]
+    return [(f"qa_onnx {Bundle.open(path).manifest.precision}", path) for path in arguments.bundles]
+
+
+def ask_from_tasks(
     answerer: Answerer, examples: Sequence[Example], concurrency: int, config: GenerationConfig
 ) -> list[tuple[Answer, float]]:
-    """The answers, in order, and how long each of them took in seconds."""
-    room = asyncio.Semaphore(concurrency)
+    """Asks by `answer_async`, so many at a time: the answers, in order, and how long each of them took in seconds."""
 
-    async def ask(example: Example) -> tuple[Answer, float]:
-        async with room:
-            started = time.perf_counter()
-            answer = await answerer.answer_async(example.question, example.context, config=config)
-            return answer, time.perf_counter() - started
+    async def ask_all() -> list[tuple[Answer, float]]:
+        room = asyncio.Semaphore(concurrency)
 
-    return await asyncio.gather(*map(ask, examples))
+        async def ask(example: Example) -> tuple[Answer, float]:
+            async with room:
+                started = time.perf_counter()
+                answer = await answerer.answer_async(example.question, example.context, config=config)
+                return answer, time.perf_counter() - started
+
+        return await asyncio.gather(*map(ask, examples))
+
+    return asyncio.run(ask_all())
+
+
+def ask_from_threads(
+    answerer: Answerer, examples: Sequence[Example], concurrency: int, config: GenerationConfig
+) -> list[tuple[Answer, float]]:
+    """The same by `answer` from so many threads, each of which asks its next question when it has its answer."""
+
+    def ask(example: Example) -> tuple[Answer, float]:
+        started = time.perf_counter()
+        answer = answerer.answer(example.question, example.context, config=config)
+        return answer, time.perf_counter() - started
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(ask, examples))
+
+
+CALLERS: dict[str, Callable[[Answerer, Sequence[Example], int, GenerationConfig], list[tuple[Answer, float]]]] = {
+    "answer_async": ask_from_tasks,
+    "answer": ask_from_threads,
+}
+"""The kinds of callers, by the method that they call."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.latency", description="Seconds until one answer is there.")
-    add_model_options(parser)
+    add_model_options(parser, takes_bundles=True)
     parser.add_argument("--passages", type=int, default=25, help="the first warms up; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--concurrency", type=int, metavar="N", help="callers that ask qa_onnx at once")
-    parser.add_argument("--questions", type=int, default=200, help="of these callers; default: %(default)s")
+    parser.add_argument(
+        "--callers", nargs="+", choices=CALLERS, default=list(CALLERS), help="how these ask; default: both"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="of qa_onnx with callers; default: %(default)s")
+    parser.add_argument("--questions", type=int, default=240, help="of these callers; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="of these callers; default: %(default)s")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.bundles is not None:
+        if arguments.concurrency is None:
+            parser.error("--bundles needs --concurrency: other runners are measured with a model")
+        return _write_callers(arguments)
+    if arguments.work is None:
+        parser.error("--work is required without --bundles")
     prepare_models(arguments)
     if arguments.concurrency is not None:
         return _write_callers(arguments)
@@ -143,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_new_tokens=arguments.max_new_tokens,
         stops=False,
         threads=arguments.threads,
-        passage_cache=True,
+        prefix_cache=True,
     )
     result = {
         "benchmark": "latency",
@@ -160,13 +210,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write_callers(arguments: argparse.Namespace) -> int:
     examples = read_squad(arguments.data)
     examples = random.Random(0).sample(examples, min(arguments.questions, len(examples)))
+    if arguments.bundles is not None:
+        models = {Path(Bundle.open(path).manifest.source_model).name for path in arguments.bundles}
+        model = ", ".join(sorted(models))
+    else:
+        model = RANDOM if arguments.model is None else arguments.model.name
     result = {
         "benchmark": "callers",
         "questions": len(examples),
         "concurrency": arguments.concurrency,
         "rounds": arguments.rounds,
         "max_new_tokens": arguments.max_new_tokens,
-        "model": RANDOM if arguments.model is None else arguments.model.name,
+        "batch_size": arguments.batch_size,
+        "model": model,
         "threads": arguments.threads,
         **describe_machine(),
         "rows": measure_callers(arguments, examples),

@@ -1,7 +1,7 @@
 """What is measured, each in a process of its own: `python -m bench.peers NAME SETTINGS` serves requests on its stdin.
 
 A request is a JSON line, `{"batch_size": 16}` for all questions or `{"question": 3}` for one alone; the reply is a JSON
-line with the seconds and the new tokens. Every runner is given texts and has to tokenise and detokenise them itself.
+line with the seconds and the new tokens. Every runner is given texts and has to tokenize and detokenize them itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Settings:
 
     Attributes:
         directory: Made by `bench.models.prepare`.
-        questions, contexts: The texts, one context a question.
-        max_new_tokens: The most tokens of an answer.
+        questions, contexts: The texts, one context per question.
+        max_new_tokens: Maximum number of tokens of an answer.
         stops: Whether end-of-text ends an answer; else every answer has `max_new_tokens`.
         threads: CPU threads.
-        passage_cache: Whether qa_onnx may remember passages from one request to the next.
+        batch_size: Maximum number of questions in a batch of qa_onnx, which it is loaded with.
+        prefix_cache: Whether qa_onnx keeps the prefixes of contexts from one request to the next.
     """
 
     directory: str
@@ -37,7 +38,8 @@ class Settings:
     max_new_tokens: int
     stops: bool
     threads: int
-    passage_cache: bool = False
+    batch_size: int = 64
+    prefix_cache: bool = False
 
     def to_json(self) -> str:
         """For the command line of a runner."""
@@ -45,48 +47,42 @@ class Settings:
 
 
 Answer = Callable[[Sequence[str], Sequence[str], int], Any]
-"""Answers questions with their contexts, at most so many in a batch; returns what `tokens_of` understands."""
+"""Answers questions with their contexts, in batches of at most the given size; returns what `tokens_of` takes."""
 
 
-def grounded(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
-    """The runtime of this repository, where every answer stands in its passage."""
-    return qa_onnx(settings, precision, is_grounded=True)
+def extractive(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
+    """The runtime of this repository, where every answer is a span of its context."""
+    return qa_onnx(settings, precision, is_extractive=True)
 
 
-def qa_onnx(settings: Settings, precision: str, *, is_grounded: bool = False) -> tuple[Answer, Callable[[Any], Tokens]]:
-    """The runtime of this repository."""
-    from qa_onnx import Answerer, GenerationConfig
-    from qa_onnx.answerer import DEFAULT_PASSAGE_CACHE_BYTES
-    from qa_onnx.decoding import greedy_decode
-    from qa_onnx.prompt import encode_answers, encode_prompts
+def qa_onnx(
+    settings: Settings, precision: str, *, is_extractive: bool = False
+) -> tuple[Answer, Callable[[Any], Tokens]]:
+    """The runtime of this repository. Extractive answers end where they end, whatever `Settings.stops` says."""
+    from qa_onnx import Answerer, EngineConfig, GenerationConfig
+    from qa_onnx.config import DEFAULT_PREFIX_CACHE_BYTES
 
-    cache_bytes = DEFAULT_PASSAGE_CACHE_BYTES if settings.passage_cache else 0
     answerer = Answerer.from_pretrained(
         Path(settings.directory) / precision,
         provider="cpu",
-        threads=settings.threads,
-        passage_cache_bytes=cache_bytes,
+        config=EngineConfig(
+            threads=settings.threads,
+            batch_size=settings.batch_size,
+            prefix_cache_bytes=DEFAULT_PREFIX_CACHE_BYTES if settings.prefix_cache else 0,
+        ),
     )
-    engine, tokenizer = answerer._engine, answerer._tokenizer
-    assert engine is not None
-    if not settings.stops:
-        engine.eos_token_id = -1
-    config = GenerationConfig(max_new_tokens=settings.max_new_tokens, grounded=is_grounded)
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        extractive=is_extractive,
+        ignore_eos=not settings.stops and not is_extractive,
+    )
 
     def answer(questions: Sequence[str], contexts: Sequence[str], batch_size: int) -> Any:
-        answerer.answer_batch(questions, contexts, config=config, batch_size=batch_size)
-        return questions, contexts
+        if len(questions) > 1 and batch_size != settings.batch_size:
+            raise ValueError(f"got batch size {batch_size}; qa_onnx was loaded with {settings.batch_size}")
+        return answerer.answer_batch(questions, contexts, config=config)
 
-    def tokens_of(asked: Any) -> Tokens:
-        """Asks again, outside of the time measured: an `Answer` has no token ids."""
-        if is_grounded:
-            answers = answerer.answer_batch(*asked, config=config)
-            return encode_answers(tokenizer, [answer.text for answer in answers])
-        prompts = encode_prompts(tokenizer, *asked)
-        made = greedy_decode(engine, prompts, max_new_tokens=settings.max_new_tokens, batch_size=64)
-        return [generation.token_ids for generation in made]
-
-    return answer, tokens_of
+    return answer, lambda answers: [list(answer.token_ids) for answer in answers]
 
 
 def _generating(model: Any, settings: Settings) -> tuple[Answer, Callable[[Any], Tokens]]:
@@ -94,7 +90,7 @@ def _generating(model: Any, settings: Settings) -> tuple[Answer, Callable[[Any],
     import torch
     from transformers import GenerationConfig
 
-    from qa_onnx.prompt import encode_prompts, load_tokenizer
+    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
     from training.padding import pad_left, plan_batches
 
     torch.set_num_threads(settings.threads)
@@ -155,7 +151,7 @@ def ctranslate2(settings: Settings, precision: str) -> tuple[Answer, Callable[[A
     """CTranslate2's generator, with its own batching by length."""
     import ctranslate2 as library
 
-    from qa_onnx.prompt import encode_prompts, load_tokenizer
+    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
     directory = Path(settings.directory)
     tokenizer = load_tokenizer(str(directory / "model" / "tokenizer.json"))
@@ -183,7 +179,7 @@ def ctranslate2(settings: Settings, precision: str) -> tuple[Answer, Callable[[A
 RUNNERS: dict[str, tuple[Callable[[Settings, str], tuple[Answer, Callable[[Any], Tokens]]], str]] = {
     "qa_onnx fp32": (qa_onnx, "fp32"),
     "qa_onnx int8": (qa_onnx, "int8"),
-    "qa_onnx int8 grounded": (grounded, "int8"),
+    "qa_onnx int8 extractive": (extractive, "int8"),
     "transformers fp32": (transformers, "fp32"),
     "transformers bf16": (transformers, "bf16"),
     "Optimum fp32": (optimum, "fp32"),
@@ -193,7 +189,7 @@ RUNNERS: dict[str, tuple[Callable[[Settings, str], tuple[Answer, Callable[[Any],
 
 
 def peak_rss_mib() -> float:
-    """The most memory this process has held. `getrusage` would tell its parent's where that held more."""
+    """Peak memory of this process. `getrusage` would give its parent's where that was higher."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024  # in kB
 

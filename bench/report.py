@@ -109,23 +109,21 @@ def roofline_table(result: dict[str, Any]) -> str:
 def callers_table(result: dict[str, Any]) -> str:
     """A result of `bench.latency --concurrency` as a Markdown table, with the machine and the versions below."""
     lines = [
-        f"{result['concurrency']} callers ask {result['questions']} questions, {result['max_new_tokens']} new tokens; "
-        f"{result['model']}",
+        f"{result['concurrency']} callers ask {result['questions']} questions, at most {result['max_new_tokens']} new "
+        f"tokens; {result['model']}",
         "",
-        "| | answer_batch, answers/s | answer_async, answers/s | of answer_batch | answers equal "
+        "| | callers | answer_batch, answers/s | callers, answers/s | of answer_batch | answers equal "
         "| waited p50 | p95 | p99 |",
-        "| --- |" + " ---: |" * 7,
+        "| --- | --- |" + " ---: |" * 7,
     ]
     for row in result["rows"]:
-        batch, waiting = (statistics.median(row[f"{kind}_seconds"]) for kind in ("batch", "async"))
-        ratio = statistics.median(
-            one / other for one, other in zip(row["batch_seconds"], row["async_seconds"], strict=True)
-        )
+        batch, callers = statistics.median(row["batch_seconds"]), statistics.median(row["seconds"])
+        ratio = statistics.median(one / other for one, other in zip(row["batch_seconds"], row["seconds"], strict=True))
         equal = row["equal"] / result["questions"] / result["rounds"]
         waits = " | ".join(f"{seconds:.2f} s" for seconds in row["seconds_waited"].values())
         lines.append(
-            f"| {row['name']} | {result['questions'] / batch:.2f} | {result['questions'] / waiting:.2f} | {ratio:.0%} "
-            f"| {equal:.1%} | {waits} |"
+            f"| {row['name']} | {row['callers']} | {result['questions'] / batch:.2f} "
+            f"| {result['questions'] / callers:.2f} | {ratio:.0%} | {equal:.1%} | {waits} |"
         )
     return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
 
@@ -190,7 +188,7 @@ def _style(name: str) -> str:
 
 
 def _bars(result: dict[str, Any], figure: Figure) -> None:
-    """Answers a second, every round a dot; and beside it speed against agreement."""
+    """Answers per second, every round a dot; and speed against agreement."""
     rows = [row for row in result["rows"] if row["status"] == "measured"]
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, row in enumerate(reversed(rows)):

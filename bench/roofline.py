@@ -1,7 +1,7 @@
 """How near prefill and decode come to what the machine can do: `python -m bench.roofline --help`.
 
 Two roofs are measured: the rate of bare matrix products of a layer's shapes in ONNX Runtime, in fp32 and int8, and the
-rate at which memory is read. Below them stand the engine's prefill and its decode steps, with the operations that the
+rate at which memory is read. Below them are the engine's prefill and its decode steps, with the operations that the
 answers need (products with weights and attention; nothing that padding adds) and the bytes of weights, keys and values
 that they read at least. (S. Williams, A. Waterman, D. Patterson, "Roofline", 2009.)
 """
@@ -26,14 +26,14 @@ from bench.machine import describe_machine
 from bench.report import roofline_table
 from export.decoder import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
 from qa_onnx.bundle import MODEL_NAME, Bundle, Manifest
-from qa_onnx.engine import Engine
-from qa_onnx.kv_cache import PassageCache
-from qa_onnx.planner import plan_groups
-from qa_onnx.prompt import Prompt
-from qa_onnx.session import Session, import_onnxruntime
+from qa_onnx.config import EngineConfig, GenerationConfig
+from qa_onnx.engine.engine import Engine
+from qa_onnx.engine.planner import Group, plan_groups
+from qa_onnx.engine.sequence import Prompt, make_sequence
+from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 
 PRECISIONS = ("fp32", "int8")
-PASSAGE_TOKENS, QUESTION_TOKENS, ROWS = 160, 16, (1, 4, 16, 32)
+PREFIX_TOKENS, SUFFIX_TOKENS, ROWS = 160, 16, (1, 4, 16, 32)
 TOKENS = 512
 """Rows of the bare products: what a run of a prefill on the CPU has."""
 
@@ -50,7 +50,7 @@ def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
 
 
 def product_rate(precision: str, width: int, *, threads: int, repeats: int) -> float:
-    """FLOP/s of a layer's four products one after the other, `TOKENS` rows each."""
+    """FLOP/s of a layer's four matmuls one after the other, `TOKENS` rows each."""
     random = np.random.default_rng(0)
     nodes, initializers, operations = [], [], 0
     inputs: dict[str, np.ndarray] = {}
@@ -95,7 +95,7 @@ def product_rate(precision: str, width: int, *, threads: int, repeats: int) -> f
 
 
 def memory_rate(*, threads: int, repeats: int) -> float:
-    """Bytes a second that all threads together read from memory, far more of it than caches hold."""
+    """Bytes per second that all threads together read from memory, far more of it than caches hold."""
     parts = np.array_split(np.ones(1 << 26, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
         return sum(part.nbytes for part in parts) / seconds_of(
@@ -104,10 +104,10 @@ def memory_rate(*, threads: int, repeats: int) -> float:
 
 
 def operations_of(manifest: Manifest, tokens: int, outputs: int, keys: int) -> int:
-    """Operations that some tokens need which see `keys` keys in all, and of which some go on to the output layer."""
+    """Operations of some tokens that attend to `keys` keys in all, `outputs` of them with an output layer."""
     width = manifest.heads * manifest.head_size
     layer = 2 * 12 * width * width
-    only_keys = 2 * 3 * width * width  # the last layer, for tokens whose logits nobody asks for
+    only_keys = 2 * 3 * width * width  # the last layer, for tokens without an output
     return (
         tokens * layer * (manifest.layers - 1)
         + outputs * layer
@@ -120,30 +120,39 @@ def operations_of(manifest: Manifest, tokens: int, outputs: int, keys: int) -> i
 def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[str, Any]]:
     """The engine's prefill, and its decode step at several numbers of rows: operations, bytes, seconds."""
     manifest, layout = bundle.manifest, bundle.manifest.cache_layout
-    session = Session(bundle.model_path, provider="cpu", threads=threads)
+    config = EngineConfig(threads=threads)
     engine = Engine(
-        session, layout=layout, eos_token_id=-1, max_positions=manifest.max_positions, passage_cache=PassageCache(0)
+        Session(bundle.model_path, provider="cpu", config=config),
+        load_copier(bundle.cache_copy_path, provider="cpu", config=config),
+        layout=layout,
+        eos_token_id=manifest.eos_token_id,
+        max_positions=manifest.max_positions,
     )
     weight_bytes = sum(bundle.manifest.files[name]["bytes"] for name in manifest.files if name.startswith(MODEL_NAME))
     random = np.random.default_rng(0)
     points = []
     for rows in ROWS:
-        prompts = {
-            row: Prompt(
-                passage_ids=random.integers(manifest.vocab_size, size=PASSAGE_TOKENS).tolist(),
-                question_ids=random.integers(manifest.vocab_size, size=QUESTION_TOKENS).tolist(),
+        sequences = [
+            make_sequence(
+                Prompt(
+                    prefix_ids=random.integers(manifest.vocab_size, size=PREFIX_TOKENS).tolist(),
+                    suffix_ids=random.integers(manifest.vocab_size, size=SUFFIX_TOKENS).tolist(),
+                ),
+                GenerationConfig(),
+                eos_token_id=engine.eos_token_id,
+                max_positions=engine.max_positions,
             )
-            for row in range(rows)
-        }
-        groups = list(plan_groups(prompts, max_rows=rows))
-        length = PASSAGE_TOKENS + QUESTION_TOKENS
+            for _ in range(rows)
+        ]
+        groups = list(plan_groups(sequences, max_rows=rows))
+        length = PREFIX_TOKENS + SUFFIX_TOKENS
         if rows == ROWS[-1]:
 
-            def prefill(prompts: dict[int, Prompt] = prompts, groups: Any = groups) -> None:
-                engine.prefill(prompts, groups).grid.give_back()
+            def prefill(groups: Sequence[Group] = groups) -> None:
+                engine.release(engine.prefill(groups)[0])
 
             seconds = seconds_of(prefill, repeats=max(repeats // 5, 3))
-            runs = -(-rows * length // session.limits.prefill_tokens)
+            runs = -(-rows * length // engine.limits.max_prefill_tokens)
             points.append(
                 {
                     "phase": "prefill",
@@ -154,14 +163,14 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
                     "seconds": seconds,
                 }
             )
-        state = engine.prefill(prompts, groups)
+        batch, _ = engine.prefill(groups)
         token_ids = np.zeros(rows, np.int64)
         steps = []
         for _ in range(8):
             started = time.perf_counter()
-            state = engine.decode_step(state, token_ids)
+            engine.decode_step(batch, token_ids)
             steps.append(time.perf_counter() - started)
-        state.grid.give_back()
+        engine.release(batch)
         keys = rows * (length + 4)
         points.append(
             {
@@ -178,7 +187,9 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description="Rates beside the machine's own.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline", description="Rates compared with the machine's own."
+    )
     parser.add_argument("--bundles", nargs="+", type=Path, required=True, metavar="DIR", help="in fp32 and int8")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")

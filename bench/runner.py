@@ -15,7 +15,7 @@ from bench.peers import RUNNERS, Settings
 
 SETTLE_SECONDS = 0.5
 """Pause before a measurement, in which the threads of the runner before stop spinning."""
-PEERS = [name for name in RUNNERS if not name.endswith("grounded")]
+PEERS = [name for name in RUNNERS if not name.endswith("extractive")]
 RANDOM = "GPT-2's 124 M parameters, random"
 
 
@@ -63,13 +63,22 @@ class Runner:
         return reply
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what every benchmark is told: data, model, runners, threads, and where the result goes."""
+def add_model_options(parser: argparse.ArgumentParser, *, takes_bundles: bool = False) -> None:
+    """Adds what every benchmark is told: data, model, runners, threads, and where the result goes.
+
+    Args:
+        parser: Of the benchmark.
+        takes_bundles: Whether bundles that exist may be measured instead of a model (`--bundles`, without `--work`).
+    """
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="SQuAD file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="of GPT-2: measures random weights of its size")
     source.add_argument("--model", type=Path, metavar="DIR", help="written by training.finetune")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the models; used again")
+    if takes_bundles:
+        source.add_argument("--bundles", nargs="+", type=Path, metavar="BUNDLE", help="written by export.to_onnx")
+    parser.add_argument(
+        "--work", type=Path, required=not takes_bundles, metavar="DIR", help="for the models; used again"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=RUNNERS, default=PEERS, metavar="RUNNER")

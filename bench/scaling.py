@@ -1,4 +1,4 @@
-"""Answers a second, along batch size, passage length, questions a passage and threads: `python -m bench.scaling -h`.
+"""Answers per second by batch size, passage length, questions per passage and threads: `python -m bench.scaling -h`.
 
 From one point, `BASE`, one thing at a time is varied. At each value every runner is a process of its own, and they take
 turns. Passages are made of a file's text, cut to length, and no two are the same.
@@ -21,7 +21,7 @@ from bench.machine import describe_machine
 from bench.peers import Settings
 from bench.report import scaling_table
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
-from qa_onnx.squad import Example, read_squad
+from qa_onnx.evaluation.squad import Example, read_squad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ AXES: dict[str, tuple[int, ...]] = {
 
 
 def questions_of(examples: Sequence[Example], point: Point, count: int) -> tuple[list[str], list[str]]:
-    """So many questions and their contexts: each passage begins at another word of all the file's passages."""
+    """`count` questions and their contexts: each passage begins at another word of all the file's passages."""
     words = " ".join(dict.fromkeys(example.context for example in examples)).split()
     passages = -(-count // point.questions_per_passage)
     contexts = []
@@ -63,7 +63,7 @@ def questions_of(examples: Sequence[Example], point: Point, count: int) -> tuple
 
 
 def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[str, Any]]:
-    """A row for each runner at one value of one axis."""
+    """A row per runner at one value of one axis."""
     point = replace(BASE, threads=arguments.threads)
     point = replace(point, **{axis: value})
     questions, contexts = questions_of(read_squad(arguments.data), point, arguments.questions)
@@ -74,6 +74,7 @@ def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[s
         max_new_tokens=arguments.max_new_tokens,
         stops=False,
         threads=point.threads,
+        batch_size=point.batch_size,
     )
     rows: list[dict[str, Any]] = []
     runners: list[tuple[Runner, dict[str, Any]]] = []
@@ -105,7 +106,7 @@ def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[s
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description="Answers a second, axis by axis.")
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description="Answers per second, axis by axis.")
     add_model_options(parser)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS", help="default: all")
     parser.add_argument("--questions", type=int, default=32, help="at each point; default: %(default)s")

@@ -1,4 +1,4 @@
-"""Answers a second, beside every peer: `python -m bench.throughput --help`.
+"""Answers per second, compared with every peer: `python -m bench.throughput --help`.
 
 Every runner is a process of its own with its best batch size. They take turns, all of them once a round, so that what
 the machine does meanwhile hits all alike; a ratio is the median over rounds.
@@ -19,7 +19,7 @@ from bench.machine import describe_machine
 from bench.peers import Settings
 from bench.report import table
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
-from qa_onnx.squad import Example, read_squad
+from qa_onnx.evaluation.squad import Example, read_squad
 
 BATCH_SIZES = (8, 16, 32)
 TUNING_QUESTIONS = 64
@@ -44,7 +44,7 @@ WORKLOADS: dict[str, Callable[[Sequence[Example]], Sequence[Example]]] = {
 
 
 def best_batch_size(name: str, settings: Settings, directory: Path) -> int:
-    """The batch size of most answers a second on the first questions; a second run each, the first warms up."""
+    """The batch size of most answers per second on the first questions; a first question warms up."""
     few = Settings(
         **{
             **vars(settings),
@@ -62,7 +62,7 @@ def best_batch_size(name: str, settings: Settings, directory: Path) -> int:
 
 
 def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
-    """Runs all runners in turns; returns a row for each."""
+    """Runs all runners in turns; returns a row per runner."""
     rows: list[dict[str, Any]] = []
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -78,7 +78,8 @@ def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[di
                 runners[name] = runner
                 runner.ask(question=0)  # warms up
                 # The runtime plans its own batches.
-                row["batch_size"] = 64 if name.startswith("qa_onnx") else best_batch_size(name, settings, directory)
+                ours = name.startswith("qa_onnx")
+                row["batch_size"] = settings.batch_size if ours else best_batch_size(name, settings, directory)
                 row["seconds"] = []
                 print(f"{name}: loaded in {runner.load_seconds:.1f} s, batch size {row['batch_size']}", flush=True)
             measured = [row for row in rows if row["name"] in runners]
@@ -112,7 +113,9 @@ def agreement(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.throughput", description="Answers a second beside peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.throughput", description="Answers per second, compared with peers."
+    )
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")

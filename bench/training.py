@@ -27,7 +27,7 @@ from transformers import set_seed
 from bench.machine import describe_machine
 from bench.peers import peak_rss_mib
 from bench.report import training_table
-from qa_onnx.squad import read_squad
+from qa_onnx.evaluation.squad import read_squad
 from training.data import Collator, LengthGroupedSampler, RowSettings, tokenize
 from training.model import build_model, load_model
 

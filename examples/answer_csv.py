@@ -1,4 +1,4 @@
-"""Answers every row of a CSV file with the columns `question` and `passage`; the rest of each row is kept.
+"""Answers every row of a CSV file with the columns `question` and `context`; the rest of each row is kept.
 
     python examples/answer_csv.py BUNDLE questions.csv answers.csv
 
@@ -29,9 +29,9 @@ def main(bundle: str, source: str, target: str) -> None:
         def pairs() -> Iterator[tuple[str, str]]:
             for row in reader:
                 waiting.append(row)
-                yield row["question"], row["passage"]
+                yield row["question"], row["context"]
 
-        for answer in answerer.answer_iter(pairs(), config=GenerationConfig(grounded=True)):
+        for answer in answerer.answer_iter(pairs(), config=GenerationConfig(extractive=True)):
             found = {"answer": answer.text, "score": f"{answer.score:.4f}", "start": answer.start, "end": answer.end}
             writer.writerow(waiting.popleft() | found)
 

@@ -1,6 +1,6 @@
 """A worker for many callers: JSON lines in, JSON lines out as soon as each is answered.
 
-    echo '{"id": 1, "question": "Who led them?", "passage": "They were led by Rollo."}' \
+    echo '{"id": 1, "question": "Who led them?", "context": "They were led by Rollo."}' \
         | python examples/async_worker.py BUNDLE
 
 Questions that arrive while others are answered join the same batch.
@@ -22,7 +22,7 @@ async def main(bundle: str, at_once: int = 256) -> None:
             async with room:
                 request = json.loads(line)
                 try:
-                    answer = await answerer.answer_async(request["question"], request["passage"])
+                    answer = await answerer.answer_async(request["question"], request["context"])
                     reply = {"id": request["id"], **answer.to_dict()}
                 except QAOnnxError as error:
                     reply = {"id": request["id"], "error": str(error)}

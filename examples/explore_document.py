@@ -1,4 +1,4 @@
-"""Asks questions about a text file of any length, and shows where in it the answers stand.
+"""Asks questions about a text file of any length, and shows where in it the answers are.
 
 python examples/explore_document.py BUNDLE book.txt "Who led the Normans?" "When did they settle?"
 """
@@ -25,7 +25,7 @@ def main(bundle: str, path: str, *questions: str) -> None:
     """Prints the three most probable answers to each question."""
     document = Path(path).read_text(encoding="utf-8")
     with Answerer.from_pretrained(bundle) as answerer:
-        config = GenerationConfig(grounded=True, top_k=3)
+        config = GenerationConfig(extractive=True, num_answers=3)
         for question, answer in zip(
             questions, answerer.answer_batch(questions, [document] * len(questions), config=config), strict=True
         ):

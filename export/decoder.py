@@ -1,25 +1,36 @@
-"""The runtime's graph: GPT-2 as a decoder over shared passages, from the weights of Optimum's plain export.
+"""The runtime's graph: GPT-2 as a decoder with shared prefixes, from the weights of Optimum's plain export.
 
-One graph does all three phases, because it reads a *packed* batch: the new tokens of all rows in one dimension, N, with
-no padding between them, so that every product with a weight matrix is as small as it can be. Only attention needs a
-grid, [G, R, T]: G passages, R rows (questions) on each, T new tokens a row. Two index inputs lead between the two:
+One graph computes all three phases, because it reads a *packed* batch: the new tokens of all sequences in one
+dimension, N, with no padding between them, so that every matmul with a weight matrix is as small as it can be. Only
+attention needs a grid, [G, R, T]: G prefixes, R rows (sequences) on each, T new tokens per row. Index inputs lead from
+one to the other, all of them int64:
 
-    input_ids        t0 t1 t2 t3 t4            N = 5 packed tokens: a row of 2 and a row of 3, on one passage
-    slot_index       [[[ 0, 0, 1],             the packed token in each slot of the grid [G, R, T]; padded on the left,
-                       [ 2, 3, 4]]]            what stands in a padded slot does not matter
-    token_index      [ 1, 2, 3, 4, 5]          the slot of each packed token
+    input_ids        t0 t1 t2 t3 t4            N = 5 packed tokens: rows of 2 and of 3 tokens, on one prefix
+    slot_index       [[[ 0, 0, 1],             the packed token in each slot of the grid [G, R, T], aligned to
+                       [ 2, 3, 4]]]            the right; what is in a padded slot does not matter
+    context_index    [N, H]                    where attention's output, rows of D in the order [G, H, R, T], has the
+                                               heads of each packed token
 
-A row attends to its passage's keys [G, H, 1, P, D], which its neighbours share without a copy, and to its own
-[G, H, R, C, D], into which the graph writes the new tokens in place, at column `write_index[g]`. `attention_bias` masks
-both. Only the tokens of `output_index` go through the last layer's feed-forward part and the output layer: all of a
-question's tokens but the last stop at their keys and values, and a passage's tokens, with an empty `output_index`, do
-so too. The three phases, and where `write_index` points in each:
+A row attends to its prefix's keys [G, H, 1, P, D], which its neighbors share without a copy, and to its own
+[G, H, R, C, D], into which the graph writes the new tokens in place, from column `write_index[g]` on. What a token may
+attend to follows from lengths: the first `prefix_lengths[g]` columns of the prefix, and its own columns from
+`suffix_starts[g, r]` to the one that it is written to.
 
-    prefill of passages     R = 1, P = 0, T = passage    T columns before the last    output_index empty
-    prefill of questions    T = question                 T columns before their end    output_index: the last tokens
-    decode step             T = 1                        one further each step
+The last layer computes what is needed of it: keys and values of all tokens, and the rest for the M tokens of
+`output_index` (`output_slot_index` [G, R, 1] and `output_context_index` [M, H] are the same for them). ONNX Runtime
+runs only the nodes that lead to bound outputs: nothing but keys and values for prefixes, and one of the two ways to
+choose a token:
 
-What one layer's products share (E is the model's width, D = E / H):
+    logprobs [M, V]                                          the log-probability of every token
+    token_ids, token_logprobs, eos_logprobs, each [M, 1]     the most probable token, and the end-of-text
+
+The phases, and what the inputs are in each:
+
+    prefill of prefixes     R = 1, P = 0, T = prefix, aligned to the left    write_index 0
+    prefill of suffixes     T = suffix                                       write_index T columns before their end
+    decode step             T = 1                                            write_index one further each step
+
+What the matmuls of one layer have between them (E is the model's width, D = E / H):
 
     LayerNormalization -> Gemm [E, 3E] -> Gather into the grid -> TensorScatter -> QK, softmax, PV -> Gather back
     -> Gemm [E, E] -> Add -> LayerNormalization -> Gemm [E, 4E] -> FastGelu -> Gemm [4E, E] -> Add
@@ -37,11 +48,23 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from transformers import GPT2Config
 
+from qa_onnx.engine.kv_cache import (
+    ALIGNMENT,
+    COPY_INDEX,
+    PAST_NAME,
+    PREFIX_NAME,
+    PRESENT_NAME,
+    SOURCE_NAME,
+    TARGET_NAME,
+    CacheLayout,
+    aligned,
+)
 from qa_onnx.errors import InvalidInputError, ParityError
-from qa_onnx.kv_cache import PASSAGE_PREFIX, PAST_PREFIX, PRESENT_PREFIX
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 24, 1, 11
 CONTRIB = "com.microsoft"
+LOWEST = np.finfo(np.float32).min
+"""Added to the scores of keys that a token does not attend to. Not infinite: a row of nothing else would give NaN."""
 TOKEN_EMBEDDING, POSITION_EMBEDDING, OUTPUT_WEIGHTS = "wte.weight", "wpe.weight", "lm_head.weight"
 
 
@@ -72,6 +95,10 @@ class QuantizedWeight:
 
     values: np.ndarray
     scales: np.ndarray
+
+    def columns(self, chosen: slice) -> QuantizedWeight:
+        """Some of the columns."""
+        return QuantizedWeight(values=np.ascontiguousarray(self.values[:, chosen]), scales=self.scales[chosen])
 
 
 def weights_of(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -118,6 +145,7 @@ def build_decoder(
     config: GPT2Config,
     quantized: Mapping[str, QuantizedWeight] | None = None,
     *,
+    eos_token_id: int,
     half: bool = False,
 ) -> onnx.ModelProto:
     """Builds the graph that the module's description tells of.
@@ -126,7 +154,8 @@ def build_decoder(
         weights: From `weights_of`.
         config: Of the same model.
         quantized: The matrices to multiply in int8 instead, by their names in `weights` (`wte.weight`, [E, V] here,
-            stands for the embedding and the output layer alike). The other products stay float32.
+            is that of the embedding and of the output layer). The other matmuls stay float32.
+        eos_token_id: The token that ends an answer.
         half: Multiply in float16 and keep keys and values in it. Residual sums, layer norms, softmax and logits stay
             float32: GPT-2's residuals have channels that float16 would round away.
 
@@ -141,12 +170,37 @@ def build_decoder(
         )
     if config.add_cross_attention:
         raise InvalidInputError("the model has cross-attention; expected a GPT-2 that reads one text")
-    builder = _Builder(weights, config, quantized or {}, half=half)
+    builder = _Builder(weights, config, quantized or {}, eos_token_id=eos_token_id, half=half)
     model = builder.build()
     unused = sorted(weights.keys() - builder.used)
     if unused:
         raise ParityError(f"the export has weights that the runtime does not use: {', '.join(unused)}")
     return model
+
+
+def build_cache_copy(layout: CacheLayout) -> onnx.ModelProto:
+    """Builds the graph that copies KV caches on the device: for each key and value, chunks of `ALIGNMENT` columns.
+
+    `source.N.key` [A, chunk] and `index` int64 [B] give `target.N.key` [B, chunk], bound to where the copy goes.
+    """
+    chunk = ALIGNMENT * layout.head_size
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(layout.dtype))
+
+    def values(name: str, rows: str) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(f"{name}{key}", kind, [rows, chunk]) for key in layout.names]
+
+    nodes = [
+        helper.make_node("Gather", [f"{SOURCE_NAME}{key}", COPY_INDEX], [f"{TARGET_NAME}{key}"], name=f"{key}/Gather")
+        for key in layout.names
+    ]
+    index = helper.make_tensor_value_info(COPY_INDEX, TensorProto.INT64, ["B"])
+    graph = helper.make_graph(nodes, "qa_onnx_cache_copy", [index, *values(SOURCE_NAME, "A")], values(TARGET_NAME, "B"))
+    return _make_model(graph)
+
+
+def _make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qa_onnx")
 
 
 def save_decoder(model: onnx.ModelProto, path: Path) -> None:
@@ -166,9 +220,11 @@ class _Builder:
         config: GPT2Config,
         quantized: Mapping[str, QuantizedWeight],
         *,
+        eos_token_id: int,
         half: bool,
     ) -> None:
-        self.weights, self.config, self.quantized, self.half = weights, config, quantized, half
+        self.weights, self.config, self.quantized = dict(weights), config, dict(quantized)
+        self.eos_token_id, self.half = eos_token_id, half
         self.type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
         self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
         self.nodes: list[onnx.NodeProto] = []
@@ -181,11 +237,10 @@ class _Builder:
         residual = self.op("Add", self._embedding(), positions)
         for layer in range(self.config.n_layer):
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
-        self._output_layer(self._layer_norm("ln_f", residual))
+        self._choice(self._logits(self._layer_norm("ln_f", residual)))
         initializers = [numpy_helper.from_array(array, name) for name, array in self.initializers.items()]
         graph = helper.make_graph(self.nodes, "qa_onnx", self._inputs(), self._outputs(), initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qa_onnx")
+        return _make_model(graph)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
@@ -229,93 +284,167 @@ class _Builder:
     # -- the parts of a layer ------------------------------------------------------------------------------------------
 
     def _prepare_indices(self) -> None:
-        """What all layers share: rows of head size D in the packed batch and in the grid, and the shapes between."""
+        """What all layers share: which rows of D go where, the shapes of attention, and its bias.
+
+        Arithmetic on shapes stays on the CPU; what depends on an input stays on the device.
+        """
         each_head = np.arange(self.heads)
         self.constant("head_rows", [-1, self.head_size])
         self.constant("token_rows", [-1, self.config.n_embd])
         self.constant("one", [1])
-        grid = self.op("Shape", "slot_index", start=1)  # R, T
-        slots = self.op("ReduceProd", grid, keepdims=1)
-        # The product with c_attn gives each token 3 H rows of size D: the heads of its query, its key, its value.
+        # The matmul with c_attn gives each token 3 H rows of size D: the heads of its query, its key, its value.
         token = self.op("Mul", self.op("Unsqueeze", "slot_index", "one"), self.constant("rows", 3 * self.heads))
         for part, name in enumerate(("query", "key", "value")):
             rows = self.constant(f"{name}_heads", (part * self.heads + each_head).reshape(1, -1, 1, 1))
             self.op("Add", token, rows, name=f"{name}_index")
-        # Attention leaves rows of size D in the order [G, H, R, T]; a token collects those of its heads.
-        group, slot = self.op("Div", "token_index", slots), self.op("Mod", "token_index", slots)
-        heads, size = self.constant("heads", [self.heads]), self.constant("head_size", [self.head_size])
-        first = self.op("Mul", self.op("Mul", group, heads), slots)
-        head_offset = self.op("Mul", self.constant("head_column", each_head.reshape(1, -1)), slots)
-        self.op("Add", self.op("Unsqueeze", self.op("Add", first, slot), "one"), head_offset, name="context_index")
-        past = self.op("Shape", f"{PASSAGE_PREFIX}0.key", start=3, end=4)
-        own = self.op("Shape", f"{PAST_PREFIX}0.key", start=3, end=4)
-        self.op("Concat", past, own, name="key_counts", axis=0)
-        # Rows and new tokens of a passage in one dimension; in a decode step the rows stay apart (`_attention`).
+        # In the last layer keys and values come from a matmul of their own, and queries of the output tokens alone.
+        token = self.op("Mul", self.op("Unsqueeze", "slot_index", "one"), self.constant("last_rows", 2 * self.heads))
+        for part, name in enumerate(("key", "value")):
+            self.op(
+                "Add",
+                token,
+                self.constant(f"last_{name}_heads", (part * self.heads + each_head).reshape(1, -1, 1, 1)),
+                name=f"last_{name}_index",
+            )
+        token = self.op(
+            "Mul", self.op("Unsqueeze", "output_slot_index", "one"), self.constant("query_rows", self.heads)
+        )
+        self.op("Add", token, "query_heads", name="last_query_index")
         groups = self.op("Shape", "slot_index", start=0, end=1)
+        rows = self.op("Shape", "slot_index", start=1, end=2)
         width = self.op("Shape", "slot_index", start=2)
-        self.op("Concat", groups, heads, grid, size, name="query_shape", axis=0)
-        self.op("Concat", groups, heads, slots, size, name="flat_rows", axis=0)
-        self.op("Concat", groups, heads, past, size, name="flat_keys", axis=0)
-        self.op("Concat", groups, heads, grid, past, name="passage_scores", axis=0)
-        is_long = self.op("Min", self.op("Sub", width, "one"), "one")
-        folded = self.op("Add", "one", self.op("Mul", is_long, self.op("Sub", slots, "one")))
-        self.op("Concat", groups, heads, self.op("Div", slots, folded), folded, past, name="folded_rows", axis=0)
+        prefix = self.op("Shape", f"{PREFIX_NAME}0.key", start=3, end=4)
+        own = self.op("Shape", f"{PAST_NAME}0.key", start=3, end=4)
+        heads, size = self.constant("heads", [self.heads]), self.constant("head_size", [self.head_size])
+        self.op("Concat", prefix, own, name="key_counts", axis=0)
+        self.op("Concat", groups, heads, prefix, size, name="flat_keys", axis=0)
+        for name, tokens in (("", width), ("last_", "one")):
+            slots = self.op("Mul", rows, tokens)
+            self.op("Concat", groups, heads, rows, tokens, size, name=f"{name}query_shape", axis=0)
+            self.op("Concat", groups, heads, slots, size, name=f"{name}flat_rows", axis=0)
+            self.op("Concat", groups, heads, rows, tokens, prefix, name=f"{name}prefix_scores", axis=0)
+            if self.half:  # rows and tokens in one dimension: cuBLAS takes no arrays of pointers then
+                self.op("Concat", groups, heads, "one", slots, prefix, name=f"{name}folded_rows", axis=0)
+        if not self.half:  # in a decode step rows stay apart (`_attention`)
+            is_long = self.op("Min", self.op("Sub", width, "one"), "one")
+            slots = self.op("Mul", rows, width)
+            folded = self.op("Add", "one", self.op("Mul", is_long, self.op("Sub", slots, "one")))
+            self.op("Concat", groups, heads, self.op("Div", slots, folded), folded, prefix, name="folded_rows", axis=0)
+        self._prepare_bias(groups, rows, width, prefix, own)
+
+    def _prepare_bias(self, groups: str, rows: str, width: str, prefix: str, own: str) -> None:
+        """`attention_bias` [G, 1, R, T, P + C]: 0 where a token attends to a key, else `LOWEST`."""
+        self.constant("zero", [0])
+        # Columns come from a weight: ONNX Runtime would compute a Range of shapes on the CPU, and copy it.
+        columns = self.constant("columns", np.arange(2 * aligned(self.config.n_positions) + 8 * ALIGNMENT))
+        prefix_columns, own_columns, new_columns = (
+            self.op("Slice", columns, "zero", count) for count in (prefix, own, width)
+        )
+        for name, axes in (("prefix", [1, 2, 3, 4]), ("row", [1, 3, 4]), ("group", [1, 2]), ("token", [1])):
+            self.constant(f"{name}_axes", axes)
+        length = self.op("Unsqueeze", "prefix_lengths", "prefix_axes")  # [G, 1, 1, 1, 1]
+        start = self.op("Unsqueeze", "suffix_starts", "row_axes")  # [G, 1, R, 1, 1]
+        written = self.op("Add", self.op("Unsqueeze", "write_index", "one"), new_columns)  # [G, T]
+        written = self.op("Unsqueeze", self.op("Unsqueeze", written, "group_axes"), self.constant("last_axis", [4]))
+        grid = self.op("Concat", groups, "one", rows, width, prefix, axis=0)
+        sees_prefix = self.op("Expand", self.op("Less", prefix_columns, length), grid)
+        sees_own = self.op(
+            "And", self.op("GreaterOrEqual", own_columns, start), self.op("LessOrEqual", own_columns, written)
+        )
+        sees = self.op("Concat", sees_prefix, sees_own, axis=-1)
+        shown, hidden = self.constant("shown", 0, np.float32), self.constant("hidden", LOWEST, np.float32)
+        self.op("Where", sees, shown, hidden, name="attention_bias")
+        self.op(
+            "Slice",
+            "attention_bias",
+            self.constant("last", [-1]),
+            self.constant("end", [2**31]),
+            self.constant("token_axis", [3]),
+            name="last_attention_bias",
+        )
 
     def _layer(self, layer: int, residual: str, *, is_last: bool) -> str:
         name = f"h.{layer}"
-        qkv = self._linear(f"{name}.attn.c_attn", self._layer_norm(f"{name}.ln_1", residual))
-        context = self._attention(layer, qkv)
+        hidden = self._layer_norm(f"{name}.ln_1", residual)
+        attention = f"{name}.attn.c_attn"
         if is_last:
-            context, residual = (self.op("Gather", value, "output_index") for value in (context, residual))
+            self._split_columns(
+                attention, {"query": slice(self.config.n_embd), "key_value": slice(self.config.n_embd, None)}
+            )
+            rows = self.op("Reshape", self._linear(f"{attention}.key_value", hidden), "head_rows")
+            key, value = (self.op("Gather", rows, f"last_{part}_index") for part in ("key", "value"))
+            hidden, residual = (self.op("Gather", one, "output_index") for one in (hidden, residual))
+            rows = self.op("Reshape", self._linear(f"{attention}.query", hidden), "head_rows")
+            query = self.op("Gather", rows, "last_query_index")
+        else:
+            rows = self.op("Reshape", self._linear(attention, hidden), "head_rows")
+            query, key, value = (self.op("Gather", rows, f"{part}_index") for part in ("query", "key", "value"))
+        context = self._attention(layer, query, key, value, is_last=is_last)
         residual = self.op("Add", residual, self.widen(self._linear(f"{name}.attn.c_proj", context)))
         hidden = self._linear(f"{name}.mlp.c_fc", self._layer_norm(f"{name}.ln_2", residual))
         activation = ACTIVATIONS[self.config.activation_function]
         hidden = self.op(activation.op_type, hidden, domain=activation.domain)
         return self.op("Add", residual, self.widen(self._linear(f"{name}.mlp.c_proj", hidden)))
 
-    def _attention(self, layer: int, qkv: str) -> str:
-        """Attention of one layer: from the product with c_attn, [N, 3E], to the context of each token, [N, E]."""
+    def _split_columns(self, name: str, parts: Mapping[str, slice]) -> None:
+        """Replaces a linear layer by layers of some of its columns, `{name}.{part}`."""
+        if f"{name}.weight" not in self.weights or f"{name}.bias" not in self.weights:
+            return  # which `weight` tells of
+        weight, bias = self.weights.pop(f"{name}.weight"), self.weights.pop(f"{name}.bias")
+        self.used |= {f"{name}.weight", f"{name}.bias"}
+        quantized = self.quantized.pop(f"{name}.weight", None)
+        for part, chosen in parts.items():
+            self.weights[f"{name}.{part}.weight"] = np.ascontiguousarray(weight[:, chosen])
+            self.weights[f"{name}.{part}.bias"] = bias[chosen]
+            if quantized is not None:
+                self.quantized[f"{name}.{part}.weight"] = quantized.columns(chosen)
+
+    def _attention(self, layer: int, query: str, key: str, value: str, *, is_last: bool) -> str:
+        """Attention of one layer: from queries, keys and values [G, H, R, T, D] to each token's context, [N, E]."""
+        grid = "last_" if is_last else ""
         scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        passage_key, passage_value = (f"{PASSAGE_PREFIX}{layer}.{part}" for part in ("key", "value"))
-        head_rows = self.op("Reshape", qkv, "head_rows")
-        query, key, value = (self.op("Gather", head_rows, f"{part}_index") for part in ("query", "key", "value"))
+        prefix_key, prefix_value = (f"{PREFIX_NAME}{layer}.{part}" for part in ("key", "value"))
         own_key, own_value = (
             self.op(
                 "TensorScatter",
-                f"{PAST_PREFIX}{layer}.{part}",
+                f"{PAST_NAME}{layer}.{part}",
                 new,
                 "write_index",
-                name=f"{PRESENT_PREFIX}{layer}.{part}",
+                name=f"{PRESENT_NAME}{layer}.{part}",
                 axis=-2,
             )
             for part, new in (("key", key), ("value", value))
         )
-        # One product a passage for the scores of all its rows: the keys are the same, and packed only once. With a
+        # One matmul per prefix for the scores of all its rows: the keys are the same, and packed only once. With a
         # scale other than 1 it takes the same steps for one row as for many.
-        passage_scores = self.op(
+        prefix_scores = self.op(
             "FusedMatMul",
-            self.op("Reshape", query, "flat_rows"),
-            self.op("Reshape", passage_key, "flat_keys", allowzero=1),
+            self.op("Reshape", query, f"{grid}flat_rows"),
+            self.op("Reshape", prefix_key, "flat_keys", allowzero=1),
             domain=CONTRIB,
             transB=1,
             alpha=scale,
         )
         scores = self.op(
             "Concat",
-            self.op("Reshape", passage_scores, "passage_scores", allowzero=1),
+            self.op("Reshape", prefix_scores, f"{grid}prefix_scores", allowzero=1),
             self.op("FusedMatMul", query, own_key, domain=CONTRIB, transB=1, alpha=scale),
             axis=-1,
         )
-        probabilities = self.narrow(self.op("Softmax", self.op("Add", self.widen(scores), "attention_bias"), axis=-1))
-        on_passage, on_own = f"{probabilities}_passage", f"{probabilities}_own"
-        self.nodes.append(helper.make_node("Split", [probabilities, "key_counts"], [on_passage, on_own], axis=-1))
-        # The same for the context, but not in a decode step: a product of one row takes other steps than one of two,
-        # and a question's numbers must not depend on whether it has neighbours.
-        folded = self.op("MatMul", self.op("Reshape", on_passage, "folded_rows", allowzero=1), passage_value)
-        context = self.op("Add", self.op("Reshape", folded, "query_shape"), self.op("MatMul", on_own, own_value))
-        context = self.op("Gather", self.op("Reshape", context, "head_rows"), "context_index")
+        biased = self.op("Add", self.widen(scores), f"{grid}attention_bias")
+        probabilities = self.narrow(self.op("Softmax", biased, axis=-1))
+        on_prefix, on_own = f"{probabilities}_prefix", f"{probabilities}_own"
+        self.nodes.append(helper.make_node("Split", [probabilities, "key_counts"], [on_prefix, on_own], axis=-1))
+        # The same for the context, but in float32 not for single tokens: a matmul of one row takes other steps than one
+        # of two, and a sequence's numbers must not depend on whether it has neighbors.
+        if self.half or not is_last:
+            on_prefix = self.op("Reshape", on_prefix, f"{grid}folded_rows", allowzero=1)
+        context = self.op("Reshape", self.op("MatMul", on_prefix, prefix_value), f"{grid}query_shape")
+        context = self.op("Add", context, self.op("MatMul", on_own, own_value))
+        index = "output_context_index" if is_last else "context_index"
+        context = self.op("Gather", self.op("Reshape", context, "head_rows"), index)
         return self.op("Reshape", context, "token_rows")
 
     def _layer_norm(self, name: str, hidden: str) -> str:
@@ -361,19 +490,23 @@ class _Builder:
         scales = self.op("Unsqueeze", self.op("Gather", f"{TOKEN_EMBEDDING}.scales", "input_ids"), "one")
         return self.op("Mul", self.op("Cast", rows, to=TensorProto.FLOAT), scales)
 
-    def _output_layer(self, hidden: str) -> None:
+    def _logits(self, hidden: str) -> str:
         tied = OUTPUT_WEIGHTS not in self.weights
         name = TOKEN_EMBEDDING if tied else OUTPUT_WEIGHTS
         if name not in self.quantized:
-            logits = self.op("Gemm", hidden, self.factor(name), transB=1)
-            self.op("Identity", self.widen(logits), name="logits")
-            return
+            return self.widen(self.op("Gemm", hidden, self.factor(name), transB=1))
         if tied:
             self.op("Transpose", f"{name}.rows", name=name, perm=[1, 0])
         else:
             self.used.add(name)
             self.initializers[name] = self.quantized[name].values
-        self.op("Identity", self._quantized_product(name, hidden), name="logits")
+        return self._quantized_product(name, hidden)
+
+    def _choice(self, logits: str) -> None:
+        """The log-probabilities, and the most probable token of each row (ReduceMax would need cuDNN on CUDA)."""
+        self.op("LogSoftmax", logits, name="logprobs", axis=-1)
+        self.nodes.append(helper.make_node("TopK", ["logprobs", "one"], ["token_logprobs", "token_ids"], axis=-1))
+        self.op("Gather", "logprobs", self.constant("eos_token_id", [self.eos_token_id]), name="eos_logprobs", axis=1)
 
     # -- inputs and outputs --------------------------------------------------------------------------------------------
 
@@ -382,22 +515,30 @@ class _Builder:
             "input_ids": ["N"],
             "position_ids": ["N"],
             "slot_index": ["G", "R", "T"],
-            "token_index": ["N"],
+            "context_index": ["N", self.heads],
             "output_index": ["M"],
+            "output_slot_index": ["G", "R", 1],
+            "output_context_index": ["M", self.heads],
             "write_index": ["G"],
+            "prefix_lengths": ["G"],
+            "suffix_starts": ["G", "R"],
         }
         inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in shapes.items()]
-        bias = helper.make_tensor_value_info("attention_bias", TensorProto.FLOAT, ["B", 1, "R", "T", "P + C"])
-        return [*inputs, bias, *self._cache(PASSAGE_PREFIX, 1, "P"), *self._cache(PAST_PREFIX, "R", "C")]
+        return [*inputs, *self._cache(PREFIX_NAME, 1, "P"), *self._cache(PAST_NAME, "R", "C")]
 
     def _outputs(self) -> list[onnx.ValueInfoProto]:
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["M", self.config.vocab_size])
-        return [logits, *self._cache(PRESENT_PREFIX, "R", "C")]
+        outputs = [
+            helper.make_tensor_value_info("logprobs", TensorProto.FLOAT, ["M", self.config.vocab_size]),
+            helper.make_tensor_value_info("token_ids", TensorProto.INT64, ["M", 1]),
+            helper.make_tensor_value_info("token_logprobs", TensorProto.FLOAT, ["M", 1]),
+            helper.make_tensor_value_info("eos_logprobs", TensorProto.FLOAT, ["M", 1]),
+        ]
+        return [*outputs, *self._cache(PRESENT_NAME, "R", "C")]
 
-    def _cache(self, prefix: str, rows: str | int, columns: str) -> list[onnx.ValueInfoProto]:
+    def _cache(self, name: str, rows: str | int, columns: str) -> list[onnx.ValueInfoProto]:
         return [
             helper.make_tensor_value_info(
-                f"{prefix}{layer}.{part}", self.type, ["G", self.heads, rows, columns, self.head_size]
+                f"{name}{layer}.{part}", self.type, ["G", self.heads, rows, columns, self.head_size]
             )
             for layer in range(self.config.n_layer)
             for part in ("key", "value")

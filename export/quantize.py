@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from export.decoder import OUTPUT_WEIGHTS, POSITION_EMBEDDING, TOKEN_EMBEDDING, QuantizedWeight
-from qa_onnx.decoding import Generation, greedy_decode
-from qa_onnx.engine import Engine
-from qa_onnx.metrics import evaluate
-from qa_onnx.prompt import Prompt
-from qa_onnx.squad import Example
+from qa_onnx.config import GenerationConfig
+from qa_onnx.engine.engine import Engine
+from qa_onnx.engine.scheduler import Generation, generate
+from qa_onnx.engine.sequence import Prompt
+from qa_onnx.evaluation.metrics import evaluate
+from qa_onnx.evaluation.squad import Example
 
 LARGEST = 127
 MAX_PRODUCT_ERROR = 0.05
@@ -117,7 +118,7 @@ def measure_loss(
         one of the two has is not equal), and, where there are examples, exact match and F1 of both and `f1_drop`.
     """
     expected, got = (
-        greedy_decode(side, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
+        generate(side, prompts, GenerationConfig(max_new_tokens=MAX_NEW_TOKENS), batch_size=BATCH_SIZE)
         for side in (reference, engine)
     )
     pairs = list(zip(expected, got, strict=True))

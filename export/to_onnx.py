@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,11 +29,12 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
-from export.decoder import build_decoder, save_decoder, weights_of
+from export.decoder import QuantizedWeight, build_cache_copy, build_decoder, save_decoder, weights_of
+from export.parity import NEW_TOKENS, random_prompts, verify_parity
 from export.quantize import measure_loss, quantize_weights
-from export.verify import NEW_TOKENS, random_prompts, verify_parity
 from qa_onnx import __version__
 from qa_onnx.bundle import (
+    CACHE_COPY_NAME,
     CONFIG_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
@@ -44,12 +45,13 @@ from qa_onnx.bundle import (
     write_manifest,
 )
 from qa_onnx.cli import run_command
-from qa_onnx.engine import Engine
+from qa_onnx.engine.engine import Engine
+from qa_onnx.engine.kv_cache import CacheLayout
+from qa_onnx.engine.sequence import Prompt
+from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError, one_line
-from qa_onnx.kv_cache import CacheLayout, PassageCache
-from qa_onnx.prompt import Prompt, encode_prompts, load_tokenizer
-from qa_onnx.session import Session, import_onnxruntime
-from qa_onnx.squad import Example, read_squad
+from qa_onnx.evaluation.squad import Example, read_squad
+from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
 VERIFY_PASSAGES, LOSS_QUESTIONS, CALIBRATION_PROMPTS = 64, 256, 32
@@ -113,24 +115,31 @@ def export(
         shape = {"layers": config.n_layer, "heads": config.n_head, "head_size": config.n_embd // config.n_head}
 
         def load(path: Path, dtype: str = "float32") -> tuple[Session, Engine]:
+            layout = CacheLayout(**shape, dtype=dtype)
+            cache_copy = path.with_name(CACHE_COPY_NAME)
+            onnx.save_model(build_cache_copy(layout), cache_copy)
             session = Session(path, provider="cpu")
             return session, Engine(
                 session,
-                layout=CacheLayout(**shape, dtype=dtype),
+                load_copier(cache_copy, provider="cpu"),
+                layout=layout,
                 eos_token_id=tokenizer.eos_token_id,
                 max_positions=config.n_positions,
-                passage_cache=PassageCache(VERIFY_CACHE_BYTES),
+                prefix_cache_bytes=VERIFY_CACHE_BYTES,
             )
 
+        def build(quantized: Mapping[str, QuantizedWeight] | None = None, *, half: bool = False) -> onnx.ModelProto:
+            return build_decoder(weights, config, quantized, eos_token_id=tokenizer.eos_token_id, half=half)
+
         fp32_path = (bundle if precision == "fp32" else staging) / MODEL_NAME
-        save_decoder(build_decoder(weights, config), fp32_path)
+        save_decoder(build(), fp32_path)
         session, engine = load(fp32_path)
         prompts = random_prompts(config.vocab_size, config.n_positions)
         sources = [f"{len(prompts)} of random tokens"]
         bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
         examples, asked = _fitting(examples, bpe, longest=config.n_positions - NEW_TOKENS + 1)
         if verify is not None:
-            first_on_passage = list({tuple(prompt.passage_ids): prompt for prompt in reversed(asked)}.values())[::-1]
+            first_on_passage = list({tuple(prompt.prefix_ids): prompt for prompt in reversed(asked)}.values())[::-1]
             prompts += first_on_passage
             sources.append(f"{len(first_on_passage)} of {verify.name}")
         parity = verify_parity(model, engine, prompts, source=", ".join(sources))
@@ -139,9 +148,9 @@ def export(
             kept: dict[str, float] = {}
             if precision == "int8":
                 quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
-                save_decoder(build_decoder(weights, config, quantized), bundle / MODEL_NAME)
+                save_decoder(build(quantized), bundle / MODEL_NAME)
             else:
-                save_decoder(build_decoder(weights, config, half=True), bundle / MODEL_NAME)
+                save_decoder(build(half=True), bundle / MODEL_NAME)
             session, narrow_engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
             precision_loss = measure_loss(engine, narrow_engine, asked or prompts, examples, bpe)
             precision_loss["products_kept_in_fp32"] = kept

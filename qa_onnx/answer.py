@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qa_onnx.decoding import FinishReason
+from qa_onnx.engine.sequence import FinishReason
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -16,18 +16,18 @@ class Answer:
         text: The answer, without white space around it; empty where there is none.
         score: Probability from 0 to 1 of the answer's tokens and of its end under the model, one after the other.
         mean_logprob: Mean of their logarithms, which does not fall with the length of the answer.
-        start: The character of the passage at which `text` stands first (as whole words, if it does); None where it
-            does not stand there.
-        end: The character behind it, so that `passage[start:end] == text`; None where `start` is.
-        no_answer_probability: Probability under the model that the passage holds no answer. Of a document of several
-            windows the least of theirs.
+        start: The character of the context at which `text` occurs first (as whole words, if it does); None where it
+            does not occur.
+        end: The character behind it, so that `context[start:end] == text`; None where `start` is.
+        no_answer_probability: Probability under the model that the context holds no answer. Of a context of several
+            windows the smallest of theirs.
         finish_reason: `stop` where the model ended the answer, `length` where `max_new_tokens` or its positions did,
             `no_answer` where there is none.
-        prompt_tokens: Tokens of the prompt; of all windows' together.
-        new_tokens: Tokens of the answer, without the end-of-text.
+        prompt_tokens: Tokens of the prompt; of all windows' prompts together.
+        token_ids: The answer's tokens, without the end-of-text.
         window: The window that the answer is from, counted from 0.
-        windows: How many windows the passage was read in: 1 unless it is longer than the model's positions.
-        alternatives: With `GenerationConfig.top_k` above 1 the other answers, the most probable first.
+        windows: How many windows the context was read in: 1 unless it is longer than the model's positions.
+        alternatives: With `GenerationConfig.num_answers` above 1 the other answers, the most probable first.
     """
 
     text: str
@@ -38,14 +38,20 @@ class Answer:
     no_answer_probability: float
     finish_reason: FinishReason
     prompt_tokens: int
-    new_tokens: int
+    token_ids: tuple[int, ...]
     window: int = 0
     windows: int = 1
     alternatives: tuple[Answer, ...] = ()
 
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens of the answer, without the end-of-text."""
+        return len(self.token_ids)
+
     def to_dict(self) -> dict[str, Any]:
-        """All of it by name, ready for JSON."""
-        return asdict(self)
+        """All of it by name, `new_tokens` included, ready for JSON."""
+        values = asdict(self) | {"new_tokens": self.new_tokens}
+        return values | {"alternatives": [answer.to_dict() for answer in self.alternatives]}
 
     def __repr__(self) -> str:
         where = "" if self.start is None else f", start={self.start}, end={self.end}"

@@ -1,4 +1,4 @@
-"""The public class: load a bundle once, then answer questions about passages, one or many at a time."""
+"""The public class: load a bundle once, then answer questions about contexts, one or many at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,29 +17,56 @@ from tokenizers import Tokenizer
 
 from qa_onnx.answer import Answer
 from qa_onnx.bundle import Bundle, Manifest
-from qa_onnx.decoding import Decoding
-from qa_onnx.engine import Engine
+from qa_onnx.config import EngineConfig, GenerationConfig
+from qa_onnx.engine.engine import Engine, EngineStats
+from qa_onnx.engine.prefix_cache import PrefixCacheStats
+from qa_onnx.engine.scheduler import Scheduler
+from qa_onnx.engine.session import Session, load_copier, resolve_provider
 from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
-from qa_onnx.generation import GenerationConfig, check_whole_number
-from qa_onnx.grounding import Spans, TokenBytes
-from qa_onnx.kv_cache import PassageCache
+from qa_onnx.loop import EngineLoop
 from qa_onnx.progress import Progress
-from qa_onnx.prompt import load_tokenizer
 from qa_onnx.request import Request
-from qa_onnx.session import Session, resolve_provider
-from qa_onnx.windows import encode_windows
-from qa_onnx.worker import Worker
+from qa_onnx.text.constraint import Spans, TokenBytes
+from qa_onnx.text.prompt import load_tokenizer
+from qa_onnx.text.windows import encode_windows
 
-DEFAULT_BATCH_SIZE = 64
-DEFAULT_PASSAGE_CACHE_BYTES = 256 * 2**20
-DEFAULT_MAX_WAIT_MS = 2.0
-DEFAULT_MAX_QUEUE = 1024
-REMEMBERED_SPANS = 256
-"""Passages (or windows of them) whose words stay known, for grounded answers to the next question on them."""
+CACHED_SPANS = 256
+"""Contexts (or windows of them) whose words are kept, for extractive answers to the next question on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswererStats:
+    """What an answerer does now, and has done since it was loaded.
+
+    Attributes:
+        provider: `cpu` or `cuda`.
+        requests: Requests that wait or run.
+        waiting: Sequences that wait; a request has one per window of its context, or more with `num_answers`.
+        running: Sequences that are computed.
+        answered: Requests that were answered.
+        batch_size: Maximum number of sequences computed together; lower than `EngineConfig.batch_size` after a batch
+            for which there was no memory.
+        uses_cuda_graphs: Whether decode steps are captured in CUDA graphs.
+        engine: Counts of what was computed.
+        prefix_cache: What the prefix cache holds, and how often it helped.
+    """
+
+    provider: str
+    requests: int
+    waiting: int
+    running: int
+    answered: int
+    batch_size: int
+    uses_cuda_graphs: bool
+    engine: EngineStats
+    prefix_cache: PrefixCacheStats
 
 
 class Answerer:
-    """Answers questions with a bundle. Make one with `from_pretrained`; call it from any number of threads."""
+    """Answers questions with a bundle. Make one with `from_pretrained`; call it from any number of threads.
+
+    All calls share one scheduler: questions that come while others are answered join their batch.
+    """
 
     def __init__(
         self,
@@ -48,33 +75,28 @@ class Answerer:
         engine: Engine,
         tokenizer: Tokenizer,
         provider: str,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        max_wait_ms: float = DEFAULT_MAX_WAIT_MS,
-        max_queue: int = DEFAULT_MAX_QUEUE,
+        config: EngineConfig | None = None,
     ) -> None:
         """Takes the loaded parts; `from_pretrained` loads them."""
+        config = config or EngineConfig()
         self._manifest = manifest
         self._engine: Engine | None = engine
         self._tokenizer = tokenizer
         self._provider = provider
-        self._batch_size = batch_size
-        self._max_queue = max_queue
+        self._config = config
         self._pid = os.getpid()
-        self._worker = Worker(self._make_decoding, batch_size=batch_size, max_wait_ms=max_wait_ms, max_queue=max_queue)
+        self._loop = EngineLoop(
+            Scheduler(engine, batch_size=config.batch_size),
+            batch_size=config.batch_size,
+            max_wait_ms=config.max_wait_ms,
+            max_queue=config.max_queue,
+        )
         self._token_bytes: TokenBytes | None = None
-        self._spans_of = lru_cache(maxsize=REMEMBERED_SPANS)(self._find_spans)
+        self._find_spans = lru_cache(maxsize=CACHED_SPANS)(self._compute_spans)
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        provider: str = "auto",
-        threads: int | None = None,
-        passage_cache_bytes: int = DEFAULT_PASSAGE_CACHE_BYTES,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        max_wait_ms: float = DEFAULT_MAX_WAIT_MS,
-        max_queue: int = DEFAULT_MAX_QUEUE,
+        cls, path: str | Path, *, provider: str = "auto", config: EngineConfig | None = None
     ) -> Answerer:
         """Loads a bundle.
 
@@ -82,46 +104,34 @@ class Answerer:
             path: The directory that `python -m export.to_onnx` wrote.
             provider: `cpu`, `cuda`, or `auto`: CUDA where this ONNX Runtime has it, else the CPU. A provider that does
                 not start is an error; none is ever replaced by another.
-            threads: CPU threads of one operator, at most as many as the machine has; None is one a physical core.
-            passage_cache_bytes: Memory for the keys and values of the passages read last: another question on one of
-                them costs only the question. 0 keeps none.
-            batch_size: The most questions of `submit`, `answer_async`, `stream` and `answer_iter` computed together.
-            max_wait_ms: How long a first such question waits for others to join it, in milliseconds.
-            max_queue: The most such questions that wait or are computed; one more raises `QueueFullError`.
+            config: Threads, device, batches and caches; None is `EngineConfig()`.
 
         Raises:
             BundleError: The bundle is missing, incomplete, altered or of another format version.
             ProviderError: ONNX Runtime or the provider is not there, or does not run the bundle's precision.
-            InvalidInputError: An unknown provider, a thread count that the machine does not have, or another
-                option out of range.
+            InvalidInputError: An unknown provider, or `max_batch_bytes` without room for one prompt.
         """
-        if isinstance(passage_cache_bytes, bool) or not isinstance(passage_cache_bytes, int) or passage_cache_bytes < 0:
-            raise InvalidInputError(
-                f"got passage_cache_bytes {passage_cache_bytes!r}; expected a whole number of bytes, 0 to keep none"
-            )
-        check_whole_number("batch_size", batch_size, 1)
-        check_whole_number("max_queue", max_queue, 1)
-        if isinstance(max_wait_ms, bool) or not isinstance(max_wait_ms, int | float) or not 0 <= max_wait_ms <= 60_000:
-            raise InvalidInputError(f"got max_wait_ms {max_wait_ms!r}; expected milliseconds from 0 to 60,000")
+        if config is not None and not isinstance(config, EngineConfig):
+            raise InvalidInputError(f"got config of type {type(config).__name__}; expected an EngineConfig")
+        config = config or EngineConfig()
         bundle = Bundle.open(path)
         provider = resolve_provider(provider, bundle.manifest.precision)
         tokenizer = _load_tokenizer(bundle.tokenizer_path)
-        session = Session(bundle.model_path, provider=provider, threads=threads)
+        session = Session(bundle.model_path, provider=provider, config=config)
         bundle.check_graph(session.input_names, session.output_names)
         return cls(
             manifest=bundle.manifest,
             engine=Engine(
                 session,
+                load_copier(bundle.cache_copy_path, provider=provider, config=config),
                 layout=bundle.manifest.cache_layout,
                 eos_token_id=bundle.manifest.eos_token_id,
                 max_positions=bundle.manifest.max_positions,
-                passage_cache=PassageCache(passage_cache_bytes),
+                prefix_cache_bytes=config.prefix_cache_bytes,
             ),
             tokenizer=tokenizer,
             provider=session.provider,
-            batch_size=batch_size,
-            max_wait_ms=max_wait_ms,
-            max_queue=max_queue,
+            config=config,
         )
 
     @property
@@ -142,8 +152,9 @@ class Answerer:
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
     ) -> Answer:
-        """Answers one question about one passage. Arguments and errors are those of `answer_batch`."""
-        return self.answer_batch([question], [context], config=config, max_new_tokens=max_new_tokens)[0]
+        """Answers one question about one context. Arguments and errors are those of `answer_batch`."""
+        (request,) = self._make_requests([question], [context], self._resolve(config, max_new_tokens))
+        return self._wait_for([request], is_bulk=False)[0]
 
     def answer_batch(
         self,
@@ -152,55 +163,46 @@ class Answerer:
         *,
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
         progress: bool = False,
     ) -> list[Answer]:
         """Answers many questions; each as if it had been asked alone.
 
         Args:
             questions: The questions.
-            contexts: The passage of each question, in the same order. It may be of any length: what does not fit into
+            contexts: The context of each question, in the same order. It may be of any length: what does not fit into
                 the model's positions is read in overlapping windows, and the best answer of all windows is taken.
             config: How to answer; None is `GenerationConfig()`.
-            max_new_tokens: In place of the one in `config`.
-            batch_size: The most questions computed together. Batches of long prompts hold fewer.
+            max_new_tokens: Replaces the one in `config`.
             progress: Draw a progress line on standard error where that is a terminal.
 
         Returns:
-            One answer a question, in the order given.
+            One answer per question, in the order given.
 
         Raises:
             InvalidInputError: The two differ in length, an entry is not a string or has no text, or an option is out of
                 range. Everything is checked before anything is computed.
-            PromptTooLongError: A question leaves no room for a part of its passage.
+            PromptTooLongError: A question leaves no room for a part of its context.
+            OutOfMemoryError: There is no memory for a batch of one question.
             ClosedError: The answerer was closed, or belongs to the process that this one was forked from.
         """
-        engine = self._open_engine()
+        self._check_open()
         for name, texts in (("questions", questions), ("contexts", contexts)):
             if isinstance(texts, str) or not isinstance(texts, Sequence):
                 raise InvalidInputError(
                     f"got {name} of type {type(texts).__name__}; expected a list of strings. "
                     "For a single question call answer(question, context)"
                 )
-        check_whole_number("batch_size", batch_size, 1)
         requests = self._make_requests(questions, contexts, self._resolve(config, max_new_tokens))
-        owners = {row: request for request in requests for row in request.rows}
-        decoding = Decoding(engine, batch_size=batch_size)
-        decoding.add(owners)
-        with Progress(len(requests), "answering", enabled=progress) as bar:
-            while not decoding.is_idle:
-                for row in decoding.step():
-                    request = owners.pop(row)
-                    rows = request.finished(row)
-                    owners |= dict.fromkeys(rows, request)
-                    decoding.add(rows)
-                    bar.advance(request.is_done)
-        return [request.answer() for request in requests]
+        return self._wait_for(requests, is_bulk=True, progress=progress)
 
     def answer_iter(
-        self, pairs: Iterable[tuple[str, str]], *, config: GenerationConfig | None = None
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
     ) -> Iterator[Answer]:
-        """Answers a stream of (question, passage) in its order, which may be endless: memory stays bounded.
+        """Answers a stream of (question, context) in its order, which may be endless: memory stays bounded.
 
         The stream is read ahead of the answers, by twice the batch size at most.
 
@@ -208,14 +210,14 @@ class Answerer:
             InvalidInputError: As from `answer_batch`, when the pair's turn has come; so do the other errors.
         """
         ahead: deque[Future[Answer]] = deque()
-        most = min(2 * self._batch_size, self._max_queue)
+        limit = min(2 * self._config.batch_size, self._config.max_queue)
         try:
             for pair in pairs:
                 if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-                    raise InvalidInputError(f"got {pair!r}; expected a pair of question and passage")
-                ahead.append(self.submit(*pair, config=config))
-                if len(ahead) == most:  # half of them make room, so that many come together and share their work
-                    while len(ahead) > most // 2:
+                    raise InvalidInputError(f"got {pair!r}; expected a pair of question and context")
+                ahead.append(self.submit(*pair, config=config, max_new_tokens=max_new_tokens))
+                if len(ahead) == limit:  # half of them make room, so that many come together and share their work
+                    while len(ahead) > limit // 2:
                         yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
@@ -223,57 +225,84 @@ class Answerer:
             for future in ahead:
                 future.cancel()
 
-    def stream(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        question: str,
+        context: str,
+        *,
+        config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
+    ) -> AnswerStream:
         """The text of an answer as it grows: pieces which together are `Answer.text`.
 
-        Of a document of several windows, and with `top_k`, nothing is certain before the end: it is one piece then.
-        A stream that is closed, or not held any more, frees what it takes.
+        Of a context of several windows, and with `num_answers`, nothing is certain before the end: it is one piece
+        then.
 
         Raises:
             QAOnnxError: As from `submit`, at the call.
         """
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        future = self._submit(question, context, config, on_text=pieces.put)
+        future = self._submit(question, context, self._resolve(config, max_new_tokens), on_text=pieces.put)
         future.add_done_callback(lambda _: pieces.put(None))
-        return self._pieces(pieces, future)
+        return AnswerStream(pieces, future)
 
-    @staticmethod
-    def _pieces(pieces: SimpleQueue[str | None], future: Future[Answer]) -> Iterator[str]:
-        told = 0
-        try:
-            while (piece := pieces.get()) is not None:
-                told += len(piece)
-                yield piece
-            rest = future.result().text[told:]
-            if rest:
-                yield rest
-        finally:
-            future.cancel()
-
-    def submit(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Future[Answer]:
+    def submit(
+        self,
+        question: str,
+        context: str,
+        *,
+        config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Future[Answer]:
         """Has a question answered in the background; it joins the batch that is being computed.
 
-        Requests take turns in the order they came, the windows of a long document too: it keeps others waiting for no
-        more than the batch that is being read. Cancelling the future frees what the request takes, at any time.
+        Requests are served first come, first served, and the windows of a long context take turns with other requests:
+        it keeps them waiting for no more than the batch that is being read. Cancelling the future frees what the
+        request takes, at any time. At the interpreter's exit, requests that still wait fail with `ClosedError`.
 
         Raises:
             InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.
             QueueFullError: `max_queue` requests wait already.
         """
-        return self._submit(question, context, config)
+        return self._submit(question, context, self._resolve(config, max_new_tokens))
 
-    async def answer_async(self, question: str, context: str, *, config: GenerationConfig | None = None) -> Answer:
+    async def answer_async(
+        self,
+        question: str,
+        context: str,
+        *,
+        config: GenerationConfig | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
         """As `submit`, for asyncio. A task that is cancelled frees what its request takes."""
-        return await asyncio.wrap_future(self.submit(question, context, config=config))
+        return await asyncio.wrap_future(self.submit(question, context, config=config, max_new_tokens=max_new_tokens))
+
+    def stats(self) -> AnswererStats:
+        """What the answerer does now, and has done since it was loaded.
+
+        Raises:
+            ClosedError: The answerer was closed.
+        """
+        engine, scheduler = self._check_open(), self._loop.scheduler
+        return AnswererStats(
+            provider=self._provider,
+            requests=self._loop.requests,
+            waiting=scheduler.waiting,
+            running=scheduler.running,
+            answered=self._loop.answered,
+            batch_size=scheduler.batch_size,
+            uses_cuda_graphs=engine.uses_cuda_graphs,
+            engine=replace(engine.stats),
+            prefix_cache=engine.prefix_cache.stats(),
+        )
 
     def close(self, *, cancel_waiting: bool = False) -> None:
-        """Lets go of the model. Later calls raise `ClosedError`. Closing twice is harmless.
+        """Frees the model. Later calls raise `ClosedError`. Closing twice is harmless.
 
         Args:
             cancel_waiting: Fail requests that wait or are computed with `ClosedError`, instead of waiting for them.
         """
-        if self._pid == os.getpid():
-            self._worker.close(cancel_waiting=cancel_waiting)
+        self._loop.close(cancel_waiting=cancel_waiting)
         self._engine = None
 
     def __enter__(self) -> Answerer:
@@ -289,7 +318,7 @@ class Answerer:
         state = "closed" if self._engine is None else f"provider={self._provider!r}"
         return f"Answerer({self._manifest.source_model!r}, precision={self._manifest.precision!r}, {state})"
 
-    def _open_engine(self) -> Engine:
+    def _check_open(self) -> Engine:
         engine = self._engine
         if engine is None:
             raise ClosedError("this Answerer was closed; load the bundle again with Answerer.from_pretrained")
@@ -307,7 +336,7 @@ class Answerer:
             raise InvalidInputError(f"got config of type {type(config).__name__}; expected a GenerationConfig")
         if max_new_tokens is not None:
             config = replace(config, max_new_tokens=max_new_tokens)
-        if config.no_answer_threshold is None:
+        if config.no_answer_threshold is None and not config.ignore_eos:
             config = replace(config, no_answer_threshold=self._manifest.no_answer_threshold)
         return config
 
@@ -318,7 +347,7 @@ class Answerer:
         config: GenerationConfig,
         on_text: Callable[[str], object] | None = None,
     ) -> list[Request]:
-        engine = self._open_engine()
+        engine = self._check_open()
         windows = encode_windows(
             self._tokenizer,
             questions,
@@ -327,12 +356,13 @@ class Answerer:
             max_new_tokens=config.max_new_tokens,
             stride=config.stride,
         )
-        if config.grounded and config.top_k > 1:
+        if config.extractive and config.num_answers > 1:
             for index, context in enumerate(contexts):
-                spans = self._spans_of(context).count(config.top_k)
-                if spans < config.top_k:
+                spans = self._find_spans(context).count(config.num_answers)
+                if spans < config.num_answers:
                     raise InvalidInputError(
-                        f"got top_k {config.top_k}; context {index} has only {spans} different spans. Ask for fewer"
+                        f"got num_answers {config.num_answers}; context {index} has only {spans} different spans. "
+                        "Ask for fewer"
                     )
         return [
             Request(
@@ -341,7 +371,7 @@ class Answerer:
                 tokenizer=self._tokenizer,
                 eos_token_id=engine.eos_token_id,
                 max_positions=engine.max_positions,
-                spans_of=self._spans_of,
+                find_spans=self._find_spans,
                 on_text=on_text,
             )
             for parts in windows
@@ -351,20 +381,80 @@ class Answerer:
         self,
         question: str,
         context: str,
-        config: GenerationConfig | None,
+        config: GenerationConfig,
         on_text: Callable[[str], object] | None = None,
     ) -> Future[Answer]:
-        self._open_engine()
-        (request,) = self._make_requests([question], [context], self._resolve(config), on_text)
-        return self._worker.submit(request)
+        (request,) = self._make_requests([question], [context], config, on_text)
+        return self._loop.submit([request], is_limited=True)[0]
 
-    def _find_spans(self, passage: str) -> Spans:
+    def _wait_for(self, requests: Sequence[Request], *, is_bulk: bool, progress: bool = False) -> list[Answer]:
+        """The answers of requests; the first error, or Ctrl-C, cancels the others."""
+        done: SimpleQueue[Future[Answer]] = SimpleQueue()
+        futures = self._loop.submit(requests, is_bulk=is_bulk)
+        try:
+            for future in futures:
+                future.add_done_callback(done.put)
+            with Progress(len(futures), "answering", enabled=progress) as bar:
+                for _ in futures:
+                    done.get().result()
+                    bar.advance(1)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return [future.result() for future in futures]
+
+    def _compute_spans(self, context: str) -> Spans:
         if self._token_bytes is None:
             self._token_bytes = TokenBytes(self._tokenizer)
-        return Spans(passage, self._token_bytes)
+        return Spans(context, self._token_bytes)
 
-    def _make_decoding(self) -> Decoding:
-        return Decoding(self._open_engine(), batch_size=self._batch_size, oldest_first=True)
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer's text. One that is closed, or not held any more, frees what its request takes."""
+
+    def __init__(self, pieces: SimpleQueue[str | None], future: Future[Answer]) -> None:
+        """Takes the queue of the pieces, with None at their end, and the answer's future."""
+        self._pieces = pieces
+        self._future = future
+        self._told = 0
+        self._is_over = False
+
+    def __next__(self) -> str:
+        """The next piece.
+
+        Raises:
+            QAOnnxError: As from `Answerer.submit`.
+        """
+        if self._is_over:
+            raise StopIteration
+        piece = self._pieces.get()
+        if piece is not None:
+            self._told += len(piece)
+            return piece
+        self._is_over = True
+        if self._future.cancelled():
+            raise StopIteration
+        rest = self._future.result().text[self._told :]
+        if not rest:
+            raise StopIteration
+        return rest
+
+    def close(self) -> None:
+        """Ends the stream."""
+        self._is_over = True
+        self._future.cancel()
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.errors import BundleError
-from qa_onnx.kv_cache import CacheLayout
-from qa_onnx.prompt import PROMPT_TEMPLATE
+from qa_onnx.text.prompt import PROMPT_TEMPLATE
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "qa_onnx.json"
 MODEL_NAME = "model.onnx"
+CACHE_COPY_NAME = "cache_copy.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
-REQUIRED_FILES = (MODEL_NAME, TOKENIZER_NAME, CONFIG_NAME)
+REQUIRED_FILES = (MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME)
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -93,8 +94,13 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The ONNX graph."""
+        """The decoder's graph."""
         return self.directory / MODEL_NAME
+
+    @property
+    def cache_copy_path(self) -> Path:
+        """The graph that copies KV caches on the device."""
+        return self.directory / CACHE_COPY_NAME
 
     @property
     def tokenizer_path(self) -> Path:

@@ -12,15 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qa_onnx import breakdown
 from qa_onnx.answer import Answer
-from qa_onnx.answerer import DEFAULT_BATCH_SIZE, Answerer
+from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import Bundle
+from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, EngineConfig, GenerationConfig
+from qa_onnx.engine.session import PROVIDERS
 from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
-from qa_onnx.generation import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, GenerationConfig
-from qa_onnx.metrics import best_thresholds, evaluate
-from qa_onnx.session import PROVIDERS
-from qa_onnx.squad import Example, read_answers, read_predictions, read_squad
+from qa_onnx.evaluation import error_analysis
+from qa_onnx.evaluation.metrics import best_thresholds, evaluate
+from qa_onnx.evaluation.squad import Example, read_answers, read_predictions, read_squad
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -103,11 +103,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         sys.stderr.write(f"{unknown} predictions are of questions that are not in {arguments.data}\n")
     windows = {name: answer["windows"] for name, answer in answers.items() if "windows" in answer}
     if arguments.plot is not None:
-        breakdown.plot(examples, answers, arguments.plot)
+        error_analysis.plot(examples, answers, arguments.plot)
     if arguments.worst is not None:
-        worst = breakdown.worst_cases(examples, answers, limit=arguments.worst_limit)
+        worst = error_analysis.worst_cases(examples, answers, limit=arguments.worst_limit)
         _write_whole(arguments.worst, _json_lines(worst))
-    _write(breakdown.table(examples, predictions, windows))
+    _write(error_analysis.table(examples, predictions, windows))
     figures = evaluate(examples, predictions).to_dict()
     probabilities = {name: answer["no_answer_probability"] for name, answer in answers.items() if "score" in answer}
     if probabilities and any(not example.answers for example in examples):
@@ -124,7 +124,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             "and some without one (SQuAD v2.0), or there is nothing to tell apart"
         )
     config = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens, grounded=arguments.grounded, no_answer_threshold=1.0
+        max_new_tokens=arguments.max_new_tokens, extractive=arguments.extractive, no_answer_threshold=1.0
     )
     answers = _answer_all(arguments, examples, config)
     found = best_thresholds(
@@ -137,7 +137,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         **found,
         "questions": len(examples),
         "without_answer": unanswerable,
-        "grounded": arguments.grounded,
+        "extractive": arguments.extractive,
         "source": arguments.data.name,
     }
     Bundle.open(arguments.model).keep_no_answer(kept)
@@ -145,7 +145,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
-    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, threads=arguments.threads)
+    engine = EngineConfig(
+        threads=arguments.threads,
+        device_id=arguments.device_id,
+        batch_size=getattr(arguments, "batch_size", DEFAULT_BATCH_SIZE),
+    )
+    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=engine)
 
 
 def _answer_all(arguments: argparse.Namespace, examples: Sequence[Example], config: GenerationConfig) -> list[Answer]:
@@ -154,13 +159,13 @@ def _answer_all(arguments: argparse.Namespace, examples: Sequence[Example], conf
             [example.question for example in examples],
             [example.context for example in examples],
             config=config,
-            batch_size=arguments.batch_size,
             progress=True,
         )
 
 
 def _config(arguments: argparse.Namespace) -> GenerationConfig:
-    return GenerationConfig(**{field.name: getattr(arguments, field.name) for field in fields(GenerationConfig)})
+    names = {field.name for field in fields(GenerationConfig)} - {"ignore_eos"}
+    return GenerationConfig(**{name: getattr(arguments, name) for name in names})
 
 
 def _check_can_write(path: Path) -> None:
@@ -214,18 +219,18 @@ def positive(text: str) -> int:
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of `GenerationConfig` but `max_new_tokens`; it checks them."""
+    """The fields of `GenerationConfig` but `max_new_tokens` and `ignore_eos`; it checks them."""
     group = parser.add_argument_group("how to answer")
-    group.add_argument("--grounded", action="store_true", help="only answers that stand in the passage")
+    group.add_argument("--extractive", action="store_true", help="only answers that are spans of the context")
     for name, kind, text in (
-        ("top_k", int, "different answers a question, the most probable first; default: 1"),
-        ("no_repeat_ngram_size", int, "no sequence of N tokens twice in prompt and answer; default: 0, no limit"),
+        ("num_answers", int, "different answers per question, the most probable first; default: 1"),
+        ("no_repeat_ngram_size", int, "no n-gram of N tokens twice in prompt and answer; default: 0, no limit"),
         ("temperature", float, "draw tokens; default: 0, take the most probable"),
-        ("top_k_tokens", int, "draw from the N most probable tokens; default: 0, all"),
+        ("top_k", int, "draw from the N most probable tokens; default: 0, all"),
         ("top_p", float, "draw from the most probable tokens that add up to X; default: 1, all"),
         ("seed", int, "of the draws; default: another each time"),
         ("no_answer_threshold", float, "no answer above this probability of none; default: the bundle's"),
-        ("stride", int, f"tokens that windows of a long passage share; default: {DEFAULT_STRIDE}"),
+        ("stride", int, f"tokens that windows of a long context share; default: {DEFAULT_STRIDE}"),
     ):
         default = next(field.default for field in fields(GenerationConfig) if field.name == name)
         option = f"--{name.replace('_', '-')}"
@@ -235,13 +240,13 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m qa_onnx", description="Answer questions about passages with a GPT-2 exported to ONNX."
+        prog="python -m qa_onnx", description="Answer questions about contexts with a GPT-2 exported to ONNX."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     answer = commands.add_parser("answer", help="answer one question")
     answer.add_argument("--question", required=True, metavar="TEXT")
-    answer.add_argument("--context", required=True, metavar="TEXT|@FILE", help="the passage, or @ and a text file")
+    answer.add_argument("--context", required=True, metavar="TEXT|@FILE", help="the context, or @ and a text file")
     answer.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
     answer.set_defaults(run=_answer)
 
@@ -258,7 +263,7 @@ def make_parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser(
         "calibrate", help="find the no-answer threshold that is best on a SQuAD v2.0 file, and keep it in the bundle"
     )
-    calibrate.add_argument("--grounded", action="store_true", help="with answers that stand in the passage")
+    calibrate.add_argument("--extractive", action="store_true", help="with answers that are spans of the context")
     calibrate.set_defaults(run=_calibrate)
 
     for command in (predict, calibrate):
@@ -274,7 +279,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (answer, predict, calibrate):
         command.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
         command.add_argument("--provider", choices=PROVIDERS, default="auto", help="default: %(default)s")
-        command.add_argument("--threads", type=positive, metavar="N", help="default: one a physical core")
+        command.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
+        command.add_argument("--device-id", type=int, default=0, metavar="N", help="GPU; default: %(default)s")
         command.add_argument(
             "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
         )

@@ -26,7 +26,11 @@ class ClosedError(QAOnnxError):
 
 
 class QueueFullError(QAOnnxError):
-    """More requests wait than `from_pretrained` was told to keep."""
+    """More requests wait than `EngineConfig.max_queue` allows."""
+
+
+class OutOfMemoryError(QAOnnxError):
+    """The device has not enough memory for a batch, not even for one sequence."""
 
 
 class ParityError(QAOnnxError):

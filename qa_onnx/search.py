@@ -1,8 +1,8 @@
-"""The most probable answers to one prompt: best-first search over beginnings of answers.
+"""The most probable answers to one prompt: best-first search over hypotheses.
 
-Greedy decoding of a row leaves, at every token, the beginnings that it did not go on with. The most probable of these
-is gone on with next, greedily again, and so forth. What a beginning leads to is never more probable than the beginning
-itself; so once the wanted number of answers is more probable than every beginning left, no better ones exist.
+Greedy decoding of a sequence leaves, at every token, the hypotheses that it did not continue. The most probable of
+these is continued next, greedily again, and so on. What a hypothesis leads to is never more probable than itself; so
+once the wanted number of answers is more probable than every hypothesis left, no better ones exist.
 (Best-first search of this kind: Meister et al., "Best-First Beam Search", 2020.)
 """
 
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qa_onnx.decoding import FinishReason, Prefix, Row
+from qa_onnx.engine.sequence import FinishReason, Hypothesis, Sequence
 
-ROLLOUTS_EACH = 4
-"""The most beginnings that are gone on with for each answer that is asked for. A model that is unsure of everything
-would otherwise be searched for ever; the answers found by then are returned."""
+ROLLOUTS_PER_ANSWER = 4
+"""Maximum number of hypotheses that are continued for each answer that is asked for. A model that is unsure of
+everything would otherwise be searched for ever; the answers found by then are returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +24,15 @@ class Candidate:
 
     Attributes:
         text: The answer, without white space around it.
-        start: The character of the row's passage at which it stands; None where it does not.
-        new_tokens: How many tokens it has, without the end-of-text.
+        start: The character of the window's text at which it occurs; None where it does not.
+        token_ids: Its tokens, without the end-of-text.
         logprobs: Of each token, and of the end-of-text where that came.
         finish_reason: Why it ended.
     """
 
     text: str
     start: int | None
-    new_tokens: int
+    token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
 
@@ -43,55 +43,62 @@ class Candidate:
 
 
 class Search:
-    """The answers to one prompt, as rows of them end. With `top_k` 1 it is the one row."""
+    """The answers to one prompt, as sequences of them end. With `num_answers` 1 it is the one sequence."""
 
     def __init__(
-        self, make_row: Callable[[Prefix | None], Row], read: Callable[[Row], Candidate], *, top_k: int
+        self,
+        make_sequence: Callable[[Hypothesis | None], Sequence],
+        read: Callable[[Sequence], Candidate],
+        *,
+        num_answers: int,
     ) -> None:
         """Has no answer yet.
 
         Args:
-            make_row: Makes the row that goes on with a beginning; None is the first row.
-            read: What a row that has ended says.
-            top_k: How many different texts are wanted.
+            make_sequence: Makes the sequence that continues a hypothesis; None is the first sequence.
+            read: The answer of a sequence that has ended.
+            num_answers: How many different texts are wanted.
         """
-        self._make_row = make_row
+        self._make_sequence = make_sequence
         self._read = read
-        self._top_k = top_k
+        self._num_answers = num_answers
         self._found: dict[str, Candidate] = {}
-        self._beginnings: list[Prefix] = []
-        self._rollouts_left = ROLLOUTS_EACH * top_k
+        self._hypotheses: list[Hypothesis] = []
+        self._rollouts_left = ROLLOUTS_PER_ANSWER * num_answers
         self.no_answer_probability = 0.0
-        self.rows = [make_row(None)]
-        """The rows under way."""
+        self.sequences = [make_sequence(None)]
+        """The sequences that run or wait."""
 
     @property
     def candidates(self) -> list[Candidate]:
-        """The answers found, the most probable first, at most `top_k`."""
-        return sorted(self._found.values(), key=lambda candidate: -candidate.logprob)[: self._top_k]
+        """The answers found, the most probable first, at most `num_answers`."""
+        return sorted(self._found.values(), key=lambda candidate: -candidate.logprob)[: self._num_answers]
 
-    def finished(self, row: Row) -> list[Row]:
-        """Takes what a row found; returns the rows to decode next, none where the search goes on or is over."""
-        self.no_answer_probability = max(self.no_answer_probability, row.no_answer_probability)
-        self.rows.remove(row)
-        self._add(self._read(row))
-        self._beginnings += row.alternatives
-        if self.rows or row.cancelled:
+    def finish(self, sequence: Sequence) -> list[Sequence]:
+        """Takes what a sequence found; returns the sequences to decode next: none while others run, or at the end."""
+        self.no_answer_probability = max(self.no_answer_probability, sequence.no_answer_probability)
+        self.sequences.remove(sequence)
+        self._add(self._read(sequence))
+        self._hypotheses += sequence.alternatives
+        if self.sequences:
             return []
-        self._beginnings.sort(key=lambda beginning: sum(beginning.logprobs))
-        while self._beginnings and len(self.rows) < min(self._top_k, self._rollouts_left) and self._is_worth_it():
-            beginning = self._beginnings.pop()
-            row = self._make_row(beginning)
-            if row.finish_reason:
-                self._add(self._read(row))
+        self._hypotheses.sort(key=lambda hypothesis: sum(hypothesis.logprobs))
+        while (
+            self._hypotheses
+            and len(self.sequences) < min(self._num_answers, self._rollouts_left)
+            and self._is_worth_it()
+        ):
+            sequence = self._make_sequence(self._hypotheses.pop())
+            if sequence.is_finished:
+                self._add(self._read(sequence))
             else:
-                self.rows.append(row)
-        self._rollouts_left -= len(self.rows)
-        return list(self.rows)
+                self.sequences.append(sequence)
+        self._rollouts_left -= len(self.sequences)
+        return list(self.sequences)
 
     def _is_worth_it(self) -> bool:
         candidates = self.candidates
-        return len(candidates) < self._top_k or sum(self._beginnings[-1].logprobs) > candidates[-1].logprob
+        return len(candidates) < self._num_answers or sum(self._hypotheses[-1].logprobs) > candidates[-1].logprob
 
     def _add(self, candidate: Candidate) -> None:
         known = self._found.get(candidate.text)

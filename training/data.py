@@ -22,11 +22,12 @@ from tokenizers import Tokenizer
 from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast
 
+from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
+from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.generation import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
-from qa_onnx.prompt import Prompt, encode_answers
-from qa_onnx.squad import Example, GoldAnswer
-from qa_onnx.windows import Window, encode_windows
+from qa_onnx.evaluation.squad import Example, GoldAnswer
+from qa_onnx.text.prompt import encode_answers
+from qa_onnx.text.windows import Window, encode_windows
 from training.model import IGNORED
 
 LossOn = Literal["answer", "all"]
@@ -159,15 +160,15 @@ class Asked:
 
     def __len__(self) -> int:
         """Tokens behind the passage."""
-        return len(self.prompt.question_ids) + len(self.closed)
+        return len(self.prompt.suffix_ids) + len(self.closed)
 
 
 def _packed(asked: Sequence[Asked]) -> list[list[Asked]]:
     """Puts questions of one passage together, as long as they are not longer than the passage, or than 256 tokens."""
     passages: dict[tuple[int, ...], list[list[Asked]]] = {}
     for question in asked:
-        rows = passages.setdefault(tuple(question.prompt.passage_ids), [[]])
-        room = max(MIN_PACKED_TOKENS, len(question.prompt.passage_ids))
+        rows = passages.setdefault(tuple(question.prompt.prefix_ids), [[]])
+        room = max(MIN_PACKED_TOKENS, len(question.prompt.prefix_ids))
         if rows[-1] and sum(map(len, rows[-1])) + len(question) > room:
             rows.append([])
         rows[-1].append(question)
@@ -175,13 +176,13 @@ def _packed(asked: Sequence[Asked]) -> list[list[Asked]]:
 
 
 def _row(asked: Sequence[Asked], settings: RowSettings) -> dict[str, Any]:
-    passage_ids = asked[0].prompt.passage_ids
-    input_ids, counts = list(passage_ids), [False] * len(passage_ids)
+    prefix_ids = asked[0].prompt.prefix_ids
+    input_ids, counts = list(prefix_ids), [False] * len(prefix_ids)
     firsts = []
     for question in asked:
         firsts.append(len(input_ids))
-        input_ids += question.prompt.question_ids + question.closed
-        counts += [False] * len(question.prompt.question_ids) + [True] * len(question.closed)
+        input_ids += question.prompt.suffix_ids + question.closed
+        counts += [False] * len(question.prompt.suffix_ids) + [True] * len(question.closed)
     share = 1.0 if settings.loss_on == "all" else settings.text_loss_share
     if share:
         draw = random.Random(zlib.crc32(repr(input_ids).encode()))
@@ -192,7 +193,7 @@ def _row(asked: Sequence[Asked], settings: RowSettings) -> dict[str, Any]:
         "input_ids": input_ids,
         "labels": [token if counted else IGNORED for token, counted in zip(input_ids, counts, strict=True)],
         "length": len(input_ids),
-        "passage_tokens": len(passage_ids),
+        "passage_tokens": len(prefix_ids),
         "question_tokens": [len(question) for question in asked],
         "windows": sum(question.is_window for question in asked),
     }

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
-from qa_onnx.squad import Example, read_predictions
+from qa_onnx.evaluation.squad import Example, read_predictions
 from training.data import LOSS_ON, RowSettings, cached_rows, too_long
 from training.evaluation import windows_of
 from training.model import ARCHITECTURES, build_model, load_model, with_lora

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GPT2Config, GPT2TokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from qa_onnx.errors import InvalidInputError, one_line
-from qa_onnx.prompt import prepare_tokenizer
+from qa_onnx.text.prompt import prepare_tokenizer
 
 STARTER = Path(__file__).parent / "starter" / "model"
 ARCHITECTURES = {"gpt2": GPT2Config()}
@@ -86,7 +86,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
 
 
 def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
-    """Loads a GPT-2 tokenizer from a directory or the hub, set up for `qa_onnx.prompt`.
+    """Loads a GPT-2 tokenizer from a directory or the hub, set up for `qa_onnx.text.prompt`.
 
     Raises:
         InvalidInputError: There is none there.

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
-from qa_onnx.metrics import score_example
-from qa_onnx.prompt import PROMPT_TEMPLATE
-from qa_onnx.squad import Example
+from qa_onnx.evaluation.metrics import score_example
+from qa_onnx.evaluation.squad import Example
+from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from training.overview import HISTOGRAM_STEP, Overview
 from training.settings import FinetuneConfig
 from training.sources import SAMPLES, Source

@@ -16,7 +16,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from qa_onnx.errors import InvalidInputError, one_line
-from qa_onnx.squad import Example, GoldAnswer, parse_squad, read_json
+from qa_onnx.evaluation.squad import Example, GoldAnswer, parse_squad, read_json
 from training.starter.sample import generate, with_unanswerable
 
 Part = Literal["train", "eval"]

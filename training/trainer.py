@@ -19,8 +19,8 @@ from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerCon
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from qa_onnx.errors import QAOnnxError
-from qa_onnx.metrics import evaluate
-from qa_onnx.squad import Example
+from qa_onnx.evaluation.metrics import evaluate
+from qa_onnx.evaluation.squad import Example
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
 from training.model import GPT2LMHeadModel, PeftModel, merged, whole

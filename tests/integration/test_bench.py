@@ -6,12 +6,13 @@ import io
 import json
 import sys
 
+import onnx
 import pytest
 
-from bench import latency, report, roofline, runner, scaling, throughput, training
+from bench import cuda_counts, latency, report, roofline, runner, scaling, throughput, training
 from bench.peers import RUNNERS, Settings, serve
 from qa_onnx.bundle import Bundle
-from qa_onnx.squad import parse_squad, read_squad
+from qa_onnx.evaluation.squad import parse_squad, read_squad
 from training.starter.sample import generate
 
 
@@ -33,7 +34,7 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_
     assert throughput.main([*map(str, arguments), "--output", str(output), "--rounds", "2"]) == 0
     result = json.loads(output.read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == runner.PEERS == [name for name in RUNNERS if name != "qa_onnx int8 grounded"]
+    assert list(rows) == runner.PEERS == [name for name in RUNNERS if name != "qa_onnx int8 extractive"]
     assert {row["status"] for row in rows.values()} == {"measured"}
     for name, row in rows.items():
         assert len(row["seconds"]) == 2
@@ -68,10 +69,27 @@ def test_many_callers_get_what_a_batch_gets(tiny_model_dir, tmp_path, work, quic
     arguments = ["--data", data, "--model", tiny_model_dir, "--work", work, "--output", output, "--concurrency", 8]
     options = ["--questions", "20", "--rounds", "2", "--only", "qa_onnx fp32", "transformers fp32"]
     assert latency.main([*map(str, arguments), *options]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["callers"] for row in rows] == ["answer_async", "answer"]
+    for row in rows:
+        assert (row["name"], row["equal"], len(row["waits"])) == ("qa_onnx fp32", 40, 40)
+        assert row["seconds_waited"]["50"] <= row["seconds_waited"]["95"] <= max(row["seconds"])
+    assert "| qa_onnx fp32 | answer |" in capsys.readouterr().out
+
+
+def test_callers_ask_a_bundle_that_exists(tiny_bundle, tmp_path, capsys):
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=10)))
+    arguments = ["--data", data, "--bundles", tiny_bundle, "--output", output, "--concurrency", 4, "--rounds", 1]
+    assert latency.main([*map(str, arguments), "--callers", "answer"]) == 0
     (row,) = json.loads(output.read_text())["rows"]
-    assert (row["name"], row["equal"], len(row["waits"])) == ("qa_onnx fp32", 40, 40)
-    assert row["seconds_waited"]["50"] <= row["seconds_waited"]["95"] <= max(row["async_seconds"])
-    assert "| qa_onnx fp32 |" in capsys.readouterr().out
+    assert (row["name"], row["callers"], row["equal"], len(row["seconds"])) == ("qa_onnx fp32", "answer", 10, 1)
+    with pytest.raises(SystemExit):
+        latency.main([*map(str, arguments[:6])])
+    assert "--bundles needs --concurrency" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        latency.main(["--data", str(data), "--model", "m", "--output", str(output)])
+    assert "--work is required" in capsys.readouterr().err
 
 
 def test_scaling_varies_one_thing_at_a_time(tiny_model_dir, tmp_path, work, quick, monkeypatch, capsys):
@@ -156,11 +174,51 @@ def ask(name, settings, *requests):
 def test_one_question_is_asked_alone_and_every_answer_has_its_tokens(tiny_bundle, tmp_path):
     (tmp_path / "fp32").symlink_to(tiny_bundle)
     loaded, everything, single = ask(
-        "qa_onnx fp32", settings_of(tmp_path), {"batch_size": 2, "tokens": True}, {"question": 1, "tokens": True}
+        "qa_onnx fp32",
+        settings_of(tmp_path, batch_size=2),
+        {"batch_size": 2, "tokens": True},
+        {"question": 1, "tokens": True},
     )
     assert loaded["load_seconds"] > 0
     assert [len(tokens) for tokens in everything["tokens"]] == [5, 5]
     assert single["tokens"] == everything["tokens"][1:]
+
+
+def test_extractive_answers_are_of_the_context_and_may_be_shorter(tiny_bundle, tmp_path):
+    (tmp_path / "int8").symlink_to(tiny_bundle)
+    _, reply = ask("qa_onnx int8 extractive", settings_of(tmp_path, batch_size=2), {"batch_size": 2, "tokens": True})
+    assert all(len(tokens) <= 5 for tokens in reply["tokens"])
+
+
+def test_another_batch_size_than_the_one_that_was_loaded_is_refused(tiny_bundle, tmp_path):
+    (tmp_path / "fp32").symlink_to(tiny_bundle)
+    with pytest.raises(ValueError, match="got batch size 3; qa_onnx was loaded with 2"):
+        ask("qa_onnx fp32", settings_of(tmp_path, batch_size=2), {"batch_size": 3})
+
+
+def test_counting_says_where_there_are_no_counters(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(cuda_counts, "LIBRARY", "libqa_onnx_no_such.so")
+    with pytest.raises(SystemExit, match=r"no counters: .*LD_LIBRARY_PATH"):
+        cuda_counts.main([str(tiny_bundle)])
+    monkeypatch.setattr(cuda_counts, "LIBRARY", None)  # the process itself, which exports none
+    with pytest.raises(SystemExit, match="does not count"):
+        cuda_counts.main([str(tiny_bundle)])
+
+
+def test_counts_above_a_target_are_told():
+    phase = {"phase": "decode step", "h2d_bytes": 70_000, "d2h_bytes": 1, "sync": 6, "launches": 9, "graph_launch": 0}
+    assert cuda_counts.above_target(phase) == ["decode step: h2d 70,000, target 64,000"]
+    assert cuda_counts.above_target({**phase, "phase": "loading"}) == []
+
+
+def test_the_shapes_of_a_graph_are_told_from_its_values(tiny_bundle):
+    graph = onnx.load(tiny_bundle / "model.onnx").graph
+    shapes = cuda_counts._shape_nodes(graph)
+    kinds = {node.op_type for node in graph.node if node.name in shapes}
+    assert {"Shape", "Concat", "Mul"} <= kinds
+    assert not kinds & {"Gather", "Gemm", "TensorScatter", "Where", "Less"}
+    layout, vocabulary, positions = cuda_counts.read_model(tiny_bundle / "model.onnx")
+    assert (layout, vocabulary, positions) == (Bundle.open(tiny_bundle).manifest.cache_layout, 600, 256)
 
 
 def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
@@ -221,7 +279,7 @@ def test_a_small_file_is_a_workload_too():
     assert len(throughput.one_question(examples)) == len({example.context for example in examples})
 
 
-def test_training_is_measured_beside_the_notebooks_way(tmp_path, capsys):
+def test_training_is_measured_against_the_notebooks_way(tmp_path, capsys):
     data, output = tmp_path / "data.json", tmp_path / "result.json"
     data.write_text(json.dumps(generate("heldout", questions=12)))
     arguments = ["--data", data, "--passages", 2, "--rounds", 1, "--output", output]

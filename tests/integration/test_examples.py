@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qa_onnx.squad import read_squad
+from qa_onnx.evaluation.squad import read_squad
 from tests.conftest import ROOT
 
 
@@ -23,10 +23,10 @@ def run(name, *arguments, given=""):
     return subprocess.run(command, input=given, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_a_csv_file_gets_answers_that_stand_in_its_passages(starter_bundle, examples, tmp_path):
+def test_a_csv_file_gets_answers_that_are_in_its_contexts(starter_bundle, examples, tmp_path):
     with (tmp_path / "questions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "question", "passage"])
+        writer.writerow(["id", "question", "context"])
         writer.writerows([example.id, example.question, example.context] for example in examples)
     run("answer_csv.py", starter_bundle, tmp_path / "questions.csv", tmp_path / "answers.csv")
     with (tmp_path / "answers.csv").open(newline="", encoding="utf-8") as file:
@@ -38,8 +38,8 @@ def test_a_csv_file_gets_answers_that_stand_in_its_passages(starter_bundle, exam
 
 
 def test_the_worker_answers_each_line_and_tells_of_bad_ones(starter_bundle, examples):
-    lines = [{"id": example.id, "question": example.question, "passage": example.context} for example in examples]
-    lines.append({"id": "bad", "question": "", "passage": "Rollo."})
+    lines = [{"id": example.id, "question": example.question, "context": example.context} for example in examples]
+    lines.append({"id": "bad", "question": "", "context": "Rollo."})
     out = run("async_worker.py", starter_bundle, given="".join(json.dumps(line) + "\n" for line in lines))
     replies = {reply["id"]: reply for reply in map(json.loads, out.splitlines())}
     assert replies.keys() == {line["id"] for line in lines}

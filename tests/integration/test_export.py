@@ -17,11 +17,11 @@ from onnx import numpy_helper
 from optimum.onnxruntime import ORTModelForCausalLM
 
 from bench import accuracy
-from export import to_onnx, verify
+from export import parity, to_onnx
 from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import write_manifest
-from qa_onnx.prompt import Prompt
-from qa_onnx.session import Session
+from qa_onnx.engine.sequence import Prompt
+from qa_onnx.engine.session import Session
 from training import finetune
 
 
@@ -33,6 +33,7 @@ def test_a_bundle_holds_what_the_contract_says(tiny_bundle):
     assert {path.name for path in tiny_bundle.iterdir()} == {
         "model.onnx",
         "model.onnx_data",
+        "cache_copy.onnx",
         "tokenizer.json",
         "config.json",
         "qa_onnx.json",
@@ -46,10 +47,14 @@ def test_a_bundle_holds_what_the_contract_says(tiny_bundle):
     assert {"torch", "transformers", "optimum", "optimum-onnx", "onnxruntime"} <= manifest["package_versions"].keys()
 
 
-def test_logits_are_of_the_last_position_and_the_embedding_is_stored_once(tiny_bundle):
+def test_outputs_are_of_the_last_position_and_the_embedding_is_stored_once(tiny_bundle):
     graph = onnx.load(tiny_bundle / "model.onnx").graph
-    shape = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape
-    assert len(shape.dim) == 2
+    outputs = {output.name: output.type.tensor_type.shape.dim for output in graph.output}
+    assert [outputs["logprobs"][place].dim_param or outputs["logprobs"][place].dim_value for place in range(2)] == [
+        "M",
+        600,
+    ]
+    assert {len(outputs[name]) for name in ("token_ids", "token_logprobs", "eos_logprobs")} == {2}
     assert sum(600 in tensor.dims for tensor in graph.initializer) == 1
 
 
@@ -232,10 +237,10 @@ def test_train_export_answer(heldout_file, tmp_path):
 
 def test_the_gates_batches_are_bounded_in_rows_and_tokens_and_hold_every_prompt_in_order():
     references = [
-        verify.Reference(prompt=Prompt(passage_ids=[], question_ids=[0] * n), tokens=[], logits=np.empty(0))
+        parity.Reference(prompt=Prompt(prefix_ids=[], suffix_ids=[0] * n), tokens=[], logprobs=np.empty(0))
         for n in (3, 900, 40, 1017, 5, 6)
     ]
-    batches = verify._batches(references, 3)
+    batches = parity._batches(references, 3)
     assert [len(row.prompt) for batch in batches for row in batch] == [3, 900, 40, 1017, 5, 6]
     assert [len(batch) for batch in batches] == [2, 2, 2]
-    assert [len(batch) for batch in verify._batches(references, 1)] == [1] * 6
+    assert [len(batch) for batch in parity._batches(references, 1)] == [1] * 6

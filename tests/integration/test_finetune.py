@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from export.to_onnx import export
 from qa_onnx import Answerer
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.metrics import Scores
-from qa_onnx.prompt import PROMPT_TEMPLATE
-from qa_onnx.squad import Example, GoldAnswer, parse_squad
-from qa_onnx.windows import encode_windows
+from qa_onnx.evaluation.metrics import Scores
+from qa_onnx.evaluation.squad import Example, GoldAnswer, parse_squad
+from qa_onnx.text.prompt import PROMPT_TEMPLATE
+from qa_onnx.text.windows import encode_windows
 from tests.conftest import ROOT
 from training import finetune, model, trainer
 from training.data import Collator, LengthGroupedSampler, RowSettings, cached_rows, target_answer, tokenize

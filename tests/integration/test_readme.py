@@ -123,4 +123,4 @@ def test_the_commands_that_ask_a_bundle_run_in_order(workplace):
     assert '"exact_match"' in outputs[2]
     assert "question word" in outputs[4]
     assert (workplace / "runs" / "demo" / "scores.png").is_file()
-    assert '"format_version": 3' in outputs[5]
+    assert '"format_version": 4' in outputs[5]

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from qa_onnx.errors import InvalidInputError
-from qa_onnx.squad import Example, GoldAnswer
+from qa_onnx.evaluation.squad import Example, GoldAnswer
 from tests.conftest import ROOT
 from training import finetune, sources
 from training.overview import by_length

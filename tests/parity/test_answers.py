@@ -1,26 +1,23 @@
-"""The runtime beside PyTorch on the same weights: the same texts, alone and in batches, from any thread."""
+"""The runtime against PyTorch on the same weights: the same texts, alone and in batches, from any thread."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from export.decoder import build_decoder
-from qa_onnx import Answerer
-from qa_onnx.engine import Engine
-from qa_onnx.kv_cache import CacheLayout, PassageCache
-from qa_onnx.planner import plan_groups
-from qa_onnx.prompt import Prompt
-from qa_onnx.session import Session
-from qa_onnx.squad import parse_squad, read_squad
+from qa_onnx import Answerer, EngineConfig
+from qa_onnx.engine.sequence import Prompt
+from qa_onnx.evaluation.squad import parse_squad, read_squad
+from tests.parity.engines import load_engine, prefill, save_graphs
 from training.evaluation import generate_answers
 from training.model import STARTER, load_model
 from training.starter.sample import generate
@@ -41,11 +38,24 @@ def tiny_answerer(tiny_bundle):
         yield answerer
 
 
+@pytest.fixture(scope="module")
+def answerer_with(tiny_bundle):
+    """Answerers of the tiny bundle by their batch size."""
+    with contextlib.ExitStack() as opened:
+
+        @functools.cache
+        def load(batch_size):
+            config = EngineConfig(batch_size=batch_size)
+            return opened.enter_context(Answerer.from_pretrained(tiny_bundle, provider="cpu", config=config))
+
+        yield load
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=12), batch_size=st.integers(1, 12))
-def test_a_question_gets_the_same_answer_alone_and_in_any_batch(tiny_answerer, pairs, batch_size):
+def test_a_question_gets_the_same_answer_alone_and_in_any_batch(tiny_answerer, answerer_with, pairs, batch_size):
     questions, contexts = [question for question, _ in pairs], [context for _, context in pairs]
-    together = tiny_answerer.answer_batch(questions, contexts, max_new_tokens=6, batch_size=batch_size)
+    together = answerer_with(batch_size).answer_batch(questions, contexts, max_new_tokens=6)
     alone = [
         tiny_answerer.answer(question, context, max_new_tokens=6)
         for question, context in zip(questions, contexts, strict=True)
@@ -65,9 +75,9 @@ def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_fil
     examples = read_squad(heldout_file)
     model, tokenizer = load_model(str(STARTER))
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
-    with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:
+    with Answerer.from_pretrained(starter_bundle, provider="cpu", config=EngineConfig(batch_size=7)) as answerer:
         answers = answerer.answer_batch(
-            [e.question for e in examples], [e.context for e in examples], max_new_tokens=12, batch_size=7
+            [e.question for e in examples], [e.context for e in examples], max_new_tokens=12
         )
     assert {e.id: answer.text for e, answer in zip(examples, answers, strict=True)} == expected
 
@@ -106,29 +116,21 @@ def test_long_documents_are_answered_as_pytorch_answers_their_windows(tiny, tiny
     assert {e.id: answer.text for e, answer in zip(examples, answers, strict=True)} == expected
 
 
-def test_long_passages_get_the_same_bits_in_any_batch(tmp_path):
+def test_long_prefixes_get_the_same_bits_in_any_batch(tmp_path):
     """A product of attention adds up 256 columns at a time (head size 64): padding must not move these blocks."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=700, n_embd=128, n_layer=2, n_head=2, initializer_range=0.2)
-    weights = {
-        name.removeprefix("transformer."): tensor.numpy()
-        for name, tensor in GPT2LMHeadModel(config).state_dict().items()
-        if name != "lm_head.weight"
-    }
-    onnx.save(build_decoder(weights, config, {}), tmp_path / "model.onnx")
-    engine = Engine(
-        Session(tmp_path / "model.onnx", provider="cpu"),
-        layout=CacheLayout(layers=2, heads=2, head_size=64),
-        eos_token_id=0,
-        max_positions=700,
-        passage_cache=PassageCache(0),
-    )
+    layout = save_graphs(GPT2LMHeadModel(config), tmp_path)
+    engine = load_engine(tmp_path, layout, max_positions=700)
     draw = np.random.default_rng(0)
-    prompts = {
-        index: Prompt(passage_ids=draw.integers(300, size=length).tolist(), question_ids=[1, 2, 3 + index])
+    prompts = [
+        Prompt(prefix_ids=draw.integers(300, size=length).tolist(), suffix_ids=[1, 2, 3 + index])
         for index, length in enumerate((20, 130, 250, 270, 300, 420, 530, 600))
-    }
-    together = engine.prefill(prompts, list(plan_groups(prompts, max_rows=64)))
-    for logits, number in zip(together.logits, together.prompts.tolist(), strict=True):
-        alone = {0: prompts[number]}
-        np.testing.assert_array_equal(engine.prefill(alone, list(plan_groups(alone, max_rows=1))).logits[0], logits)
+    ]
+    batch, order, together = prefill(engine, prompts)
+    tokens = [5 + number for number in order]
+    steps = [together.logprobs.copy(), engine.decode_step(batch, tokens).logprobs.copy()]
+    for place, number in enumerate(order):
+        single, _, alone = prefill(engine, [prompts[number]], max_rows=1)
+        np.testing.assert_array_equal(alone.logprobs[0], steps[0][place])
+        np.testing.assert_array_equal(engine.decode_step(single, [tokens[place]]).logprobs[0], steps[1][place])

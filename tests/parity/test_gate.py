@@ -10,20 +10,20 @@ import pytest
 from onnx import numpy_helper
 
 from export import to_onnx
-from export.verify import NEW_TOKENS, random_prompts
+from export.parity import NEW_TOKENS, random_prompts
 from qa_onnx import ParityError
 
 
 def test_the_report_is_in_the_manifest(tiny_bundle):
     parity = json.loads((tiny_bundle / "qa_onnx.json").read_text())["parity"]
     assert parity["tokens_differing"] == 0
-    assert set(parity["max_logits_difference"]) == {
+    assert set(parity["max_logprob_difference"]) == {
         "with_cache_batched",
         "with_cache_alone",
         "without_cache_batched",
         "without_cache_alone",
     }
-    assert all(0 <= value <= parity["logits_tolerance"] for value in parity["max_logits_difference"].values())
+    assert all(0 <= value <= parity["logprobs_tolerance"] for value in parity["max_logprob_difference"].values())
 
 
 def test_the_prompts_are_of_mixed_lengths_up_to_the_last_position():
@@ -34,8 +34,8 @@ def test_the_prompts_are_of_mixed_lengths_up_to_the_last_position():
 
 
 def damage_exports(monkeypatch, damage):
-    def damaged(*arguments):
-        model = build_decoder(*arguments)
+    def damaged(*arguments, **options):
+        model = build_decoder(*arguments, **options)
         damage(model)
         return model
 
@@ -50,34 +50,71 @@ def alter_embedding(model):
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
+def replace_input(model, name, op_type, constant, *, of=None):
+    """Every node, or those of one operator, gets `op_type(input, constant)` in place of an input of the graph."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(constant, np.int64), "damage"))
+    for node in model.graph.node:
+        if of in (None, node.op_type):
+            node.input[:] = ["damaged" if one == name else one for one in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node(op_type, [name, "damage"], ["damaged"]))
+
+
+def replace_value(model, name, op_type, constant):
+    """Every reader of a value, and the graph's output, gets `op_type(value, constant)`."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(constant, np.float32), "damage"))
+    place = next(place for place, node in enumerate(model.graph.node) if name in node.output)
+    model.graph.node[place].output[:] = ["undamaged"]
+    model.graph.node.insert(place + 1, onnx.helper.make_node(op_type, ["undamaged", "damage"], [name]))
+
+
 def ignore_positions(model):
     """Every token at position 0, as if position_ids had been forgotten."""
-    zero = numpy_helper.from_array(np.array(0, np.int64), "zero")
-    model.graph.initializer.append(zero)
-    for node in model.graph.node:
-        node.input[:] = ["no_positions" if name == "position_ids" else name for name in node.input]
-    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["position_ids", "zero"], ["no_positions"]))
+    replace_input(model, "position_ids", "Mul", 0)
 
 
 def ignore_padding(model):
-    """No mask, as if padding were text: only rows beside longer ones go wrong."""
-    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
-    model.graph.initializer.append(zero)
-    for node in model.graph.node:
-        node.input[:] = ["no_bias" if name == "attention_bias" else name for name in node.input]
-    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["attention_bias", "zero"], ["no_bias"]))
+    """No mask, as if padding were text: only sequences in a batch with longer ones go wrong."""
+    replace_value(model, "attention_bias", "Mul", 0)
+
+
+def ignore_prefix_lengths(model):
+    """The columns behind a prefix are attended to: only prefixes next to longer ones, or not aligned, go wrong."""
+    replace_input(model, "prefix_lengths", "Add", 1 << 20)
+
+
+def ignore_suffix_starts(model):
+    """The columns before a suffix are attended to."""
+    replace_input(model, "suffix_starts", "Mul", 0)
+
+
+def ignore_order(model):
+    """Tokens attend to the ones behind them, too."""
+    replace_input(model, "write_index", "Add", 1 << 20, of="Unsqueeze")
 
 
 def write_to_the_first_column(model):
     """Every step's keys and values in one column, as if `write_index` had been forgotten."""
-    zero = numpy_helper.from_array(np.array(0, np.int64), "zero")
-    model.graph.initializer.append(zero)
-    for node in model.graph.node:
-        node.input[:] = ["first" if name == "write_index" else name for name in node.input]
-    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["write_index", "zero"], ["first"]))
+    replace_input(model, "write_index", "Mul", 0)
 
 
-@pytest.mark.parametrize("damage", [alter_embedding, ignore_positions, ignore_padding, write_to_the_first_column])
+def scatter_to_the_first_column(model):
+    """The same, where the mask knows of it."""
+    replace_input(model, "write_index", "Mul", 0, of="TensorScatter")
+
+
+DAMAGES = [
+    alter_embedding,
+    ignore_positions,
+    ignore_padding,
+    ignore_prefix_lengths,
+    ignore_suffix_starts,
+    ignore_order,
+    write_to_the_first_column,
+    scatter_to_the_first_column,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_graph_that_computes_something_else_is_not_written(tiny_model_dir, tmp_path, monkeypatch, capsys, damage):
     damage_exports(monkeypatch, damage)
     with pytest.raises(ParityError, match="not written"):
@@ -89,12 +126,9 @@ def test_a_graph_that_computes_something_else_is_not_written(tiny_model_dir, tmp
 
 
 def test_nan_does_not_pass(tiny_model_dir, tmp_path, monkeypatch):
-    def nan_logits(model):
-        model.graph.initializer.append(numpy_helper.from_array(np.array(np.nan, np.float32), "nan"))
-        for node in model.graph.node:
-            node.output[:] = ["finite_logits" if name == "logits" else name for name in node.output]
-        model.graph.node.append(onnx.helper.make_node("Add", ["finite_logits", "nan"], ["logits"]))
+    def nan_logprobs(model):
+        replace_value(model, "logprobs", "Add", np.nan)
 
-    damage_exports(monkeypatch, nan_logits)
+    damage_exports(monkeypatch, nan_logprobs)
     with pytest.raises(ParityError, match="nan"):
         to_onnx.export(str(tiny_model_dir), tmp_path / "bundle")

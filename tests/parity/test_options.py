@@ -1,4 +1,4 @@
-"""The options of generation beside transformers' own, and what PyTorch says of scores."""
+"""The options of generation against transformers' own, and what PyTorch says of scores."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig as TorchConfig
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qa_onnx import Answerer, GenerationConfig
-from qa_onnx.generation import sampling_probabilities
-from qa_onnx.grounding import Spans, SpanWriter, TokenBytes
-from qa_onnx.prompt import encode_answers, encode_prompts, load_tokenizer
-from qa_onnx.squad import read_squad
+from qa_onnx import Answerer, EngineConfig, GenerationConfig
+from qa_onnx.engine.sampling import sampling_probabilities
+from qa_onnx.evaluation.squad import read_squad
+from qa_onnx.text.constraint import SpanConstraint, Spans, TokenBytes
+from qa_onnx.text.prompt import encode_answers, encode_prompts, load_tokenizer
 from tests.conftest import ROOT
 from training.model import STARTER, load_model
 from training.padding import pad_left
@@ -88,7 +88,7 @@ def test_the_probabilities_of_draws_are_transformers(temperature, top_k, top_p):
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    got = sampling_probabilities(scores, temperature=temperature, top_k_tokens=top_k, top_p=top_p)
+    got = sampling_probabilities(scores, temperature=temperature, top_k=top_k, top_p=top_p)
     np.testing.assert_allclose(got, expected.softmax(dim=-1)[0].numpy(), atol=1e-6)
     assert scores[5] == -np.inf
 
@@ -112,10 +112,11 @@ def test_draws_follow_the_models_probabilities_and_their_seed(answerer, heldout_
     assert np.mean(draws) >= greedy.score - 4 * deviation  # other tokens may spell the same text
 
 
-def test_a_draw_is_the_same_alone_and_in_any_batch(answerer, heldout_file):
+def test_a_draw_is_the_same_alone_and_in_any_batch(answerer, starter_bundle, heldout_file):
     examples = read_squad(heldout_file)[:12]
-    config = GenerationConfig(temperature=1.5, top_k_tokens=50, top_p=0.95, seed=3, max_new_tokens=8)
-    together = answerer.answer_batch(*texts_of(examples), config=config, batch_size=5)
+    config = GenerationConfig(temperature=1.5, top_k=50, top_p=0.95, seed=3, max_new_tokens=8)
+    with Answerer.from_pretrained(starter_bundle, provider="cpu", config=EngineConfig(batch_size=5)) as other:
+        together = other.answer_batch(*texts_of(examples), config=config)
     assert together == [answerer.answer(e.question, e.context, config=config) for e in examples]
 
 
@@ -124,10 +125,7 @@ def test_scores_are_what_pytorch_says(starter, answerer, heldout_file):
     examples = read_squad(heldout_file)[:20]
     for example, answer in zip(examples, answerer.answer_batch(*texts_of(examples)), strict=True):
         prompt = encode_prompts(tokenizer.backend_tokenizer, [example.question], [example.context])[0].ids
-        answer_ids = encode_answers(tokenizer.backend_tokenizer, [answer.text])[0]
-        if len(answer_ids) != answer.new_tokens or answer.finish_reason != "stop":
-            continue
-        closed = [*answer_ids, tokenizer.eos_token_id]
+        closed = [*answer.token_ids, *([tokenizer.eos_token_id] if answer.finish_reason != "length" else [])]
         with torch.inference_mode():
             logprobs = model(torch.tensor([prompt + closed])).logits[0].log_softmax(dim=-1)
         chosen = logprobs[range(len(prompt) - 1, len(prompt) + len(closed) - 1), closed]
@@ -137,27 +135,26 @@ def test_scores_are_what_pytorch_says(starter, answerer, heldout_file):
         assert answer.no_answer_probability == pytest.approx(none, rel=1e-3)
 
 
-def test_grounded_answers_stand_in_the_passage_and_spans_stay_as_they_were(answerer, heldout_file):
+def test_extractive_answers_are_in_the_context_and_spans_stay_as_they_were(answerer, starter_bundle, heldout_file):
     examples = read_squad(heldout_file)
     # Short answers are cut where a word may end.
     free = answerer.answer_batch(*texts_of(examples), max_new_tokens=2)
-    config = GenerationConfig(grounded=True, max_new_tokens=2)
-    grounded = answerer.answer_batch(*texts_of(examples), config=config)
-    tokens = TokenBytes(answerer._tokenizer)
+    config = GenerationConfig(extractive=True, max_new_tokens=2)
+    extractive = answerer.answer_batch(*texts_of(examples), config=config)
+    tokens = TokenBytes(load_tokenizer(str(starter_bundle / "tokenizer.json")))
     spans = kept = 0
-    for example, before, after in zip(examples, free, grounded, strict=True):
+    for example, before, after in zip(examples, free, extractive, strict=True):
         if after.start is not None:
             assert example.context[after.start : after.end] == after.text != ""
         else:
             assert after.finish_reason == "no_answer"
-        writer = SpanWriter(Spans(example.context, tokens))
-        ids = encode_answers(answerer._tokenizer, [before.text])[0]
-        for token in ids:
-            if token not in writer.next_ids():
+        constraint = SpanConstraint(Spans(example.context, tokens))
+        for token in before.token_ids:
+            if token not in constraint.allowed_ids():
                 break
-            writer.write(token)
+            constraint.append(token)
         else:
-            if writer.may_end and len(ids) == before.new_tokens:
+            if constraint.may_end:
                 spans += 1
                 kept += (before.text, before.score) == (after.text, after.score)
     assert kept == spans > len(examples) // 3
@@ -172,13 +169,13 @@ def test_the_gold_answer_of_every_real_question_can_be_spelled(real_data):
     spans = {context: Spans(context, tokens) for context in {example.context for example in examples}}
     unspelled = []
     for example in examples:
-        writer = SpanWriter(spans[example.context])
+        constraint = SpanConstraint(spans[example.context])
         for token in encode_answers(tokenizer, [example.answers[0].text])[0]:
-            if token not in writer.next_ids():
+            if token not in constraint.allowed_ids():
                 break
-            writer.write(token)
+            constraint.append(token)
         else:
-            if writer.may_end:
+            if constraint.may_end:
                 continue
         unspelled.append(example.answers[0].text)
     # Both start or end within a word: "at|tempted to enter the test site", "Japan|ese".
@@ -196,11 +193,11 @@ def test_two_hundred_tasks_get_what_each_gets_alone(answerer, heldout_file):
     assert asyncio.run(ask()) == [alone[example.id] for example in examples]
 
 
-@pytest.mark.parametrize("grounded", [False, True])
-def test_the_first_of_the_top_answers_is_no_worse_than_the_greedy_one(answerer, heldout_file, grounded):
+@pytest.mark.parametrize("extractive", [False, True])
+def test_the_first_of_several_answers_is_no_worse_than_the_greedy_one(answerer, heldout_file, extractive):
     examples = read_squad(heldout_file)[:12]
-    greedy = answerer.answer_batch(*texts_of(examples), config=GenerationConfig(grounded=grounded))
-    best = answerer.answer_batch(*texts_of(examples), config=GenerationConfig(grounded=grounded, top_k=3))
+    greedy = answerer.answer_batch(*texts_of(examples), config=GenerationConfig(extractive=extractive))
+    best = answerer.answer_batch(*texts_of(examples), config=GenerationConfig(extractive=extractive, num_answers=3))
     for one, other in zip(greedy, best, strict=True):
         assert other.score >= one.score - 1e-9
         scores = [other.score, *(alternative.score for alternative in other.alternatives)]

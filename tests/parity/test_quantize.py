@@ -14,12 +14,13 @@ from transformers import GPT2LMHeadModel
 from export import quantize as quantize_module
 from export import to_onnx
 from export.quantize import MAX_PRODUCT_ERROR, measure_loss, quantize, quantize_weights
-from qa_onnx import Answerer, ParityError, ProviderError
-from qa_onnx.decoding import Generation
-from qa_onnx.prompt import Prompt
+from qa_onnx import Answerer, EngineConfig, ParityError, ProviderError
+from qa_onnx.engine.scheduler import Generation
+from qa_onnx.engine.sequence import Prompt
+from tests.parity.engines import weights_of_torch
 from training.starter.sample import generate
 
-PROMPTS = [Prompt(passage_ids=list(range(1, 40)), question_ids=[5, length, 9]) for length in range(1, 9)]
+PROMPTS = [Prompt(prefix_ids=list(range(1, 40)), suffix_ids=[5, length, 9]) for length in range(1, 9)]
 
 
 @pytest.fixture
@@ -30,11 +31,6 @@ def tiny(tiny_model_dir):
 def write_sample(path, questions):
     path.write_text(json.dumps(generate("heldout", questions=questions)))
     return path
-
-
-def weights_of_torch(model):
-    state = model.state_dict().items()
-    return {name.removeprefix("transformer."): tensor.numpy() for name, tensor in state if name != "lm_head.weight"}
 
 
 def test_each_column_is_rounded_on_its_own():
@@ -67,7 +63,7 @@ def test_the_report_counts_equal_answers_tokens_and_the_loss_of_f1(monkeypatch):
     def answers(*token_ids):
         return [Generation(token_ids=list(ids), finish_reason="stop") for ids in token_ids]
 
-    monkeypatch.setattr(quantize_module, "greedy_decode", lambda side, *_, **__: side)
+    monkeypatch.setattr(quantize_module, "generate", lambda side, *_, **__: side)
 
     gold = [SimpleNamespace(id=name, answers=[SimpleNamespace(text=text)]) for name, text in (("a", "1 2"), ("b", "7"))]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
@@ -105,10 +101,12 @@ def test_an_int8_bundle_answers_the_same_alone_and_in_any_batch(int8_bundle):
         for paragraph in article["paragraphs"]
         for question in paragraph["qas"]
     ]
-    with Answerer.from_pretrained(int8_bundle, provider="cpu", passage_cache_bytes=0) as answerer:
+    with Answerer.from_pretrained(int8_bundle, provider="cpu", config=EngineConfig(prefix_cache_bytes=0)) as answerer:
         alone = [answerer.answer(*pair, max_new_tokens=6) for pair in pairs]
-        for batch_size in (3, 64):
-            assert answerer.answer_batch(*zip(*pairs, strict=True), max_new_tokens=6, batch_size=batch_size) == alone
+    for batch_size in (3, 64):
+        config = EngineConfig(batch_size=batch_size, prefix_cache_bytes=0)
+        with Answerer.from_pretrained(int8_bundle, provider="cpu", config=config) as answerer:
+            assert answerer.answer_batch(*zip(*pairs, strict=True), max_new_tokens=6) == alone
 
 
 def test_a_loss_beyond_the_limit_fails_the_export(tiny_model_dir, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from stand_ins import PASSAGE, echo_answerer, manifest_fields, small_tokenizer
+from fakes import CONTEXT, echo_answerer, manifest_fields, small_tokenizer
 
 from qa_onnx import Answerer, BundleError, ClosedError, InvalidInputError
 from qa_onnx import answerer as answerer_module
@@ -15,28 +15,30 @@ def answerer():
     return echo_answerer()
 
 
-def test_answers_come_in_the_order_asked(answerer):
+def test_answers_come_in_the_order_asked():
     questions = [f"Question {index}?" + " long" * (index * 7 % 10) for index in range(40)]
-    contexts = [PASSAGE[: 5 + index % 9] for index in range(40)]
+    contexts = [CONTEXT[: 5 + index % 9] for index in range(40)]
     together = list(zip(questions, contexts, strict=True))
     random.Random(0).shuffle(together)
     questions, contexts = zip(*together, strict=True)
-    answers = answerer.answer_batch(questions, contexts, max_new_tokens=64, batch_size=6)
-    assert [answer.text for answer in answers] == list(questions)
-    assert max(answerer._engine.row_counts) == 6
+    with echo_answerer(config={"batch_size": 6}) as answerer:
+        answers = answerer.answer_batch(questions, contexts, max_new_tokens=64)
+        assert [answer.text for answer in answers] == list(questions)
+        assert max(answerer._engine.sequence_counts) == 6
 
 
 def test_an_answer_tells_its_tokens_and_why_it_ended(answerer):
-    prompt = small_tokenizer().encode(f"Context: {PASSAGE}\nQuestion: Who?\nAnswer:")
-    answer = answerer.answer("Who?", PASSAGE, max_new_tokens=20)
+    prompt = small_tokenizer().encode(f"Context: {CONTEXT}\nQuestion: Who?\nAnswer:")
+    answer = answerer.answer("Who?", CONTEXT, max_new_tokens=20)
     assert (answer.text, answer.finish_reason, answer.prompt_tokens) == ("Who?", "stop", len(prompt.ids))
-    assert answer.new_tokens == len(small_tokenizer().encode(" Who?").ids)
-    short = answerer.answer("Who was it?", PASSAGE, max_new_tokens=2)
+    assert answer.token_ids == tuple(small_tokenizer().encode(" Who?").ids)
+    assert answer.new_tokens == len(answer.token_ids)
+    short = answerer.answer("Who was it?", CONTEXT, max_new_tokens=2)
     assert (short.new_tokens, short.finish_reason) == (2, "length")
 
 
 def test_one_call_and_a_batch_of_one_agree(answerer):
-    assert answerer.answer_batch(["Who?"], [PASSAGE]) == [answerer.answer("Who?", PASSAGE)]
+    assert answerer.answer_batch(["Who?"], [CONTEXT]) == [answerer.answer("Who?", CONTEXT)]
 
 
 def test_nothing_asked_is_nothing_answered(answerer):
@@ -62,22 +64,28 @@ def test_bad_questions_and_contexts_are_refused(answerer, questions, contexts, w
     assert answerer._engine.prompts == []
 
 
-@pytest.mark.parametrize("option", ["max_new_tokens", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "2"])
-def test_options_have_to_be_positive_whole_numbers(answerer, option, value):
-    with pytest.raises(InvalidInputError, match=f"got {option} {value!r}; expected a whole number of at least 1"):
-        answerer.answer_batch(["Who?"], [PASSAGE], **{option: value})
+def test_max_new_tokens_has_to_be_a_positive_whole_number(answerer, value):
+    words = f"got max_new_tokens {value!r}; expected a whole number of at least 1"
+    for call in (answerer.answer, answerer.submit, answerer.stream):
+        with pytest.raises(InvalidInputError, match=words):
+            call("Who?", CONTEXT, max_new_tokens=value)
+    with pytest.raises(InvalidInputError, match=words):
+        answerer.answer_batch(["Who?"], [CONTEXT], max_new_tokens=value)
+    with pytest.raises(InvalidInputError, match=words):
+        list(answerer.answer_iter([("Who?", CONTEXT)], max_new_tokens=value))
+    assert answerer._engine.prompts == []
 
 
 def test_bad_input_is_a_value_error_too(answerer):
     with pytest.raises(ValueError, match="question 0 is empty"):
-        answerer.answer("", PASSAGE)
+        answerer.answer("", CONTEXT)
 
 
 def test_after_close_every_call_is_an_error(answerer):
     answerer.close()
     answerer.close()
-    for call in (lambda: answerer.answer("Who?", PASSAGE), lambda: answerer.answer_batch([], [])):
+    for call in (lambda: answerer.answer("Who?", CONTEXT), lambda: answerer.answer_batch([], [])):
         with pytest.raises(ClosedError, match="from_pretrained"):
             call()
 
@@ -85,9 +93,9 @@ def test_after_close_every_call_is_an_error(answerer):
 def test_a_with_block_closes(answerer):
     with answerer as entered:
         assert entered is answerer
-        assert entered.answer("Who?", PASSAGE).text == "Who?"
+        assert entered.answer("Who?", CONTEXT).text == "Who?"
     with pytest.raises(ClosedError):
-        answerer.answer("Who?", PASSAGE)
+        answerer.answer("Who?", CONTEXT)
 
 
 def test_the_representation_names_model_precision_and_state(answerer):
@@ -102,7 +110,7 @@ def test_loading_what_is_no_bundle_is_a_bundle_error(tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_read_is_a_bundle_error(tmp_path, monkeypatch):
-    for name in ("model.onnx", "tokenizer.json", "config.json"):
+    for name in ("model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"):
         (tmp_path / name).write_text("{}")
     write_manifest(tmp_path, manifest_fields())
     monkeypatch.setattr(answerer_module, "Session", lambda *_, **__: type("FakeSession", (), {"provider": "cpu"}))
@@ -110,7 +118,9 @@ def test_a_tokenizer_that_cannot_be_read_is_a_bundle_error(tmp_path, monkeypatch
         Answerer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("size", [-1, True, "1", 2.5, None])
-def test_the_passage_cache_has_a_whole_number_of_bytes(tmp_path, size):
-    with pytest.raises(InvalidInputError, match=f"passage_cache_bytes {size!r}; expected a whole number of bytes"):
-        Answerer.from_pretrained(tmp_path, passage_cache_bytes=size)
+@pytest.mark.parametrize("config", [{"batch_size": 2}, 2, "cpu"])
+def test_an_engine_config_has_to_be_one(tmp_path, config):
+    with pytest.raises(
+        InvalidInputError, match=f"got config of type {type(config).__name__}; expected an EngineConfig"
+    ):
+        Answerer.from_pretrained(tmp_path, config=config)

@@ -1,10 +1,10 @@
-"""Cloze questions and altered passages: every answer stands where it says."""
+"""Cloze questions and altered contexts: every answer stands where it says."""
 
 from __future__ import annotations
 
 import random
 
-from qa_onnx.squad import parse_squad
+from qa_onnx.evaluation.squad import parse_squad
 from training.starter.augment import altered, augment, cloze_questions, sentences_of, spans_of
 from training.starter.sample import generate
 
@@ -32,7 +32,7 @@ def test_cloze_questions_have_answers_that_stand_there_and_do_not_tell_them():
             assert len(qa["question"].split()) >= 3
 
 
-def test_altered_passages_keep_their_questions_where_their_sentences_are():
+def test_altered_contexts_keep_their_questions_where_their_sentences_are():
     qas = [
         {"question": "When?", "answers": [{"text": "1803", "answer_start": CONTEXT.index("1803")}]},
         {"question": "Who?", "answers": [{"text": "twelve workers", "answer_start": CONTEXT.index("twelve")}]},

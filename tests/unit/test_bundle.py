@@ -5,11 +5,11 @@ import json
 import re
 
 import pytest
-from stand_ins import manifest_fields, write_json
+from fakes import manifest_fields, write_json
 
 from qa_onnx.bundle import Bundle, write_manifest
 from qa_onnx.errors import BundleError
-from qa_onnx.prompt import PROMPT_TEMPLATE
+from qa_onnx.text.prompt import PROMPT_TEMPLATE
 
 ABSENT = object()
 
@@ -18,7 +18,7 @@ ABSENT = object()
 def bundle(tmp_path):
     directory = tmp_path / "bundle"
     directory.mkdir()
-    for name in ("model.onnx", "tokenizer.json", "config.json", "model.onnx_data"):
+    for name in ("model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json", "model.onnx_data"):
         (directory / name).write_bytes(f"content of {name}".encode())
     write_manifest(directory, manifest_fields(parity={"questions": 64}))
     return directory
@@ -46,19 +46,26 @@ def problem_of(bundle):
 def test_what_is_written_is_read(bundle):
     opened = Bundle.open(str(bundle))
     content = b"content of config.json"
-    assert opened.manifest.format_version == 3
+    assert opened.manifest.format_version == 4
     assert opened.manifest.prompt_template == PROMPT_TEMPLATE
     assert opened.manifest.files["config.json"] == {"bytes": 22, "sha256": hashlib.sha256(content).hexdigest()}
-    assert sorted(opened.manifest.files) == ["config.json", "model.onnx", "model.onnx_data", "tokenizer.json"]
+    assert sorted(opened.manifest.files) == [
+        "cache_copy.onnx",
+        "config.json",
+        "model.onnx",
+        "model.onnx_data",
+        "tokenizer.json",
+    ]
     assert opened.manifest.to_dict() | manifest_fields(parity={"questions": 64}) == opened.manifest.to_dict()
     assert (opened.model_path, opened.tokenizer_path) == (bundle / "model.onnx", bundle / "tokenizer.json")
+    assert opened.cache_copy_path == bundle / "cache_copy.onnx"
 
 
 def test_a_manifest_does_not_list_itself_when_written_again(bundle):
     assert write_manifest(bundle, manifest_fields()) == Bundle.open(bundle).manifest
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "model.onnx_data"])
+@pytest.mark.parametrize("name", ["model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json", "model.onnx_data"])
 def test_a_missing_file_is_named(bundle, name):
     (bundle / name).unlink()
     assert f"{name}: missing" in problem_of(bundle)
@@ -89,7 +96,7 @@ def test_all_problems_are_in_one_error_with_the_way_out(bundle):
         assert words in problem
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"])
 def test_a_required_file_has_to_be_listed(bundle, name):
     files = json.loads((bundle / "qa_onnx.json").read_text(encoding="utf-8"))["files"]
     del files[name]
@@ -126,12 +133,12 @@ def test_a_bundle_may_be_reached_through_a_link_and_link_inside_itself(bundle):
     Bundle.open(bundle.parent / "latest")
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, "3", None, ABSENT, True])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, "4", None, ABSENT, True])
 def test_another_format_version_means_to_export_again(bundle, version):
     edit_manifest(bundle, format_version=version)
     problem = problem_of(bundle)
     assert f"format_version {None if version is ABSENT else version!r}" in problem
-    assert "reads 3" in problem
+    assert "reads 4" in problem
     assert "Export the model again" in problem
 
 
@@ -169,7 +176,7 @@ def test_a_file_entry_without_size_or_checksum_does_not_pass(bundle, listed):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"format_version": 3,', "cannot be read as JSON"),
+        (b'{"format_version": 4,', "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),

@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from stand_ins import PASSAGE, echo_answerer, manifest_fields, squad_data, write_json
+from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_json
 
-from qa_onnx import Answer, cli
+from qa_onnx import Answer, EngineConfig, cli
 from qa_onnx.bundle import Bundle, write_manifest
 
 
@@ -20,11 +20,11 @@ def files(tmp_path, monkeypatch):
     write_json(tmp_path / "list.json", [])
     (tmp_path / "cut.json").write_text('{"data": [')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    (tmp_path / "passage.txt").write_text(PASSAGE)
+    (tmp_path / "context.txt").write_text(CONTEXT)
     (tmp_path / "empty").mkdir()
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    for name in ("model.onnx", "tokenizer.json", "config.json"):
+    for name in ("model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"):
         (bundle / name).write_text(name)
     write_manifest(bundle, manifest_fields())
     return tmp_path
@@ -102,12 +102,12 @@ def test_calibrate_keeps_the_best_threshold_in_the_bundle(files, loaded, capsys)
 
 
 def test_generation_options_reach_the_answerer(files, loaded, capsys):
-    command = "answer --model bundle --question Normans --context @passage.txt --grounded --top-k 2"
+    command = "answer --model bundle --question Normans --context @context.txt --extractive --num-answers 2"
     _, out, _ = run(capsys, command)
     assert len(out.splitlines()) == 2
     assert out.splitlines()[0] == "Normans"
-    options = "--temperature 1 --top-k-tokens 5 --top-p 0.9 --seed 3 --no-repeat-ngram-size 2 --no-answer-threshold 1"
-    command = f"answer --model bundle --question Normans --context @passage.txt {options} --stride 9"
+    options = "--temperature 1 --top-k 5 --top-p 0.9 --seed 3 --no-repeat-ngram-size 2 --no-answer-threshold 1"
+    command = f"answer --model bundle --question Normans --context @context.txt {options} --stride 9"
     assert run(capsys, command)[0] == 0
 
 
@@ -118,30 +118,30 @@ def test_evaluate_tells_of_missing_and_unknown_predictions(files, capsys):
     assert "1 predictions are of questions that are not in data.json" in err
 
 
-@pytest.mark.parametrize("context", ["@passage.txt", "Rollo"])
+@pytest.mark.parametrize("context", ["@context.txt", "Rollo"])
 def test_answer_prints_the_text(files, loaded, capsys, context):
     assert run(capsys, f"answer --model bundle --question Who? --context {context}") == (0, "Who?\n", "")
 
 
 def test_answer_reads_the_file_after_the_at_sign(files, loaded, capsys):
-    _, from_file, _ = run(capsys, "answer --model bundle --question Who? --context @passage.txt --json")
-    cli.main(["answer", "--model", "bundle", "--question", "Who?", "--context", PASSAGE, "--json"])
+    _, from_file, _ = run(capsys, "answer --model bundle --question Who? --context @context.txt --json")
+    cli.main(["answer", "--model", "bundle", "--question", "Who?", "--context", CONTEXT, "--json"])
     assert json.loads(from_file) == json.loads(capsys.readouterr().out)
 
 
 def test_answer_prints_the_whole_answer_as_json(files, loaded, capsys):
     _, out, _ = run(capsys, "answer --model bundle --question Who_was_it? --context Rollo --json --max-new-tokens 2")
     answer = json.loads(out)
-    assert answer.keys() == {field.name for field in dataclasses.fields(Answer)}
+    assert answer.keys() == {field.name for field in dataclasses.fields(Answer)} | {"new_tokens"}
     assert (answer["new_tokens"], answer["finish_reason"]) == (2, "length")
 
 
 def test_options_reach_the_answerer(files, loaded, capsys):
-    run(capsys, "answer --model bundle --question Who? --context Rollo --provider cpu --threads 2")
+    run(capsys, "answer --model bundle --question Who? --context Rollo --provider cpu --threads 2 --device-id 1")
     run(capsys, "answer --model bundle --question Who? --context Rollo")
     assert loaded == [
-        {"path": "bundle", "provider": "cpu", "threads": 2},
-        {"path": "bundle", "provider": "auto", "threads": None},
+        {"path": "bundle", "provider": "cpu", "config": EngineConfig(threads=2, device_id=1)},
+        {"path": "bundle", "provider": "auto", "config": EngineConfig()},
     ]
 
 
@@ -149,6 +149,7 @@ def test_options_reach_the_answerer(files, loaded, capsys):
 def test_predict_writes_the_official_format(files, loaded, capsys, limit, ids):
     command = f"predict --model bundle --data data.json --output out.json --batch-size 2 {limit}"
     assert run(capsys, command) == (0, f"wrote {len(ids)} answers to out.json\n", "")
+    assert [call["config"] for call in loaded] == [EngineConfig(batch_size=2)]
     questions = {"q1": "Who led the Normans?", "q2": "Where did they settle?", "q3": "Why?"}
     assert json.loads((files / "out.json").read_text("utf-8")) == {name: questions[name] for name in ids}
     assert list(files.glob("*.partial")) == []
@@ -202,7 +203,7 @@ def test_bad_input_gives_status_2_and_one_line(files, capsys, command, words):
     assert not (files / "out.json").exists()
 
 
-def test_a_passage_file_without_text_is_bad_input(files, loaded, capsys):
+def test_a_context_file_without_text_is_bad_input(files, loaded, capsys):
     (files / "blank.txt").write_text(" \n")
     status, out, err = run(capsys, f"{ANSWER} --context @blank.txt")
     assert (status, out) == (2, "")

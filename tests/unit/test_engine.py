@@ -1,229 +1,456 @@
-"""The engine's loop against a fake session: a "model" whose next token depends on exactly the tokens it attends to.
-
-The fake keeps, as keys of its only layer, the tokens it has read and their positions. Its next token is a checksum of
-what a token attends to, so a wrong mask, position, slot, row order or cache changes the answer.
-"""
+"""The engine against a fake runtime: a "model" whose next token depends on exactly the tokens it attends to."""
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import pytest
+from fake_onnxruntime import END, LAYOUT, VOCABULARY, make_sessions, mix, mix_key_value, token_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qa_onnx.decoding import greedy_decode
-from qa_onnx.engine import Engine
-from qa_onnx.kv_cache import CacheLayout, CachePool, KVCache, PassageCache
-from qa_onnx.prompt import Prompt
-from qa_onnx.session import Limits
+from qa_onnx import GenerationConfig, InvalidInputError, OutOfMemoryError
+from qa_onnx.engine.engine import CHOICE, LOGPROBS, Engine
+from qa_onnx.engine.kv_cache import CacheLayout, KVCache, KVCachePool
+from qa_onnx.engine.planner import plan_groups
+from qa_onnx.engine.scheduler import generate
+from qa_onnx.engine.sequence import Prompt, make_sequence
 
-VOCABULARY, END = 50, 0
-LAYOUT = CacheLayout(layers=1, heads=1, head_size=2)
-PASSAGES = ([], [3], list(range(1, 20)), [7] * 16, list(range(40, 5, -1)))
-
-
-class FakeValue:
-    def __init__(self, array):
-        self.array = array
-
-    def numpy(self):
-        return self.array
+MODES = ("cpu", "device", "device with CUDA graphs")
+PREFIXES = ([], [3], list(range(1, 20)), [7] * 16, list(range(40, 5, -1)))
+MAX_POSITIONS = 80
 
 
-class FakeSession:
-    """`provider` "cuda" stands for a device of its own: its values are copies, which only `numpy` brings back."""
-
-    def __init__(self, provider="cpu"):
-        self.provider = provider
-        self.limits = Limits(prefill_tokens=48, batch_tokens=300)
-        self.token_counts, self.row_counts, self.grids = [], [], []
-
-    def to_device(self, array):
-        return FakeValue(array if self.provider == "cpu" else array.copy())
-
-    def run(self, inputs, *, in_place):
-        ids, positions, slots = inputs["input_ids"], inputs["position_ids"], inputs["slot_index"]
-        assert ids.dtype == positions.dtype == slots.dtype == np.int64
-        assert in_place["present.0.key"] is inputs["past_key_values.0.key"]
-        new = np.stack([ids, positions], axis=-1).astype(np.float32)
-        own, passages = in_place["present.0.key"].array, inputs["passage.0.key"].array
-        for group, column in enumerate(inputs["write_index"].tolist()):
-            own[group, 0, :, column : column + slots.shape[2]] = new[slots[group]]
-        keys = np.concatenate([np.broadcast_to(passages, (*own.shape[:3], passages.shape[3], 2)), own], axis=3)
-        visible = inputs["attention_bias"] == 0
-        read = []
-        for token, slot in enumerate(inputs["token_index"].tolist()):
-            group, row, place = np.unravel_index(slot, slots.shape)
-            read.append(keys[group, 0, row][visible[group, 0, row, place]])
-            assert read[-1][-1].tolist() == new[token].tolist()
-        logits = np.zeros((len(inputs["output_index"]), VOCABULARY), np.float32)
-        for row, token in enumerate(inputs["output_index"].tolist()):
-            logits[row, self.next_token(read[token])] = 1.0
-        self.token_counts.append(len(ids))
-        self.row_counts.append(len(logits))
-        self.grids.append(slots.shape)
-        return {"logits": FakeValue(logits)}
-
-    @staticmethod
-    def next_token(read):
-        tokens, positions = read[:, 0], read[:, 1]
-        assert positions.tolist() == list(range(len(positions)))
-        checksum = zlib.crc32(tokens.astype(np.int64).tobytes())
-        return END if checksum % 7 == 0 else 1 + checksum % (VOCABULARY - 1)
-
-
-def engine_of(session, max_positions=80, cache_bytes=0):
-    return Engine(
-        session,
+def engine_of(sessions, *, max_positions=MAX_POSITIONS, prefix_cache_bytes=0, can_capture_rows=True):
+    engine = Engine(
+        *sessions,
         layout=LAYOUT,
         eos_token_id=END,
         max_positions=max_positions,
-        passage_cache=PassageCache(cache_bytes),
+        prefix_cache_bytes=prefix_cache_bytes,
     )
+    engine._can_capture_rows = can_capture_rows  # as in float16, which has no room for the fake's hidden values
+    return engine
 
 
-def expected(prompt, max_new_tokens, max_positions=80):
+def expected(prompt, max_new_tokens, *, max_positions=MAX_POSITIONS, threshold=None):
+    """The answer and why it ended, of one prompt alone, token by token."""
     tokens = list(prompt.ids)
+    sums = [[0] * LAYOUT.heads for _ in range(LAYOUT.layers)]
+
+    def read(position):
+        hidden = tokens[position]
+        for layer in sums:
+            gathered = 0
+            for head in range(LAYOUT.heads):
+                layer[head] += mix_key_value(hidden + head, position, hidden + 2 * head + 1, position)
+                gathered += (head + 1) * (layer[head] + 31 * hidden)
+            hidden = mix(7 * hidden + gathered)
+        return token_of(hidden)
+
+    for position in range(len(tokens)):
+        token = read(position)
     for _ in range(min(max_new_tokens, max_positions - len(prompt) + 1)):
-        read = np.stack([tokens, range(len(tokens))], axis=-1)
-        token = FakeSession.next_token(read)
+        if token == END and threshold is not None and len(tokens) == len(prompt):
+            token = 1  # all others are as probable as each other
         if token == END:
             return tokens[len(prompt) :], "stop" if len(tokens) > len(prompt) else "no_answer"
         tokens.append(token)
+        token = read(len(tokens) - 1)
     return tokens[len(prompt) :], "length"
 
 
-def asked(*question_ids, passage=()):
-    return Prompt(passage_ids=list(passage), question_ids=list(question_ids))
+def generate_all(engine, prompts, *, max_new_tokens, batch_size, threshold=None):
+    config = GenerationConfig(max_new_tokens=max_new_tokens, no_answer_threshold=threshold)
+    generations = generate(engine, prompts, config, batch_size=batch_size)
+    return [(generation.token_ids, generation.finish_reason) for generation in generations]
 
 
-def alone(count):
-    return [asked(token) for token in range(1, count + 1)]
+def prompt_of(*suffix_ids, prefix=()):
+    return Prompt(prefix_ids=list(prefix), suffix_ids=list(suffix_ids))
+
+
+def prompts_alone(count):
+    return [prompt_of(token) for token in range(1, count + 1)]
+
+
+def sequence_of(prompt, **options):
+    return make_sequence(prompt, GenerationConfig(**options), eos_token_id=END, max_positions=MAX_POSITIONS)
+
+
+def prefill(engine, prompts, *, carried=None, **options):
+    sequences = [sequence_of(prompt, **options) for prompt in prompts]
+    return engine.prefill(list(plan_groups(sequences, max_rows=16)), carried=carried)
 
 
 prompts_of_any_lengths = st.lists(
     st.builds(
         Prompt,
-        passage_ids=st.sampled_from(PASSAGES),
-        question_ids=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40),
+        prefix_ids=st.sampled_from(PREFIXES),
+        suffix_ids=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40),
     ),
     min_size=1,
     max_size=14,
 )
 
 
+@pytest.mark.parametrize("mode", MODES)
 @settings(deadline=None)
 @given(
     prompts=prompts_of_any_lengths,
     max_new_tokens=st.integers(1, 40),
     batch_size=st.integers(1, 15),
-    provider=st.sampled_from(["cpu", "cuda"]),
-    cache_bytes=st.sampled_from([0, 300, 10**6]),
+    prefix_cache_bytes=st.sampled_from([0, 3000, 10**6]),
+    threshold=st.sampled_from([None, 1.0]),
 )
-def test_a_row_gets_the_same_tokens_in_any_batch(prompts, max_new_tokens, batch_size, provider, cache_bytes):
-    engine = engine_of(FakeSession(provider), cache_bytes=cache_bytes)
-    for _ in range(2):  # the second time some passages are remembered
-        generations = greedy_decode(engine, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        got = [(generation.token_ids, generation.finish_reason) for generation in generations]
-        assert got == [expected(prompt, max_new_tokens) for prompt in prompts]
+def test_a_sequence_gets_the_same_tokens_in_any_batch(
+    mode, prompts, max_new_tokens, batch_size, prefix_cache_bytes, threshold
+):
+    engine = engine_of(make_sessions(mode), prefix_cache_bytes=prefix_cache_bytes)
+    answers = [expected(prompt, max_new_tokens, threshold=threshold) for prompt in prompts]
+    for _ in range(2):  # the second time some prefixes are in the prefix cache
+        got = generate_all(engine, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, threshold=threshold)
+        assert got == answers
 
 
-def test_the_expected_tokens_hold_both_ways_of_ending():
-    assert {expected(prompt, 8)[1] for prompt in alone(VOCABULARY - 1)} == {"stop", "length", "no_answer"}
+def test_the_expected_tokens_hold_all_ways_of_ending_and_long_answers():
+    outcomes = [expected(prompt, 40) for prompt in prompts_alone(VOCABULARY - 1)]
+    assert {reason for _, reason in outcomes} == {"stop", "length", "no_answer"}
+    assert max(len(tokens) for tokens, _ in outcomes) == 40  # more than one column step, of either mode
 
 
-def test_finished_rows_leave_the_batch():
-    session = FakeSession()
-    prompts = alone(14)
-    greedy_decode(engine_of(session), prompts, max_new_tokens=10, batch_size=14)
+def test_finished_sequences_leave_the_batch():
+    sessions = make_sessions()
+    prompts = prompts_alone(14)
+    generate_all(engine_of(sessions), prompts, max_new_tokens=10, batch_size=14)
     outcomes = [expected(prompt, 10) for prompt in prompts]
     needed = [len(tokens) + (reason != "length") for tokens, reason in outcomes]
-    assert session.row_counts == [sum(runs > step for runs in needed) for step in range(max(needed))]
+    assert sessions[0].sequence_counts == [sum(runs > step for runs in needed) for step in range(max(needed))]
 
 
-def test_others_take_the_places_of_finished_rows():
-    """12 questions, 4 at a time: with refilling, fewer steps than three batches one after the other take."""
-    prompts = alone(12)
-    session = FakeSession()
-    greedy_decode(engine_of(session), prompts, max_new_tokens=16, batch_size=4)
-    steps = len(session.row_counts)
+def test_others_take_the_slots_of_finished_sequences():
+    """12 prompts, 4 at a time: with refilling, fewer steps than three batches one after the other take."""
+    prompts = prompts_alone(12)
+    sessions = make_sessions()
+    generate_all(engine_of(sessions), prompts, max_new_tokens=16, batch_size=4)
+    steps = len(sessions[0].sequence_counts)
     batches = []
     for first in range(0, 12, 4):
-        session = FakeSession()
-        greedy_decode(engine_of(session), prompts[first : first + 4], max_new_tokens=16, batch_size=4)
-        batches.append(len(session.row_counts))
+        alone = make_sessions()
+        generate_all(engine_of(alone), prompts[first : first + 4], max_new_tokens=16, batch_size=4)
+        batches.append(len(alone[0].sequence_counts))
     assert steps < sum(batches)
-    assert max(session.row_counts) <= 4
+    assert max(sessions[0].sequence_counts) <= 4
 
 
-def test_no_run_computes_padding_and_a_passage_is_read_once():
-    prompts = [asked(*range(1, 2 + row), passage=PASSAGES[row % 3 + 2]) for row in range(9)]
-    session = FakeSession()
-    engine = engine_of(session, cache_bytes=10**6)
-    greedy_decode(engine, prompts, max_new_tokens=1, batch_size=9)
-    questions = sum(len(prompt.question_ids) for prompt in prompts)
-    assert sum(session.token_counts) == sum(len(passage) for passage in PASSAGES[2:]) + questions
-    session.token_counts.clear()
-    greedy_decode(engine, prompts, max_new_tokens=1, batch_size=9)
-    assert sum(session.token_counts) == questions
+def test_no_run_computes_padding_and_a_prefix_is_read_once():
+    prompts = [prompt_of(*range(1, 2 + row), prefix=PREFIXES[row % 3 + 2]) for row in range(9)]
+    sessions = make_sessions()
+    engine = engine_of(sessions, prefix_cache_bytes=10**6)
+    generate_all(engine, prompts, max_new_tokens=1, batch_size=9)
+    suffixes = sum(len(prompt.suffix_ids) for prompt in prompts)
+    assert sum(sessions[0].token_counts) == sum(len(prefix) for prefix in PREFIXES[2:]) + suffixes
+    sessions[0].token_counts.clear()
+    generate_all(engine, prompts, max_new_tokens=1, batch_size=9)
+    assert sum(sessions[0].token_counts) == suffixes
+
+
+def test_a_prefix_of_more_sequences_than_a_group_is_computed_once():
+    prompts = [prompt_of(1 + row, prefix=PREFIXES[2]) for row in range(40)]
+    sessions = make_sessions(max_batch_tokens=10**4)
+    engine = engine_of(sessions)
+    assert generate_all(engine, prompts, max_new_tokens=1, batch_size=40) == [expected(one, 1) for one in prompts]
+    assert sum(sessions[0].token_counts) == len(PREFIXES[2]) + 40
+
+
+def test_a_prefix_that_sequences_wait_for_is_computed_once_without_a_prefix_cache():
+    prompts = [prompt_of(1 + row, prefix=PREFIXES[2]) for row in range(9)]
+    sessions = make_sessions()
+    engine = engine_of(sessions, prefix_cache_bytes=0)
+    generate_all(engine, prompts, max_new_tokens=1, batch_size=2)
+    assert sum(sessions[0].token_counts) == len(PREFIXES[2]) + 9
+    assert engine.prefix_cache.stats().entries == 0
 
 
 def test_a_batch_keeps_to_the_tokens_that_its_memory_has_room_for():
-    prompts = [asked(*range(1, 31)) for _ in range(40)]
-    session = FakeSession()
-    greedy_decode(engine_of(session), prompts, max_new_tokens=1, batch_size=10**9)
-    assert max(rows * groups for groups, rows, _ in session.grids) * 30 <= session.limits.batch_tokens
+    prompts = [prompt_of(*range(1, 31)) for _ in range(40)]
+    sessions = make_sessions()
+    generate_all(engine_of(sessions), prompts, max_new_tokens=1, batch_size=10**9)
+    limits = sessions[0].limits
+    assert max(rows * groups for groups, rows, _ in sessions[0].grids) * 30 <= limits.max_batch_tokens
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_max_batch_bytes_bounds_the_tokens_of_a_batch_and_the_scores_of_a_run(rows):
+    """Half of it is for keys and values, half for the scores of one run."""
+    max_batch_bytes = 2 * least_bytes(MAX_POSITIONS)
+    sessions = make_sessions(max_batch_bytes=max_batch_bytes, max_batch_tokens=10**9, max_prefill_tokens=10**9)
+    engine = engine_of(sessions)
+    assert engine.max_batch_tokens == max_batch_bytes // 2 // LAYOUT.bytes_per_token
+    prompts = [prompt_of(*range(1, 41), prefix=[1 + index // rows] * 30) for index in range(40)]
+    assert generate_all(engine, prompts, max_new_tokens=1, batch_size=40) == [expected(one, 1) for one in prompts]
+    assert rows > 1 or max(groups for groups, _, _ in sessions[0].grids) > 1
+    assert max(sessions[0].score_counts) * 12 <= max_batch_bytes // 2
+
+
+def least_bytes(max_positions):
+    columns = -(-max_positions // 16) * 16
+    return 2 * max(2 * columns * LAYOUT.bytes_per_token, LAYOUT.heads * columns * columns * 12)
+
+
+@pytest.mark.parametrize("max_positions", [80, 73])
+def test_max_batch_bytes_has_room_for_one_prompt(max_positions):
+    least = least_bytes(max_positions)
+    words = f"got max_batch_bytes {least - 1}; one prompt of the model's {max_positions} tokens takes {least}"
+    with pytest.raises(InvalidInputError, match=words):
+        engine_of(make_sessions(max_batch_bytes=least - 1), max_positions=max_positions)
+    engine = engine_of(make_sessions(max_batch_bytes=least), max_positions=max_positions)
+    prompt = prompt_of(*range(1, 41), prefix=PREFIXES[2])
+    assert generate_all(engine, [prompt], max_new_tokens=9, batch_size=1) == [
+        expected(prompt, 9, max_positions=max_positions)
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("length", "tokens"), [(8, 1), (7, 2), (5, 4)])
-def test_a_row_ends_when_its_positions_are_used_up(length, tokens):
-    candidates = (asked(*[first] * length) for first in range(1, VOCABULARY))
-    prompt = next(prompt for prompt in candidates if expected(prompt, 9, 8)[1] == "length")
-    engine = engine_of(FakeSession(), max_positions=8)
-    generation = greedy_decode(engine, [prompt, asked(1)], max_new_tokens=9, batch_size=2)[0]
-    assert (len(generation.token_ids), generation.finish_reason) == (tokens, "length")
+def test_a_sequence_ends_when_its_positions_are_used_up(mode, length, tokens):
+    candidates = (prompt_of(*[first] * length) for first in range(1, VOCABULARY))
+    prompt = next(prompt for prompt in candidates if expected(prompt, 9, max_positions=8)[1] == "length")
+    engine = engine_of(make_sessions(mode), max_positions=8)
+    token_ids, finish_reason = generate_all(engine, [prompt, prompt_of(1)], max_new_tokens=9, batch_size=2)[0]
+    assert (len(token_ids), finish_reason) == (tokens, "length")
 
 
 def test_no_prompts_are_no_work():
-    session = FakeSession()
-    assert greedy_decode(engine_of(session), [], max_new_tokens=3, batch_size=2) == []
-    assert session.row_counts == []
+    sessions = make_sessions()
+    assert generate_all(engine_of(sessions), [], max_new_tokens=3, batch_size=2) == []
+    assert sessions[0].sequence_counts == []
 
 
-def test_the_passage_cache_keeps_to_its_bytes_and_forgets_what_was_used_longest_ago():
-    cache = PassageCache(100)
-    for name in (1, 2):
-        cache.put((name,), np.zeros(10, np.float32))
-    cache.get((1,))
-    cache.put((3,), np.zeros(10, np.float32))
-    assert [cache.get((name,)) is None for name in (1, 2, 3)] == [False, True, False]
-    assert (len(cache), cache.nbytes) == (2, 80)
-    cache.put((4,), np.zeros(26, np.float32))
-    assert (cache.get((4,)), cache.nbytes) == (None, 80)
+def test_stats_count_what_is_computed():
+    prompts = [prompt_of(1 + row, prefix=PREFIXES[2]) for row in range(4)]
+    sessions = make_sessions()
+    engine = engine_of(sessions, prefix_cache_bytes=10**6)
+    generate_all(engine, prompts, max_new_tokens=8, batch_size=4)
+    assert (engine.stats.prefills, engine.stats.prefill_tokens) == (1, len(PREFIXES[2]) + 4)
+    assert engine.stats.decode_steps == len(sessions[0].sequence_counts) - 1
+    assert engine.stats.decode_tokens == sum(sessions[0].sequence_counts[1:])
+    assert engine.stats.cuda_graphs == 0
 
 
-def test_a_passage_cache_of_no_bytes_keeps_nothing():
-    cache = PassageCache(0)
-    cache.put((1,), np.zeros(1, np.float32))
-    assert (len(cache), cache.nbytes) == (0, 0)
+# -- on a device -------------------------------------------------------------------------------------------------------
+
+
+def steps_of(mode, *, steps=12, **options):
+    """A batch of three sequences that is stepped, and what each of its runs uploaded and fetched."""
+    sessions = make_sessions(mode)
+    engine = engine_of(sessions)
+    prompts = [prompt_of(1, 2, prefix=PREFIXES[2]), prompt_of(3, prefix=PREFIXES[2]), prompt_of(4, 5, 6)]
+    batch, predictions = prefill(engine, prompts, max_new_tokens=80, **options)
+    first = len(sessions[0].uploads)
+    for _ in range(steps):
+        for sequence, token in zip(batch.sequences, predictions.token_ids.tolist(), strict=True):
+            sequence.token_ids.append(token)
+        predictions = engine.decode_step(batch, predictions.token_ids)
+    return sessions[0], slice(first, None)
+
+
+def test_a_steady_decode_step_uploads_three_arrays():
+    session, steps = steps_of("device")
+    assert session.uploads[steps][0] == 10  # all of them, once
+    assert session.uploads[steps][1:] == [3] * 11  # tokens, positions, columns to write to
+
+
+def test_on_the_cpu_arrays_are_not_copied():
+    session, steps = steps_of("cpu")
+    assert set(session.uploads[steps]) == {0}
+
+
+def test_the_device_chooses_unless_log_probabilities_are_needed():
+    session, _ = steps_of("device")
+    assert set(session.fetched) == {CHOICE}
+    session, _ = steps_of("device", no_repeat_ngram_size=2)
+    assert set(session.fetched) == {LOGPROBS}
+    session, _ = steps_of("device", no_answer_threshold=1.0)
+    assert session.fetched == [LOGPROBS, *[CHOICE] * 12]
+    session, _ = steps_of("cpu")
+    assert set(session.fetched) == {LOGPROBS}
+
+
+def test_a_decode_step_on_the_device_keeps_its_shape():
+    session, steps = steps_of("device")
+    assert set(session.grids[steps]) == {(2, 2, 1)}
+    assert set(session.token_counts[steps]) == {4}  # all slots
+
+
+def test_each_shape_of_a_decode_step_is_one_cuda_graph():
+    session, steps = steps_of("device with CUDA graphs", steps=70)
+    ids = session.graph_ids
+    assert set(ids[: steps.start]) == {-1}
+    assert -1 not in ids[steps]
+    assert ids[steps] == sorted(ids[steps])
+    assert 2 <= len(set(ids[steps])) <= 4  # one more whenever the cache grew
+
+
+def test_in_float32_only_steps_of_one_row_a_group_are_captured():
+    """For the matmuls of others ONNX Runtime copies pointers to the device, which is forbidden while capturing."""
+    sessions = make_sessions("device with CUDA graphs")
+    engine = engine_of(sessions, can_capture_rows=LAYOUT.dtype == "float16")
+    assert engine._can_capture_rows is False
+    generate_all(engine, prompts_alone(4), max_new_tokens=12, batch_size=4)
+    assert set(sessions[0].graph_ids) == {-1}
+    prompts = [prompt_of(1, prefix=PREFIXES[2]), prompt_of(1, prefix=PREFIXES[4])]
+    generate_all(engine, prompts, max_new_tokens=12, batch_size=4)
+    assert set(sessions[0].graph_ids) == {-1, 1}
+
+
+def test_cuda_graphs_are_used_again_by_the_next_batch():
+    sessions = make_sessions("device with CUDA graphs")
+    engine = engine_of(sessions)
+    engine._can_capture_rows = True
+    for _ in range(5):
+        generate_all(engine, prompts_alone(4), max_new_tokens=12, batch_size=4)
+    assert 1 <= engine.stats.cuda_graphs <= 2
+    assert len(set(sessions[0].graph_ids) - {-1}) == engine.stats.cuda_graphs
+    assert engine.uses_cuda_graphs
+
+
+# -- errors and memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [1, 2])
+def test_a_prefill_that_fails_leaves_the_running_batch_as_it_was(mode, run):
+    sessions = make_sessions(mode)
+    engine = engine_of(sessions)
+    first = prompt_of(1, 2, prefix=PREFIXES[2])
+    batch, predictions = prefill(engine, [first], ignore_eos=True)
+    token_ids = [predictions.token_ids[0]]
+    sessions[0].fail_at = len(sessions[0].graph_ids) + run
+    with pytest.raises(RuntimeError, match="the device was lost"):
+        prefill(engine, [prompt_of(3, 4, prefix=PREFIXES[3])], carried=batch)
+    sessions[0].fail_at = None
+    for _ in range(3):
+        token_ids.append(engine.decode_step(batch, [token_ids[-1]]).token_ids[0])
+    others = make_sessions(mode)
+    undisturbed = engine_of(others)
+    batch, predictions = prefill(undisturbed, [first], ignore_eos=True)
+    for index, token in enumerate(token_ids):
+        assert predictions.token_ids[0] == token
+        if index < 3:
+            predictions = undisturbed.decode_step(batch, [token])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_that_fails_gives_its_memory_back(mode):
+    sessions = make_sessions(mode)
+    engine = engine_of(sessions)
+    for _ in range(3):
+        sessions[0].fail_at = len(sessions[0].graph_ids) + 1
+        with pytest.raises(RuntimeError, match="the device was lost"):
+            prefill(engine, [prompt_of(3, prefix=PREFIXES[3])])
+    assert len(engine._pool._free) == 2
+    engine.release_memory()
+    assert live_cache_bytes(sessions) == 0
+
+
+def live_cache_bytes(sessions):
+    """Bytes of all caches that live on the device; the zeros that it fills fresh ones with are of one chunk."""
+    arrays = [value._array for value in sessions[0]._ort.allocations.values()]
+    caches = [one for one in arrays if one.dtype == np.float32 and one.ndim == 1 and one.size > 16 * LAYOUT.head_size]
+    return sum(one.nbytes for one in caches)
+
+
+def test_the_memory_of_a_batch_that_others_joined_is_used_again():
+    engine = engine_of(make_sessions())
+    first, _ = prefill(engine, [prompt_of(1, 2, prefix=PREFIXES[2])], ignore_eos=True)
+    batch, _ = prefill(engine, [prompt_of(3, prefix=PREFIXES[3])], carried=first, ignore_eos=True)
+    memory = {id(first.prefix.memory), id(first.suffix.memory)}
+    assert {id(free) for free in engine._pool._free} == memory
+    assert memory.isdisjoint({id(batch.prefix.memory), id(batch.suffix.memory)})
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_free_memory_is_given_back_to_the_device_where_it_is_short(mode):
+    session, copier = make_sessions(mode)
+    pool = KVCachePool(LAYOUT, session, copier)
+    pool.give_back(pool.take(groups=1, rows=1, columns=64))
+    runtime = session._ort
+    large = {"groups": 4, "rows": 1, "columns": 64}
+    live = sum(value._array.nbytes for value in runtime.allocations.values())
+    runtime.free_bytes = live + 4 * 64 * LAYOUT.bytes_per_token - 1
+    taken = pool.take(**large)
+    assert live_cache_bytes((session, copier)) == taken.nbytes
+    with pytest.raises(OutOfMemoryError):
+        pool.take(**large)
+    pool.give_back(taken)
+    assert pool.take(**large).memory is taken.memory
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_too_little_memory_is_an_error_of_its_own_and_later_batches_work(mode):
+    sessions = make_sessions(mode)
+    engine = engine_of(sessions)
+    sessions[0]._ort.free_bytes = 100
+    with pytest.raises(OutOfMemoryError, match=r"no memory for a batch of one prompt of 41 tokens.*max_batch_bytes"):
+        generate_all(engine, [prompt_of(1, prefix=range(1, 41))], max_new_tokens=1, batch_size=1)
+    sessions[0]._ort.free_bytes = 2**40
+    assert generate_all(engine, [prompt_of(1)], max_new_tokens=9, batch_size=1) == [expected(prompt_of(1), 9)]
 
 
 def test_a_cache_names_its_layers_as_the_graph_does():
-    array = CachePool(CacheLayout(layers=2, heads=3, head_size=4)).take(groups=2, rows=5, columns=6)
-    assert array.shape == (4, 2, 3, 5, 6, 4)
-    names = list(KVCache(FakeSession(), array).named("past."))
-    assert names == ["past.0.key", "past.0.value", "past.1.key", "past.1.value"]
+    layout = CacheLayout(layers=2, heads=3, head_size=4)
+    session, copier = make_sessions()
+    cache = KVCachePool(layout, session, copier).take(groups=2, rows=5, columns=16)
+    assert layout.names == ["0.key", "0.value", "1.key", "1.value"]
+    views = cache.views()
+    assert [view.shape for view in views] == [(2, 3, 5, 16, 4)] * 4
+    each = 2 * 3 * 5 * 16 * 4
+    assert [view.offset for view in views] == [0, each, 2 * each, 3 * each]
+    assert cache.memory.shape() == [4 * each]
+    assert (cache.nbytes, layout.bytes_per_token) == (4 * 4 * each, 4 * 4 * 3 * 4)
+    some = cache.views(1, 2, columns=0)
+    assert [(view.shape, view.offset) for view in some] == [
+        ((1, 3, 5, 0, 4), (2 * side + 1) * each // 2) for side in range(4)
+    ]
 
 
-def test_memory_that_was_given_back_is_used_again_and_the_largest_is_kept():
-    pool = CachePool(LAYOUT)
-    sizes = {"groups": 3, "rows": 1}
-    arrays = [pool.take(columns=columns, **sizes) for columns in range(1, CachePool.MAX_FREE + 2)]
-    assert all((array == 0).all() for array in arrays)
-    for array in arrays:
-        pool.give_back(array)
-    assert np.shares_memory(pool.take(columns=1, **sizes), arrays[1])  # the smallest was let go
-    assert np.shares_memory(pool.take(columns=len(arrays), **sizes), arrays[-1])
-    assert not any(np.shares_memory(pool.take(columns=9, **sizes), array) for array in arrays)
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_memory_that_was_given_back_is_used_again_and_the_largest_is_kept(mode):
+    pool = KVCachePool(LAYOUT, *make_sessions(mode))
+    caches = [pool.take(groups=3, rows=1, columns=16 * count) for count in range(1, KVCachePool.MAX_FREE + 2)]
+    for cache in caches:
+        assert (cache.memory._array == 0).all()
+        pool.give_back(cache)
+    assert pool.take(groups=3, rows=1, columns=16).memory is caches[1].memory  # the smallest was let go
+    assert pool.take(groups=3, rows=1, columns=16 * len(caches)).memory is caches[-1].memory
+    fresh = pool.take(groups=3, rows=1, columns=16)
+    assert all(fresh.memory is not cache.memory for cache in caches)
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_copy_of_some_groups_has_their_rows_and_columns(mode, data):
+    pool = KVCachePool(LAYOUT, *make_sessions(mode))
+    counts = st.integers(1, 4)
+    source, target = (
+        pool.make(groups=data.draw(counts), rows=data.draw(counts), columns=16 * data.draw(counts)) for _ in range(2)
+    )
+    groups = data.draw(st.lists(st.integers(0, source.groups - 1), min_size=1, max_size=target.groups))
+    first = data.draw(st.integers(0, target.groups - len(groups)))
+    filled = array_of(source)
+    filled[...] = np.arange(filled.size).reshape(filled.shape)
+    before = array_of(target).copy()
+    pool.copy(source, groups, target, first)
+    rows, columns = min(source.rows, target.rows), min(source.columns, target.columns)
+    copied = array_of(target)[:, first : first + len(groups)]
+    assert np.array_equal(copied[:, :, :, :rows, :columns], filled[:, groups][:, :, :, :rows, :columns])
+    others = [group for group in range(target.groups) if not first <= group < first + len(groups)]
+    assert np.array_equal(array_of(target)[:, others], before[:, others])
+    assert np.isfinite(array_of(target)).all()
+
+
+def array_of(cache: KVCache):
+    """[2 * layers, G, H, R, C, D], the cache's own memory."""
+    shape = (2 * LAYOUT.layers, cache.groups, LAYOUT.heads, cache.rows, cache.columns, LAYOUT.head_size)
+    return cache.memory._array[: int(np.prod(shape))].reshape(shape)

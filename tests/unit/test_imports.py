@@ -48,8 +48,21 @@ def test_the_runtime_is_imported_without_the_training_stack(module):
 @pytest.mark.parametrize("path", files_of("qa_onnx"), ids=module_name)
 def test_the_runtime_imports_only_its_few_dependencies(path):
     roots = {name.partition(".")[0] for name in imports_of(path)}
-    optional = {"matplotlib"} if path.name == "breakdown.py" else set()
+    optional = {"matplotlib"} if path.name == "error_analysis.py" else set()
     assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == optional
+
+
+@pytest.mark.parametrize("path", files_of("qa_onnx/engine"), ids=module_name)
+def test_the_engine_knows_no_question_answer_or_text(path):
+    below = {"qa_onnx.engine", "qa_onnx.config", "qa_onnx.errors"}
+    ours = {".".join(name.split(".")[:2]) for name in imports_of(path) if name.partition(".")[0] == "qa_onnx"}
+    assert ours <= below
+
+
+@pytest.mark.parametrize("path", [*files_of("qa_onnx/text"), *files_of("qa_onnx/evaluation")], ids=module_name)
+def test_text_and_evaluation_know_no_answerer(path):
+    above = {f"qa_onnx.{name}" for name in ("answerer", "request", "search", "loop", "cli")}
+    assert above & set(imports_of(path)) == set()
 
 
 @pytest.mark.parametrize(("package", "allowed"), [("training", {"qa_onnx"}), ("export", {"qa_onnx"})])

@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from stand_ins import squad_data
+from fakes import squad_data
 
-from qa_onnx.metrics import evaluate, exact_match_score, f1_score, normalize_answer
-from qa_onnx.squad import Example, GoldAnswer, parse_squad, read_predictions, read_squad
+from qa_onnx.evaluation.metrics import evaluate, exact_match_score, f1_score, normalize_answer
+from qa_onnx.evaluation.squad import Example, GoldAnswer, parse_squad, read_predictions, read_squad
 
 
 def question(name, *golds):
@@ -15,7 +15,7 @@ def question(name, *golds):
 
 
 @pytest.mark.parametrize(
-    ("text", "normalised"),
+    ("text", "normalized"),
     [
         ("The  Normans", "normans"),
         ("an apple, a pear and the plum", "apple pear and plum"),
@@ -30,8 +30,8 @@ def question(name, *golds):
         ("?!", ""),
     ],
 )
-def test_answers_are_normalised_as_the_official_script_does(text, normalised):
-    assert normalize_answer(text) == normalised
+def test_answers_are_normalized_as_the_official_script_does(text, normalized):
+    assert normalize_answer(text) == normalized
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_f1_is_as_computed_by_hand(prediction, gold, f1):
 
 
 @pytest.mark.parametrize(("prediction", "gold", "score"), [("The Rollo!", "rollo", 1), ("Rollo I", "Rollo", 0)])
-def test_exact_match_compares_normalised_answers(prediction, gold, score):
+def test_exact_match_compares_normalized_answers(prediction, gold, score):
     assert exact_match_score(prediction, gold) == score
 
 

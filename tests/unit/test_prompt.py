@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from fakes import CONTEXT, END_OF_TEXT, SpyTokenizer, small_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from stand_ins import END_OF_TEXT, PASSAGE, SpyTokenizer, small_tokenizer
 
 from qa_onnx.errors import InvalidInputError
-from qa_onnx.prompt import (
+from qa_onnx.text.prompt import (
     ANSWER_TEMPLATE,
     PROMPT_TEMPLATE,
     encode_answers,
@@ -21,8 +21,8 @@ pieces = st.sampled_from(
 texts = st.one_of(st.text(max_size=40), st.lists(pieces, max_size=12).map("".join)).filter(str.strip)
 
 
-def passage_of(prompt):
-    text = small_tokenizer().decode(prompt.passage_ids)
+def context_of(prompt):
+    text = small_tokenizer().decode(prompt.prefix_ids)
     return text.removeprefix("Context:").removesuffix("\nQuestion:")
 
 
@@ -42,11 +42,11 @@ def test_the_template_is_the_contract():
     assert ANSWER_TEMPLATE == " {answer}"
 
 
-def test_the_parts_of_a_prompt_are_the_passage_and_the_question():
+def test_the_parts_of_a_prompt_are_the_context_and_the_question():
     prompt = encode_one("  Who? \n", "By Rollo.")
-    assert small_tokenizer().decode(prompt.passage_ids) == "Context: By Rollo.\nQuestion:"
-    assert small_tokenizer().decode(prompt.question_ids) == " Who?\nAnswer:"
-    assert len(prompt) == len(prompt.ids) == len(prompt.passage_ids) + len(prompt.question_ids)
+    assert small_tokenizer().decode(prompt.prefix_ids) == "Context: By Rollo.\nQuestion:"
+    assert small_tokenizer().decode(prompt.suffix_ids) == " Who?\nAnswer:"
+    assert len(prompt) == len(prompt.ids) == len(prompt.prefix_ids) + len(prompt.suffix_ids)
 
 
 @settings(deadline=None)
@@ -63,8 +63,8 @@ def test_the_parts_have_the_tokens_of_the_whole(question, context):
 @settings(deadline=None)
 @given(answer=texts)
 def test_prompt_and_answer_have_the_tokens_of_the_whole(answer):
-    prompt, (answer_ids,) = encode_one(QUESTION, PASSAGE), encode_answers(small_tokenizer(), [answer])
-    whole = f"Context: {PASSAGE}\nQuestion: {QUESTION}\nAnswer: {answer.strip()}"
+    prompt, (answer_ids,) = encode_one(QUESTION, CONTEXT), encode_answers(small_tokenizer(), [answer])
+    whole = f"Context: {CONTEXT}\nQuestion: {QUESTION}\nAnswer: {answer.strip()}"
     assert prompt.ids + answer_ids == ids_of(whole)
 
 
@@ -89,11 +89,11 @@ def test_control_tokens_in_text_stay_text(tmp_path):
     assert tokenizer.decode(prompt.ids) == PROMPT_TEMPLATE.format(context=text, question=text)
 
 
-def test_each_distinct_passage_is_encoded_once():
+def test_each_distinct_context_is_encoded_once():
     spy = SpyTokenizer(small_tokenizer())
     prompts = encode_prompts(spy, ["a", "b", "c"], ["one", "two", "one"])
     assert sorted(text for text in spy.encoded if text.startswith("Context")) == ["Context: one", "Context: two"]
-    assert [passage_of(prompt).strip() for prompt in prompts] == ["one", "two", "one"]
+    assert [context_of(prompt).strip() for prompt in prompts] == ["one", "two", "one"]
 
 
 def test_no_prompts_are_no_error():

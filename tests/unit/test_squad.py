@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from stand_ins import PASSAGE, squad_data, write_json
+from fakes import CONTEXT, squad_data, write_json
 
 from qa_onnx.errors import InvalidInputError
-from qa_onnx.squad import GoldAnswer, parse_squad, read_predictions, read_squad
+from qa_onnx.evaluation.squad import GoldAnswer, parse_squad, read_predictions, read_squad
 
 ABSENT = object()
 P, Q = ("data", 0, "paragraphs", 0), ("data", 0, "paragraphs", 0, "qas", 1)
@@ -30,7 +30,7 @@ def changed(path, value):
 
 def test_a_v2_file_is_read(tmp_path):
     first, second, third = read_squad(write_json(tmp_path / "data.json", squad_data()))
-    assert (first.id, first.title, first.context, first.question) == ("q1", "Normans", PASSAGE, "Who led the Normans?")
+    assert (first.id, first.title, first.context, first.question) == ("q1", "Normans", CONTEXT, "Who led the Normans?")
     assert first.answers == (GoldAnswer(text="Rollo", start=24), GoldAnswer(text="led by Rollo", start=17))
     assert [answer.text for answer in second.answers] == ["in Normandy"]
     assert (third.id, third.context, third.answers) == ("q3", "Nothing.", ())

@@ -4,13 +4,13 @@ import time
 from itertools import pairwise
 
 import pytest
+from fakes import CONTEXT, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins import PASSAGE, small_tokenizer
 
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.prompt import encode_prompts
-from qa_onnx.windows import encode_windows
+from qa_onnx.text.prompt import encode_prompts
+from qa_onnx.text.windows import encode_windows
 
 WORDS = ("Rollo", "the", "Normans,", "東京タワー", "e\u0301", "🙂🙂", "(1911)", "x" * 60, "\n\n", "\t", "\u00a0")
 documents = st.lists(st.sampled_from(WORDS), min_size=1, max_size=150).flatmap(
@@ -48,11 +48,11 @@ def test_windows_fit_and_cover_the_document(context, stride):
 
 
 def test_a_document_that_fits_is_one_window_unchanged():
-    (window,) = windows_of(PASSAGE + "  ")
-    assert (window.start, window.text) == (0, PASSAGE + "  ")
+    (window,) = windows_of(CONTEXT + "  ")
+    assert (window.start, window.text) == (0, CONTEXT + "  ")
 
 
-def test_neighbours_share_about_the_stride_and_start_at_words():
+def test_neighbors_share_about_the_stride_and_start_at_words():
     context = " ".join(f"word{index}" for index in range(200))
     windows = windows_of(context, stride=20)
     assert len(windows) > 3
@@ -72,7 +72,7 @@ def test_the_number_of_windows_grows_with_the_document_alone():
 def test_questions_of_like_length_share_windows():
     context = " ".join(f"word{index}" for index in range(200))
     short, long = windows_of(context, "Who led?"), windows_of(context, "Who led them?")
-    assert [window.prompt.passage_ids for window in short] == [window.prompt.passage_ids for window in long]
+    assert [window.prompt.prefix_ids for window in short] == [window.prompt.prefix_ids for window in long]
 
 
 def test_a_question_longer_than_the_model_is_refused_with_the_way_out():

@@ -27,7 +27,7 @@ import math
 import torch
 from transformers import GPT2Config, GPT2TokenizerFast
 
-from qa_onnx.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL
+from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL
 from training.model import GPT2LMHeadModel
 
 WIDTH, HEADS, LAYERS, INNER, POSITIONS = 256, 4, 6, 512, 1024

@@ -25,9 +25,9 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
 from transformers import GPT2TokenizerFast, set_seed
 
-from qa_onnx.metrics import evaluate
-from qa_onnx.prompt import PASSAGE_TEMPLATE, PROMPT_TEMPLATE, encode_prompts, prepare_tokenizer
-from qa_onnx.squad import Example, parse_squad, read_squad
+from qa_onnx.evaluation.metrics import evaluate
+from qa_onnx.evaluation.squad import Example, parse_squad, read_squad
+from qa_onnx.text.prompt import PASSAGE_TEMPLATE, PROMPT_TEMPLATE, encode_prompts, prepare_tokenizer
 from training.data import MIN_PACKED_TOKENS, Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
 from training.model import IGNORED, GPT2LMHeadModel, load_model
@@ -95,8 +95,8 @@ def rows_of(
     end_of_text = bpe.token_to_id(END_OF_TEXT)
     rows: list[dict[str, Any]] = []
     for (context, asked), passage in zip(asked_about.items(), passages, strict=True):
-        passage_ids = prompts[asked[0]].passage_ids
-        if len(passage_ids) > MAX_PASSAGE_TOKENS:
+        prefix_ids = prompts[asked[0]].prefix_ids
+        if len(prefix_ids) > MAX_PASSAGE_TOKENS:
             continue
         starts = [start for start, _ in passage.offsets]
 
@@ -105,25 +105,25 @@ def rows_of(
 
         row: dict[str, Any] = {}
         for index in draw.sample(asked, len(asked)):
-            gold, question_ids = examples[index].answers[0], prompts[index].question_ids
+            gold, suffix_ids = examples[index].answers[0], prompts[index].suffix_ids
             closed = [*answers[index].ids, end_of_text]
-            if not row or row["length"] - len(passage_ids) + len(question_ids) + len(closed) > MIN_PACKED_TOKENS:
-                labels = [token if draw.random() < text_loss_share else IGNORED for token in passage_ids]
-                row = {"input_ids": list(passage_ids), "labels": labels, "passage_tokens": len(passage_ids)}
-                row |= {"question_tokens": [], "votes": [], "points": [], "length": len(passage_ids)}
+            if not row or row["length"] - len(prefix_ids) + len(suffix_ids) + len(closed) > MIN_PACKED_TOKENS:
+                labels = [token if draw.random() < text_loss_share else IGNORED for token in prefix_ids]
+                row = {"input_ids": list(prefix_ids), "labels": labels, "passage_tokens": len(prefix_ids)}
+                row |= {"question_tokens": [], "votes": [], "points": [], "length": len(prefix_ids)}
                 rows.append(row)
             if context.startswith(gold.text, gold.start):
-                last = row["length"] + len(question_ids) - 1
+                last = row["length"] + len(suffix_ids) - 1
                 answer = token_at(gold.start), token_at(gold.start + len(gold.text) - 1) + 1
                 row["votes"] += [(place, *answer) for place in range(row["length"] + 1, last + 1)]
                 first = gold.start + len(gold.text) - len(gold.text.lstrip())
                 for number, (start, _) in enumerate(answers[index].offsets):
                     place = token_at(first + max(0, start - 1))  # the space before the answer is no part of it
                     row["points"].append((last + number, place, place + 1))
-            row["input_ids"] += question_ids + closed
-            row["labels"] += [IGNORED] * len(question_ids) + closed
-            row["question_tokens"].append(len(question_ids) + len(closed))
-            row["length"] += len(question_ids) + len(closed)
+            row["input_ids"] += suffix_ids + closed
+            row["labels"] += [IGNORED] * len(suffix_ids) + closed
+            row["question_tokens"].append(len(suffix_ids) + len(closed))
+            row["length"] += len(suffix_ids) + len(closed)
     return rows
 
 

@@ -1,10 +1,10 @@
-"""Grounded decoding: which tokens go on spelling a span of the passage.
+"""Constrained decoding of extractive answers: which tokens continue a span of the context.
 
 A byte-level BPE has many ways to spell a text, and spells a word one way after a space and another after a bracket. So
-the constraint follows the bytes of the passage, not its tokens. With the passage `(led by Rollo)` and ` Ro` written so
-far, the text stands at the `|`:
+the constraint follows the bytes of the context, not its tokens. With the context `(led by Rollo)` and ` Ro` so far,
+the text is at the `|`:
 
-    ( l e d   b y   R o | l l o )        may go on with `l`, `ll`, `llo`, `llo)`, may not end
+    ( l e d   b y   R o | l l o )        may continue with `l`, `ll`, `llo`, `llo)`, may not end
 
 A span starts where a word starts and ends where one ends.
 """
@@ -47,16 +47,16 @@ class TokenBytes:
 
 
 class Spans:
-    """The spans of one passage that may be answers."""
+    """The spans of one context that may be answers."""
 
-    def __init__(self, passage: str, tokens: TokenBytes) -> None:
-        """Finds where words start and end in a passage."""
-        self.passage = passage
+    def __init__(self, context: str, tokens: TokenBytes) -> None:
+        """Finds where words start and end in a context."""
+        self.context = context
         self._tokens = tokens
-        self._starts, self._ends = word_boundaries(passage)
+        self._starts, self._ends = word_boundaries(context)
         # Nothing may be written behind the last place to end at, so every span that was begun can be ended.
-        self._text = passage[: max(self._ends, default=0)].encode()
-        offsets = np.cumsum([0, *(len(character.encode()) for character in passage)]).tolist()
+        self._text = context[: max(self._ends, default=0)].encode()
+        offsets = np.cumsum([0, *(len(character.encode()) for character in context)]).tolist()
         self._character_at = {offset: index for index, offset in enumerate(offsets)}
         self._start_bytes = [offsets[start] for start in self._starts]
         self._end_bytes = frozenset(offsets[end] for end in self._ends)
@@ -68,7 +68,7 @@ class Spans:
         for start in self._starts:
             for end in self._ends:
                 if end > start:
-                    texts.add(self.passage[start:end])
+                    texts.add(self.context[start:end])
                     if len(texts) >= at_most:
                         return at_most
         return len(texts)
@@ -88,11 +88,11 @@ class Spans:
         return np.array(sorted(self._first_tokens), np.int64)
 
 
-class SpanWriter:
-    """An answer as it is written: where in the passage it may stand. Begins with the space that answers begin with."""
+class SpanConstraint:
+    """The tokens of an answer so far, and where in the context they may be. Answers begin with a space."""
 
     def __init__(self, spans: Spans) -> None:
-        """Nothing is written yet."""
+        """Has no tokens yet."""
         self._spans = spans
         self._places: list[int] = []
         self._written = -1
@@ -100,11 +100,11 @@ class SpanWriter:
 
     @property
     def may_end(self) -> bool:
-        """Whether what is written is a whole span."""
+        """Whether the tokens so far are a whole span."""
         return self._written > 0 and any(place in self._spans._end_bytes for place in self._places)
 
-    def next_ids(self) -> np.ndarray:
-        """The tokens (int64 [N], ascending) that go on spelling a span; none where all of them have to end here."""
+    def allowed_ids(self) -> np.ndarray:
+        """The tokens (int64 [N], ascending) that continue a span; none where all of them have to end here."""
         spans = self._spans
         if self._written < 0:
             return spans._first_ids
@@ -115,8 +115,8 @@ class SpanWriter:
             found.update(spans._beginnings[place])
         return np.array(sorted(found), np.int64)
 
-    def write(self, token_id: int) -> None:
-        """Goes on with one of `next_ids`."""
+    def append(self, token_id: int) -> None:
+        """Takes the next token, one of `allowed_ids`."""
         spans = self._spans
         spelled = spans._tokens.bytes_of[token_id]
         if self._written < 0:
@@ -126,9 +126,9 @@ class SpanWriter:
         self._written += len(spelled)
 
     def span(self) -> tuple[int, int] | None:
-        """Start and end character of what is written, where it stands first; None without a whole character.
+        """Start and end character of the tokens so far, where they occur first; None without a whole character.
 
-        Text that was cut short goes back to the last end of a word in it, or else to its last whole character.
+        Text that was cut short is cut back to the last end of a word in it, or else to its last whole character.
         """
         if self._written <= 0:
             return None
@@ -165,19 +165,19 @@ def word_boundaries(text: str) -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-def find_span(text: str, passage: str) -> tuple[int, int] | None:
-    """Where a text stands first in a passage as whole words, or else at all: start and end character."""
+def find_span(text: str, context: str) -> tuple[int, int] | None:
+    """Where a text stands first in a context as whole words, or else at all: start and end character."""
     if not text:
         return None
-    first = passage.find(text)
+    first = context.find(text)
     if first < 0:
         return None
     start = first
     while start >= 0:
         end = start + len(text)
-        if _is_boundary(passage, start) and _is_boundary(passage, end):
+        if _is_boundary(context, start) and _is_boundary(context, end):
             return start, end
-        start = passage.find(text, start + 1)
+        start = context.find(text, start + 1)
     return first, first + len(text)
 
 

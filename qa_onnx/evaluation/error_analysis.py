@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qa_onnx.errors import InvalidInputError
-from qa_onnx.metrics import mean_scores, score_example
-from qa_onnx.squad import Example
+from qa_onnx.evaluation.metrics import mean_scores, score_example
+from qa_onnx.evaluation.squad import Example
 
 QUESTION_WORDS = ("how many", "how much", "how", "what", "when", "where", "which", "who", "whom", "whose", "why")
 BINS = 10

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, Prompt, encode_prompts
+from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode_prompts
 
 MIN_WINDOW_TOKENS = 16
 RESERVE_STEP = 64
@@ -68,13 +69,13 @@ def encode_windows(
         if len(prompt) + room <= max_positions:
             windows.append([Window(start=0, text=context, prompt=prompt)])
             continue
-        needed = len(label.ids) + len(prompt.question_ids) + room
+        needed = len(label.ids) + len(prompt.suffix_ids) + room
         budget = max_positions - -(-needed // RESERVE_STEP) * RESERVE_STEP
         if budget < max_positions // 2:
             budget = max_positions - needed
         if budget < MIN_WINDOW_TOKENS:
             raise PromptTooLongError(
-                f"question {index} has {len(prompt.question_ids)} tokens; with an answer of {room + 1} it leaves "
+                f"question {index} has {len(prompt.suffix_ids)} tokens; with an answer of {room + 1} it leaves "
                 f"{max(budget, 0)} of the model's {max_positions} positions to the context, and a window has at least "
                 f"{MIN_WINDOW_TOKENS}. Shorten the question, or lower max_new_tokens"
             )

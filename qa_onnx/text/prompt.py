@@ -8,10 +8,10 @@ they share is tokenised apart for the same reason: a passage has the same tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import InvalidInputError
 
 PASSAGE_TEMPLATE = "Context: {context}"
@@ -19,22 +19,6 @@ QUESTION_LABEL = "\nQuestion:"
 QUESTION_TEMPLATE = " {question}\nAnswer:"
 ANSWER_TEMPLATE = " {answer}"
 PROMPT_TEMPLATE = PASSAGE_TEMPLATE + QUESTION_LABEL + QUESTION_TEMPLATE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """The tokens of one prompt, in two parts: what all questions on a passage share, and the question."""
-
-    passage_ids: list[int]
-    question_ids: list[int]
-
-    @property
-    def ids(self) -> list[int]:
-        """All tokens of the prompt, in order."""
-        return self.passage_ids + self.question_ids
-
-    def __len__(self) -> int:
-        return len(self.passage_ids) + len(self.question_ids)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -75,8 +59,8 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
     passage_of = {context: ids + label for context, ids in zip(distinct, passages, strict=True)}
     asked = _encode(tokenizer, [QUESTION_TEMPLATE.format(question=question.strip()) for question in questions])
     return [
-        Prompt(passage_ids=passage_of[context], question_ids=question_ids)
-        for context, question_ids in zip(contexts, asked, strict=True)
+        Prompt(prefix_ids=passage_of[context], suffix_ids=suffix_ids)
+        for context, suffix_ids in zip(contexts, asked, strict=True)
     ]
 
 

@@ -1,0 +1,185 @@
+"""The options of a call (`GenerationConfig`) and of a loaded model (`EngineConfig`)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from qa_onnx.errors import InvalidInputError
+
+DEFAULT_MAX_NEW_TOKENS = 32
+DEFAULT_STRIDE = 128
+DEFAULT_BATCH_SIZE = 64
+DEFAULT_PREFIX_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How to answer. The defaults are greedy decoding of unconstrained text, one answer per question.
+
+    The options of decoding do what the logits processors of transformers with the same purpose do
+    (https://huggingface.co/docs/transformers/internal/generation_utils), in the same order.
+
+    Attributes:
+        max_new_tokens: Maximum number of tokens of an answer.
+        extractive: Only answers that are a span of the context, from the start of a word to the end of one.
+        num_answers: How many different answers a question gets, the most probable first (`Answer.alternatives`).
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer together; 0 is no limit.
+        temperature: 0 takes the most probable token; above, tokens are drawn from the logits divided by it.
+        top_k: Draw from this number of most probable tokens; 0 is all of them.
+        top_p: Draw from the most probable tokens whose probabilities add up to this (nucleus sampling, Holtzman et
+            al., 2019).
+        seed: Seed of the draws; the same seed draws the same answer to the same question, alone and in any batch. None
+            draws differently each time.
+        no_answer_threshold: From 0 to 1. Where the probability that the context holds no answer is above it, the
+            answer is empty; where it is not, there is one. None takes the bundle's, from `python -m qa_onnx calibrate`;
+            where it has none, the answer is empty where that is most probable.
+        stride: Tokens that neighboring windows of a long context share (no more than half a window).
+        ignore_eos: Continue after the end-of-text token, up to `max_new_tokens`. For benchmarks.
+
+    Raises:
+        InvalidInputError: A value is out of range, or two options contradict each other.
+    """
+
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    extractive: bool = False
+    num_answers: int = 1
+    no_repeat_ngram_size: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    no_answer_threshold: float | None = None
+    stride: int = DEFAULT_STRIDE
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("num_answers", 1),
+            ("no_repeat_ngram_size", 0),
+            ("top_k", 0),
+            ("stride", 0),
+        ):
+            check_whole_number(name, getattr(self, name), least)
+        if self.seed is not None:
+            check_whole_number("seed", self.seed, 0)
+        for name in ("extractive", "ignore_eos"):
+            _check_bool(name, getattr(self, name))
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+            raise InvalidInputError(
+                f"got temperature {self.temperature!r}; expected a number of at least 0 (0: greedy)"
+            )
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise InvalidInputError(f"got top_p {self.top_p!r}; expected a number above 0 and at most 1")
+        threshold = self.no_answer_threshold
+        if threshold is not None and (not _is_number(threshold) or not 0 <= threshold <= 1):
+            raise InvalidInputError(
+                f"got no_answer_threshold {threshold!r}; expected a probability from 0 to 1, or None"
+            )
+        if not self.samples and (self.top_k, self.top_p, self.seed) != (0, 1.0, None):
+            raise InvalidInputError(
+                "got top_k, top_p or seed without a temperature; they have no effect on greedy decoding. "
+                "Pass a temperature above 0, or leave them out. For several answers per question pass num_answers"
+            )
+        if self.samples and self.num_answers > 1:
+            raise InvalidInputError(
+                f"got num_answers {self.num_answers} with a temperature; the most probable answers are searched, not "
+                "drawn. Leave one of them out"
+            )
+        if self.extractive and self.no_repeat_ngram_size:
+            raise InvalidInputError(
+                "got extractive with no_repeat_ngram_size; an extractive answer repeats the context. "
+                "Leave one of them out"
+            )
+        if self.ignore_eos and (self.extractive or self.num_answers > 1 or threshold is not None):
+            raise InvalidInputError(
+                "got ignore_eos with extractive, num_answers or no_answer_threshold, which decide where an answer "
+                "ends. Leave one of them out"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a loaded model computes. None is the provider's default.
+
+    Attributes:
+        threads: CPU threads of one operator, at most as many as the machine has processors; None is one per physical
+            core.
+        device_id: The GPU to run on. For several GPUs load one `Answerer` per device.
+        memory_limit: Maximum bytes of GPU memory that ONNX Runtime allocates for a session's weights and activations;
+            KV caches are bounded by `max_batch_bytes` and `prefix_cache_bytes`. None is no limit.
+        cuda_graphs: Capture the decode step in a CUDA graph where the onnxruntime-gpu in use can (1.31 and later);
+            `Answerer.stats()` says whether it does.
+        batch_size: Maximum number of sequences computed together.
+        max_batch_tokens: Maximum number of tokens, padding included, that the KV cache of a batch holds when prompts
+            join it. A batch always takes at least one prompt.
+        max_prefill_tokens: Tokens after which one run of a prefill is full.
+        max_batch_bytes: Maximum bytes of a batch: KV cache and attention scores, half for each.
+        prefix_cache_bytes: Memory for the keys and values of contexts read before: another question on one of them
+            computes only the question. 0 keeps no context longer than questions wait for it.
+        max_wait_ms: How long the first request of `submit`, `answer_async`, `stream` and `answer_iter` waits for others
+            to share its batch, in milliseconds. `answer` and `answer_batch` never wait.
+        max_queue: Maximum number of requests of single callers that wait or run; one more raises `QueueFullError`.
+            `answer_batch` is not limited by it.
+
+    Raises:
+        InvalidInputError: A value is out of range.
+    """
+
+    threads: int | None = None
+    device_id: int = 0
+    memory_limit: int | None = None
+    cuda_graphs: bool = True
+    batch_size: int = DEFAULT_BATCH_SIZE
+    max_batch_tokens: int | None = None
+    max_prefill_tokens: int | None = None
+    max_batch_bytes: int | None = None
+    prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES
+    max_wait_ms: float = 2.0
+    max_queue: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("device_id", 0),
+            ("batch_size", 1),
+            ("prefix_cache_bytes", 0),
+            ("max_queue", 1),
+        ):
+            check_whole_number(name, getattr(self, name), least)
+        for name in ("threads", "memory_limit", "max_batch_tokens", "max_prefill_tokens", "max_batch_bytes"):
+            if getattr(self, name) is not None:
+                check_whole_number(name, getattr(self, name), 1, "; None is the provider's default")
+        processors = os.cpu_count() or 1
+        if self.threads is not None and self.threads > processors:
+            raise InvalidInputError(
+                f"got threads {self.threads}; this machine has {processors} processors, and more threads than that "
+                "only wait for each other. Pass at most as many, or None"
+            )
+        _check_bool("cuda_graphs", self.cuda_graphs)
+        if not _is_number(self.max_wait_ms) or not 0 <= self.max_wait_ms <= 60_000:
+            raise InvalidInputError(f"got max_wait_ms {self.max_wait_ms!r}; expected milliseconds from 0 to 60,000")
+
+
+def check_whole_number(name: str, value: object, least: int, more: str = "") -> None:
+    """Checks an option.
+
+    Raises:
+        InvalidInputError: It is not an int of at least `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(f"got {name} {value!r}; expected a whole number of at least {least}{more}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"got {name} {value!r}; expected True or False")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,111 @@
+"""A batch: groups of sequences that share a prefix, and where their tokens are in the KV caches.
+
+    prefix of group 0   C o n t e x t : i t . .     suffix of row 0   . . Q u e s t i o n A n s w
+                                                              row 1   Q u e s t i o n , t o o A
+    prefix of group 1   C o n t e x t . . . . .     suffix of row 0   . . . . . . W h y ? N o
+
+Prefixes start in the first column; suffixes end in the same column, and new tokens go behind it. Padding is masked, by
+lengths: the columns before a prefix's length, and those from a suffix's start to the column of the token that attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from qa_onnx.engine.kv_cache import KVCache, aligned
+from qa_onnx.engine.sequence import Sequence
+
+
+@dataclass(kw_only=True, eq=False)
+class Batch:
+    """B running sequences, each in a slot (a row of a group), and G groups of R slots in all.
+
+    Attributes:
+        prefix: KV cache of the prefixes, G groups of one row.
+        suffix: KV cache of the suffixes and new tokens, G groups of R rows.
+        prefix_ids: The tokens of the prefixes; of fewer than G groups where the last ones are padding.
+        prefix_lengths: int64 [G], how many columns of `prefix` hold tokens.
+        suffix_starts: int64 [G, R], the first column of `suffix` that holds a token.
+        write_index: int64 [G], the column of `suffix` that the group's next tokens go to.
+        sequences: The running sequences.
+        groups, rows: int64 [B], where each of them is.
+        positions: int64 [B], the position of its next token.
+    """
+
+    prefix: KVCache
+    suffix: KVCache
+    prefix_ids: list[tuple[int, ...]]
+    prefix_lengths: np.ndarray
+    suffix_starts: np.ndarray
+    write_index: np.ndarray
+    sequences: list[Sequence]
+    groups: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+
+    def keep(self, indices: SequenceOf[int]) -> None:
+        """Keeps only some of the running sequences. Their slots stay where they are."""
+        if len(indices) == len(self.sequences):
+            return
+        chosen = np.asarray(indices, np.int64)
+        self.sequences = [self.sequences[index] for index in indices]
+        self.groups, self.rows, self.positions = self.groups[chosen], self.rows[chosen], self.positions[chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Tokens of one slot that are computed together, and the position of the first of them."""
+
+    group: int
+    row: int
+    token_ids: SequenceOf[int]
+    position: int
+
+
+def layout_inputs(
+    segments: SequenceOf[Segment], *, groups: int, rows: int, heads: int, right_aligned: bool
+) -> dict[str, np.ndarray]:
+    """Lays segments out for the graph (`export/decoder.py` says what each input is).
+
+    Args:
+        segments: At most one for each slot; their groups count from 0.
+        groups: G.
+        rows: R.
+        heads: H.
+        right_aligned: Whether the segments end in the last of the T new columns, or start in the first.
+
+    Returns:
+        `input_ids`, `position_ids`, `slot_index`, `context_index`, and for the last token of each segment
+        `output_index`, `output_slot_index` and `output_context_index`.
+    """
+    lengths = np.array([len(segment.token_ids) for segment in segments])
+    width = aligned(int(lengths.max()))
+    starts = np.cumsum(lengths) - lengths
+    group = np.array([segment.group for segment in segments])
+    row = np.array([segment.row for segment in segments])
+    # Of each token: its number within its segment, and its column.
+    number = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    column = number + np.repeat(width - lengths, lengths) if right_aligned else number
+    token_group, token_row = np.repeat(group, lengths), np.repeat(row, lengths)
+    slot_index = np.zeros((groups, rows, width), np.int64)
+    slot_index[token_group, token_row, column] = np.arange(lengths.sum())
+    output_slot_index = np.zeros((groups, rows, 1), np.int64)
+    output_slot_index[group, row, 0] = np.arange(len(segments))
+    return {
+        "input_ids": np.concatenate([np.asarray(segment.token_ids, np.int64) for segment in segments]),
+        "position_ids": np.repeat([segment.position for segment in segments], lengths) + number,
+        "slot_index": slot_index,
+        "context_index": context_index(token_group, token_row * width + column, rows * width, heads),
+        "output_index": starts + lengths - 1,
+        "output_slot_index": output_slot_index,
+        "output_context_index": context_index(group, row, rows, heads),
+    }
+
+
+def context_index(group: np.ndarray, slot: np.ndarray, slots: int, heads: int) -> np.ndarray:
+    """Where attention leaves the heads of each token, int64 [N, H], in its output [G, H, slots, D] as rows of D."""
+    found: np.ndarray = (group[:, None] * heads + np.arange(heads)) * slots + slot[:, None]
+    return found

@@ -1,0 +1,463 @@
+"""What a model computes: prefill of prefixes, prefill of suffixes, decode steps.
+
+All sequences that share a prefix read its keys and values from one place; a slot keeps only those of its own tokens.
+New tokens are packed, so that there is no padding but in attention (`batch.py` and `export/decoder.py` draw both).
+
+Prefixes start in the first column, for a product adds up its columns in blocks from there, and suffixes are aligned to
+the right. So a sequence's numbers do not depend on its neighbors, to the last bit on the CPU, unless its suffix is
+longer than such a block (256 columns).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from qa_onnx.engine.batch import Batch, Segment, context_index, layout_inputs
+from qa_onnx.engine.kv_cache import (
+    PAST_NAME,
+    PREFIX_NAME,
+    PRESENT_NAME,
+    CacheLayout,
+    KVCache,
+    KVCachePool,
+    aligned,
+)
+from qa_onnx.engine.planner import Group
+from qa_onnx.engine.prefix_cache import PrefixCache
+from qa_onnx.engine.sampling import Predictions
+from qa_onnx.engine.sequence import Sequence
+from qa_onnx.engine.session import Binding, Limits, Session
+from qa_onnx.errors import InvalidInputError
+
+SCORE_BYTES = 12
+"""Bytes that attention takes per score at its peak: scores, scores with bias, and probabilities, in float32."""
+MAX_CUDA_GRAPHS = 32
+"""Maximum number of decode steps, by shapes and addresses, that are captured; others run without a CUDA graph."""
+LOGPROBS = ("logprobs",)
+CHOICE = ("token_ids", "token_logprobs", "eos_logprobs")
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """What an engine has computed.
+
+    Attributes:
+        prefills: Batches of prompts.
+        prefill_tokens: Their tokens that were computed, prefixes found in the prefix cache left out.
+        decode_steps: Steps of one token for each running sequence.
+        decode_tokens: New tokens of all decode steps.
+        cuda_graphs: Decode steps, by shapes and addresses, captured in a CUDA graph.
+    """
+
+    prefills: int = 0
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    cuda_graphs: int = 0
+
+
+class Engine:
+    """Computes with one session. One thread at a time may use it."""
+
+    def __init__(
+        self,
+        session: Session,
+        copier: Session,
+        *,
+        layout: CacheLayout,
+        eos_token_id: int,
+        max_positions: int,
+        prefix_cache_bytes: int = 0,
+    ) -> None:
+        """Takes the graphs and the few facts of the model that decoding needs (see `Manifest`).
+
+        Args:
+            session: Of the decoder.
+            copier: Of the graph that copies KV caches, on the same device.
+            layout: Of the decoder's caches.
+            eos_token_id: The token that ends an answer.
+            max_positions: How many tokens the model can read.
+            prefix_cache_bytes: Budget of the prefix cache.
+
+        Raises:
+            InvalidInputError: `max_batch_bytes` has no room for one sequence.
+        """
+        self._session = session
+        self._layout = layout
+        self._pool = KVCachePool(layout, session, copier)
+        # In float32 a matmul of several rows broadcasts, for which ONNX Runtime copies pointers to the device.
+        self._can_capture_rows = layout.dtype == "float16"
+        self._decode_bindings: dict[tuple[object, ...], Binding] = {}
+        self._graph_ids: dict[tuple[object, ...], int] = {}
+        self.eos_token_id = eos_token_id
+        self.max_positions = max_positions
+        self.prefix_cache = PrefixCache(prefix_cache_bytes, layout)
+        self.stats = EngineStats()
+        columns = aligned(max_positions)
+        least = 2 * max(2 * columns * layout.bytes_per_token, layout.heads * columns * columns * SCORE_BYTES)
+        if self.limits.max_batch_bytes < least:
+            raise InvalidInputError(
+                f"got max_batch_bytes {self.limits.max_batch_bytes}; one prompt of the model's {max_positions} tokens "
+                f"takes {least}. Pass at least that, or None"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """How much the provider computes at a time."""
+        return self._session.limits
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether decode steps are captured in CUDA graphs."""
+        return self._session.has_cuda_graphs
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Maximum number of tokens whose keys and values a batch holds when prompts join it."""
+        return min(self.limits.max_batch_tokens, self.limits.max_batch_bytes // 2 // self._layout.bytes_per_token)
+
+    @property
+    def max_row_scores(self) -> int:
+        """Maximum of rows of a group x new tokens x columns that they attend to: half of `max_batch_bytes`."""
+        return self.limits.max_batch_bytes // 2 // SCORE_BYTES // self._layout.heads
+
+    def prefill(self, groups: SequenceOf[Group], *, carried: Batch | None = None) -> tuple[Batch, Predictions]:
+        """Computes the prompts of some groups: each prefix once, then all suffixes.
+
+        Args:
+            groups: From `plan_groups`.
+            carried: A running batch to continue with; its sequences follow the new ones. It is of no use afterwards.
+                Where an error is raised, it is as it was.
+
+        Returns:
+            The batch, and what the model says of the first token of each new sequence.
+
+        Raises:
+            OutOfMemoryError: The device has not enough memory for the batch.
+        """
+        # Prefixes to compute come first, each once, so that their caches are one range of groups.
+        hits: dict[tuple[int, ...], KVCache] = {}
+        first_with: dict[tuple[int, ...], Group] = {}
+        for group in groups:
+            if group.prefix_ids and group.prefix_ids not in hits and group.prefix_ids not in first_with:
+                found = self.prefix_cache.lookup(group.prefix_ids)
+                if found is None:
+                    first_with[group.prefix_ids] = group
+                else:
+                    hits[group.prefix_ids] = found
+        to_compute = sorted(first_with.values(), key=lambda group: -len(group.prefix_ids))  # similar lengths together
+        groups = to_compute + [group for group in groups if first_with.get(group.prefix_ids) is not group]
+        place_of = {group.prefix_ids: place for place, group in enumerate(to_compute)}
+        batch = self._make_batch(groups, carried)
+        try:
+            self._prefill_prefixes(batch, len(to_compute))
+            for place, group in enumerate(groups[len(to_compute) :], len(to_compute)):
+                if group.prefix_ids in hits:
+                    self._pool.copy(hits[group.prefix_ids], [0], batch.prefix, place)
+                elif group.prefix_ids:
+                    self._pool.copy(batch.prefix, [place_of[group.prefix_ids]], batch.prefix, place)
+            predictions = self._prefill_suffixes(batch, groups)
+            taken: Counter[tuple[int, ...]] = Counter()
+            for group in groups:
+                taken[group.prefix_ids] += len(group.sequences)
+            for prefix_ids, place in place_of.items():
+                if self.prefix_cache.wants(prefix_ids, taken=taken[prefix_ids]):
+                    self._insert_prefix(batch, place, prefix_ids)
+        except BaseException:
+            self.release(batch)
+            raise
+        if carried is not None:
+            self.release(carried)
+        self.stats.prefills += 1
+        return batch, predictions
+
+    def decode_step(self, batch: Batch, token_ids: SequenceOf[int] | np.ndarray) -> Predictions:
+        """Appends one token to each running sequence (int [B]) and computes what the model says of the next.
+
+        Raises:
+            OutOfMemoryError: The device has not enough memory for more columns.
+        """
+        live = np.zeros(batch.suffix.groups, bool)
+        live[batch.groups] = True
+        if batch.write_index[live].max() == batch.suffix.columns:
+            self._grow(batch)
+        # Tokens of slots that are computed, and where they are: the running sequences, or all slots.
+        group, row, place = batch.groups, batch.rows, np.arange(len(batch.sequences))
+        if self.limits.fixed_shapes:
+            group, row = np.divmod(np.arange(batch.suffix.groups * batch.suffix.rows), batch.suffix.rows)
+            place = batch.groups * batch.suffix.rows + batch.rows
+        tokens, positions = np.zeros(len(group), np.int64), np.zeros(len(group), np.int64)
+        tokens[place], positions[place] = token_ids, batch.positions
+        slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
+        slot_index[group, row, 0] = np.arange(len(group))
+        index = context_index(group, row, batch.suffix.rows, self._layout.heads)
+        inputs = {
+            "input_ids": tokens,
+            "position_ids": positions,
+            "slot_index": slot_index,
+            "context_index": index,
+            "output_index": np.arange(len(group)),
+            "output_slot_index": slot_index,
+            "output_context_index": index,
+            "prefix_lengths": batch.prefix_lengths,
+            "suffix_starts": batch.suffix_starts,
+            "write_index": np.where(live, batch.write_index, 0),
+        }
+        outputs = self._outputs(batch.sequences)
+        binding, graph_id = self._decode_binding(batch, outputs)
+        predictions = self._run(binding, inputs, outputs, graph_id=graph_id)
+        batch.write_index[live] += 1
+        batch.positions = batch.positions + 1
+        self.stats.decode_steps += 1
+        self.stats.decode_tokens += len(batch.sequences)
+        return predictions.select(place) if self.limits.fixed_shapes else predictions
+
+    def release(self, batch: Batch) -> None:
+        """Takes the memory of a batch back, which is of no use afterwards."""
+        self._pool.give_back(batch.prefix)
+        self._pool.give_back(batch.suffix)
+
+    def release_memory(self) -> None:
+        """Gives the device all memory back that no batch uses: free caches, and prefixes that nobody waits for."""
+        self.prefix_cache.evict(0)
+        self._pool.release()
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def _make_batch(self, groups: SequenceOf[Group], carried: Batch | None) -> Batch:
+        """Makes the batch of some groups, and behind them the groups of a carried batch with all that they hold."""
+        step = self.limits.column_step
+        suffix_end = aligned(max(group.suffix_width for group in groups))
+        prefix_ids = [group.prefix_ids for group in groups]
+        rows = max(len(group.sequences) for group in groups)
+        columns = suffix_end + step
+        survivors: list[int] = []
+        if carried is not None:
+            survivors = np.unique(carried.groups).tolist()
+            prefix_ids += [carried.prefix_ids[group] for group in survivors]
+            rows = max(rows, int(carried.rows.max()) + 1)
+            columns = max(columns, int(carried.write_index[survivors].max()) + 1)
+        columns, prefix_columns, places = aligned(columns), aligned(max(map(len, prefix_ids))), len(prefix_ids)
+        if self.limits.fixed_shapes:  # few different shapes: each is one CUDA graph
+            rows, places = 1 << (rows - 1).bit_length(), _rounded(places)
+            columns, prefix_columns = aligned(columns, step), aligned(prefix_columns, 4 * 16)
+        prefix = self._pool.take(groups=places, rows=1, columns=prefix_columns)
+        try:
+            suffix = self._pool.take(groups=places, rows=rows, columns=columns)
+        except BaseException:
+            self._pool.give_back(prefix)
+            raise
+        prefix_lengths = np.zeros(places, np.int64)
+        prefix_lengths[: len(prefix_ids)] = [len(ids) for ids in prefix_ids]
+        suffix_starts = np.full((places, rows), columns, np.int64)
+        write_index = np.zeros(places, np.int64)
+        write_index[: len(groups)] = suffix_end
+        slots = [(place, row) for place, group in enumerate(groups) for row in range(len(group.sequences))]
+        sequences = [sequence for group in groups for sequence in group.sequences]
+        for slot, sequence in zip(slots, sequences, strict=True):
+            suffix_starts[slot] = suffix_end - len(sequence.suffix_ids)
+        group_of, row_of = (np.array(numbers, np.int64) for numbers in zip(*slots, strict=True))
+        positions = np.array([len(sequence) for sequence in sequences], np.int64)
+        if carried is not None:
+            self._pool.copy(carried.prefix, survivors, prefix, len(groups))
+            self._pool.copy(carried.suffix, survivors, suffix, len(groups))
+            kept = slice(len(groups), len(groups) + len(survivors))
+            shared = min(rows, carried.suffix.rows)
+            suffix_starts[kept, :shared] = carried.suffix_starts[survivors, :shared]
+            write_index[kept] = carried.write_index[survivors]
+            sequences = sequences + carried.sequences
+            group_of = np.concatenate([group_of, len(groups) + np.searchsorted(survivors, carried.groups)])
+            row_of = np.concatenate([row_of, carried.rows])
+            positions = np.concatenate([positions, carried.positions])
+        return Batch(
+            prefix=prefix,
+            suffix=suffix,
+            prefix_ids=prefix_ids,
+            prefix_lengths=prefix_lengths,
+            suffix_starts=suffix_starts,
+            write_index=write_index,
+            sequences=sequences,
+            groups=group_of,
+            rows=row_of,
+            positions=positions,
+        )
+
+    def _grow(self, batch: Batch) -> None:
+        """Gives every row `column_step` more columns."""
+        columns = batch.suffix.columns + self.limits.column_step
+        suffix = self._pool.take(groups=batch.suffix.groups, rows=batch.suffix.rows, columns=columns)
+        self._pool.copy(batch.suffix, range(batch.suffix.groups), suffix, 0)
+        self._pool.give_back(batch.suffix)
+        batch.suffix = suffix
+
+    def _insert_prefix(self, batch: Batch, place: int, prefix_ids: tuple[int, ...]) -> None:
+        """Copies a prefix that was just computed into the prefix cache."""
+        entry = self._pool.make(groups=1, rows=1, columns=aligned(len(prefix_ids)))
+        self._pool.copy(batch.prefix, [place], entry, 0)
+        self.prefix_cache.insert(prefix_ids, entry)
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def _prefill_prefixes(self, batch: Batch, count: int) -> None:
+        """Computes the keys and values of the first `count` prefixes of a batch."""
+        segments = [
+            [Segment(group=place, row=0, token_ids=ids, position=0)]
+            for place, ids in enumerate(batch.prefix_ids[:count])
+        ]
+        for first, last in self._pieces(segments, rows=1, columns=batch.prefix.columns):
+            groups = last - first
+            self._run_segments(
+                batch.prefix,
+                batch.prefix,
+                (first, last),
+                segments[first:last],
+                outputs=(),
+                is_prefix=True,
+                prefix_lengths=np.zeros(groups, np.int64),
+                suffix_starts=np.zeros((groups, 1), np.int64),
+                write_index=np.zeros(groups, np.int64),
+            )
+
+    def _prefill_suffixes(self, batch: Batch, groups: SequenceOf[Group]) -> Predictions:
+        """Computes the suffixes of the first groups of a batch, whose prefixes were computed."""
+        segments = [
+            [
+                Segment(group=place, row=row, token_ids=sequence.suffix_ids, position=len(sequence.prefix_ids))
+                for row, sequence in enumerate(group.sequences)
+            ]
+            for place, group in enumerate(groups)
+        ]
+        outputs = self._outputs([sequence for group in groups for sequence in group.sequences])
+        predictions = []
+        columns = batch.prefix.columns + batch.suffix.columns
+        for first, last in self._pieces(segments, rows=batch.suffix.rows, columns=columns):
+            width = aligned(max(len(segment.token_ids) for group in segments[first:last] for segment in group))
+            predictions.append(
+                self._run_segments(
+                    batch.prefix,
+                    batch.suffix,
+                    (first, last),
+                    segments[first:last],
+                    outputs=outputs,
+                    is_prefix=False,
+                    prefix_lengths=batch.prefix_lengths[first:last],
+                    suffix_starts=batch.suffix_starts[first:last],
+                    write_index=batch.write_index[first:last] - width,
+                )
+            )
+        return Predictions.concatenate(predictions)
+
+    def _pieces(self, segments: SequenceOf[SequenceOf[Segment]], *, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Cuts the segments of groups into runs: first and last (not included) group of each.
+
+        A run is full with `max_prefill_tokens` tokens, or before its attention scores exceed half of `max_batch_bytes`.
+        """
+        pieces: list[tuple[int, int]] = []
+        first = tokens = width = 0
+        for group, members in enumerate(segments):
+            wider = max(width, aligned(max(len(segment.token_ids) for segment in members)))
+            scores = (group + 1 - first) * self._layout.heads * rows * wider * columns
+            if group > first and (
+                tokens >= self.limits.max_prefill_tokens or scores * SCORE_BYTES > self.limits.max_batch_bytes // 2
+            ):
+                pieces.append((first, group))
+                first, tokens, wider = group, 0, aligned(max(len(segment.token_ids) for segment in members))
+            tokens += sum(len(segment.token_ids) for segment in members)
+            width = wider
+        return [*pieces, (first, len(segments))] if segments else []
+
+    def _run_segments(
+        self,
+        prefix: KVCache,
+        target: KVCache,
+        groups: tuple[int, int],
+        segments: SequenceOf[SequenceOf[Segment]],
+        *,
+        outputs: tuple[str, ...],
+        is_prefix: bool,
+        **lengths: np.ndarray,
+    ) -> Predictions:
+        """Computes segments of some groups of a batch into `target`."""
+        first, last = groups
+        flat = [
+            Segment(
+                group=segment.group - first,
+                row=segment.row,
+                token_ids=segment.token_ids,
+                position=segment.position,
+            )
+            for group in segments
+            for segment in group
+        ]
+        inputs = layout_inputs(
+            flat, groups=last - first, rows=target.rows, heads=self._layout.heads, right_aligned=not is_prefix
+        )
+        binding = self._session.make_binding()
+        self._bind_caches(binding, prefix, target, groups, has_prefix=not is_prefix)
+        self.stats.prefill_tokens += len(inputs["input_ids"])
+        return self._run(binding, {**inputs, **lengths}, outputs)
+
+    def _bind_caches(
+        self, binding: Binding, prefix: KVCache, target: KVCache, groups: tuple[int, int], *, has_prefix: bool = True
+    ) -> None:
+        """Binds some groups of a batch's caches; without prefixes, empty ones."""
+        names = self._layout.names
+        for name, view in zip(names, prefix.views(*groups, columns=None if has_prefix else 0), strict=True):
+            binding.set_input(f"{PREFIX_NAME}{name}", view)
+        for name, view in zip(names, target.views(*groups), strict=True):
+            binding.set_input(f"{PAST_NAME}{name}", view)
+            binding.set_output(f"{PRESENT_NAME}{name}", view)
+
+    def _decode_binding(self, batch: Batch, outputs: tuple[str, ...]) -> tuple[Binding, int | None]:
+        """The binding of a batch's decode step, and the number of its CUDA graph.
+
+        A captured graph keeps its binding, for it reads and writes at the addresses of its first run.
+        """
+        prefix, suffix = batch.prefix, batch.suffix
+        shape = (suffix.groups, suffix.rows, prefix.columns, suffix.columns)
+        key = (*shape, prefix.memory.data_ptr(), suffix.memory.data_ptr(), outputs)
+        binding = self._decode_bindings.get(key)
+        if binding is None:
+            for other in [other for other in self._decode_bindings if other not in self._graph_ids]:
+                del self._decode_bindings[other]
+            binding = self._decode_bindings[key] = self._session.make_binding()
+            self._bind_caches(binding, prefix, suffix, (0, suffix.groups))
+            can_capture = self._session.has_cuda_graphs and (suffix.rows == 1 or self._can_capture_rows)
+            if can_capture and len(self._graph_ids) < MAX_CUDA_GRAPHS:
+                self._graph_ids[key] = len(self._graph_ids) + 1
+                self.stats.cuda_graphs = len(self._graph_ids)
+        return binding, self._graph_ids.get(key)
+
+    def _outputs(self, sequences: SequenceOf[Sequence]) -> tuple[str, ...]:
+        """What to fetch of the graph to choose the next tokens of some sequences."""
+        if self.limits.chooses_on_host or any(sequence.needs_logprobs for sequence in sequences):
+            return LOGPROBS
+        return CHOICE
+
+    def _run(
+        self,
+        binding: Binding,
+        inputs: dict[str, np.ndarray],
+        outputs: tuple[str, ...],
+        *,
+        graph_id: int | None = None,
+    ) -> Predictions:
+        for name, array in inputs.items():
+            binding.set_array(name, array)
+        binding.set_fetched(outputs, rows=len(inputs["output_index"]))
+        fetched = binding.run(graph_id=graph_id)
+        if "logprobs" in fetched:
+            return Predictions.from_logprobs(fetched["logprobs"], self.eos_token_id)
+        return Predictions(**{name: fetched[name][:, 0] for name in outputs}) if outputs else _NOTHING
+
+
+_NOTHING = Predictions(token_ids=np.zeros(0, np.int64), token_logprobs=np.zeros(0), eos_logprobs=np.zeros(0))
+
+
+def _rounded(groups: int) -> int:
+    """A number of groups, rounded up to a power of two, or above 8 to a multiple of 8."""
+    return 1 << (groups - 1).bit_length() if groups <= 8 else aligned(groups, 8)

@@ -1,0 +1,395 @@
+"""ONNX Runtime, and everything that depends on the execution provider: choice, options, device memory, I/O binding."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from qa_onnx.config import EngineConfig
+from qa_onnx.errors import BundleError, InvalidInputError, OutOfMemoryError, ProviderError, one_line
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Provider = Literal["auto", "cpu", "cuda"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much a provider computes at a time.
+
+    Attributes:
+        max_prefill_tokens: Tokens after which one run of a prefill is full: on the CPU few enough for its caches, on
+            CUDA enough to fill the device.
+        max_batch_tokens: Maximum number of tokens whose keys and values a batch holds when prompts join it.
+        max_batch_bytes: Maximum bytes of a batch: half for keys and values, half for attention scores.
+        column_step: Columns of the KV cache that new tokens get at a time.
+        fixed_shapes: Whether a decode step computes all slots of a batch, finished ones too, so that its shapes and
+            addresses stay the same (CUDA), or only the sequences that run (CPU).
+        chooses_on_host: Whether the most probable token is found in numpy (CPU: the operators of ONNX Runtime take
+            seven times as long), or by the graph (CUDA: the log-probabilities need not leave the device).
+    """
+
+    max_prefill_tokens: int
+    max_batch_tokens: int
+    max_batch_bytes: int
+    column_step: int = 16
+    fixed_shapes: bool = False
+    chooses_on_host: bool = True
+
+
+_LIMITS = {
+    "cpu": Limits(max_prefill_tokens=512, max_batch_tokens=1536, max_batch_bytes=2 * 2**30),
+    "cuda": Limits(
+        max_prefill_tokens=32768,
+        max_batch_tokens=65536,
+        max_batch_bytes=4 * 2**30,
+        column_step=32,
+        fixed_shapes=True,
+        chooses_on_host=False,
+    ),
+}
+_PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
+"""What each provider has kernels for; ONNX Runtime would run the rest of a graph elsewhere or by conversions."""
+_ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_OLDEST_VERSION = {"cpu": (1, 25), "cuda": (1, 27)}
+"""1.24 has no TensorScatter. On CUDA, 1.25 and 1.26 (CUDA 12) have no Reshape and Cast of opset 24: they would copy
+activations between host and device in every layer."""
+_CUDA_GRAPH_VERSION = (1, 31)
+"""Before, Concat and Split copy small arrays to the device, which is forbidden while a CUDA graph is captured."""
+_NO_CAPTURE = -1
+_SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
+"""On the CPU the fused operators are slower than the two that they replace (`bench/NOTES.md`)."""
+_OUT_OF_MEMORY = (
+    "Failed to allocate memory",
+    "Available memory of",
+    "out of memory",
+    "bad_alloc",
+    "cudaErrorMemoryAllocation",
+)
+
+
+def import_onnxruntime() -> Any:
+    """Imports ONNX Runtime with its telemetry off, unless the user has decided on that already.
+
+    Raises:
+        ProviderError: It is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ProviderError(
+            "ONNX Runtime is not installed. Install qa_onnx with one of its extras: qa_onnx[cpu] or qa_onnx[gpu]"
+        ) from error
+    return onnxruntime
+
+
+def resolve_provider(provider: str, precision: str = "fp32") -> Literal["cpu", "cuda"]:
+    """Decides which provider to ask for.
+
+    Args:
+        provider: One of `PROVIDERS`; `auto` is CUDA where this ONNX Runtime was built with it and it runs the
+            precision, else the CPU.
+        precision: Of the graph that it is to run.
+
+    Raises:
+        InvalidInputError: `provider` is none of `PROVIDERS`.
+        ProviderError: The provider is not part of this ONNX Runtime, which is too old for it, or it does not run the
+            precision.
+    """
+    if provider not in PROVIDERS:
+        raise InvalidInputError(f"got provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    ort = import_onnxruntime()
+    available = ort.get_available_providers()
+    if provider == "auto":
+        has_cuda = _ONNX_RUNTIME_NAMES["cuda"] in available
+        provider = "cuda" if has_cuda and precision in _PRECISIONS["cuda"] else "cpu"
+    if _ONNX_RUNTIME_NAMES[provider] not in available:
+        raise ProviderError(
+            f"provider {provider!r} was asked for, and this ONNX Runtime has {', '.join(available)}. "
+            "For CUDA, uninstall onnxruntime and install qa_onnx[gpu]; or pass provider='cpu'"
+        )
+    if _version(ort) < _OLDEST_VERSION[provider]:
+        oldest = ".".join(map(str, _OLDEST_VERSION[provider]))
+        package, extra = ("onnxruntime-gpu", "gpu") if provider == "cuda" else ("onnxruntime", "cpu")
+        raise ProviderError(
+            f"ONNX Runtime {ort.__version__} lacks operators that the graph needs on provider {provider!r}; expected "
+            f"{package} {oldest} or later. Install qa_onnx[{extra}] again"
+        )
+    if precision not in _PRECISIONS[provider]:
+        other = "cuda" if provider == "cpu" else "cpu"
+        raise ProviderError(
+            f"a bundle in {precision} does not run on provider {provider!r}, which runs "
+            f"{' and '.join(_PRECISIONS[provider])}. Pass provider={other!r}, or export the model in one of these"
+        )
+    return "cuda" if provider == "cuda" else "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A tensor in device memory: `shape` elements of `dtype`, from `offset` elements behind the start of `memory`."""
+
+    memory: Any
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def address(self) -> int:
+        """Where it starts on its device."""
+        address: int = self.memory.data_ptr() + self.offset * self.dtype.itemsize
+        return address
+
+    def as_rows(self, size: int) -> View:
+        """The same elements as [-1, size]."""
+        return replace(self, shape=(prod(self.shape) // size, size))
+
+
+def load_copier(path: Path, *, provider: str, config: EngineConfig | None = None) -> Session:
+    """Loads the graph that copies KV caches, as `Session` does.
+
+    It has one thread: those of a second pool would spin after each copy, and take the processors from the decoder's.
+    """
+    return Session(path, provider=provider, config=replace(config or EngineConfig(), threads=1, cuda_graphs=False))
+
+
+class Session:
+    """One graph on one provider. `make_binding` runs it; its inputs and outputs stay on the provider's device."""
+
+    def __init__(self, model_path: Path, *, provider: str = "auto", config: EngineConfig | None = None) -> None:
+        """Loads the graph.
+
+        Args:
+            model_path: The ONNX file.
+            provider: `auto`, `cpu` or `cuda`.
+            config: Threads, device and limits.
+
+        Raises:
+            InvalidInputError: An unknown provider.
+            ProviderError: The provider does not start; it is never replaced by another.
+            BundleError: ONNX Runtime cannot load the file.
+        """
+        config = config or EngineConfig()
+        self.path = model_path
+        self.provider = resolve_provider(provider)
+        self.limits = _limits(self.provider, config)
+        self._ort = import_onnxruntime()
+        self._device_id = config.device_id if self.provider == "cuda" else 0
+        self.has_cuda_graphs = (
+            self.provider == "cuda" and config.cuda_graphs and _version(self._ort) >= _CUDA_GRAPH_VERSION
+        )
+        preloaded = _preload_cuda(self._ort) if self.provider == "cuda" else ""
+        name = _ONNX_RUNTIME_NAMES[self.provider]
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4 if self.provider == "cuda" else 3  # what fails to load is told below
+        # The graph comes optimized from the export, and fusing more makes it slower.
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if self.provider == "cpu" and _int8_saturates():  # one of the extended optimizations makes int8 exact
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if config.threads is not None:
+            options.intra_op_num_threads = config.threads
+        try:
+            self._session: onnxruntime.InferenceSession = self._ort.InferenceSession(
+                str(model_path),
+                options,
+                providers=[name],
+                provider_options=[self._provider_options(config)],
+                disabled_optimizers=_SLOW_FUSIONS,
+                enable_fallback=0,
+            )
+        except Exception as error:  # ONNX Runtime's own classes have no base in common but this one
+            if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
+                raise
+            if self.provider == "cuda" and ("device" in str(error).lower() or "CUDA failure" in str(error)):
+                raise ProviderError(
+                    f"CUDA device {self._device_id} cannot be used: {one_line(error)} Check the GPU with nvidia-smi, "
+                    "pass another device_id, or provider='cpu'"
+                ) from error
+            raise BundleError(f"{model_path} cannot be loaded by ONNX Runtime on {name}: {error}") from error
+        if name not in self._session.get_providers():
+            raise ProviderError(
+                f"{name} was asked for, and ONNX Runtime started with {', '.join(self._session.get_providers())}. "
+                f"{preloaded}Check that the machine has a GPU and its driver (nvidia-smi), install the CUDA libraries "
+                "with qa_onnx[gpu], or pass provider='cpu'"
+            )
+        self.input_names = [value.name for value in self._session.get_inputs()]
+        self.output_names = [value.name for value in self._session.get_outputs()]
+
+    def _provider_options(self, config: EngineConfig) -> dict[str, str]:
+        if self.provider == "cpu":
+            return {}
+        options = {
+            "device_id": str(self._device_id),
+            "use_tf32": "0",  # TF32 rounds fp32 inputs to 10 bits: faster, and not PyTorch's answers any more
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        if config.memory_limit is not None:
+            options["gpu_mem_limit"] = str(config.memory_limit)
+        if self.has_cuda_graphs:
+            options["enable_cuda_graph"] = "1"
+        return options
+
+    def allocate(self, elements: int, dtype: np.dtype) -> Any:
+        """Allocates device memory for some elements.
+
+        On the CPU it holds zeros, on CUDA whatever was there before (see `KVCachePool`).
+
+        Raises:
+            OutOfMemoryError: There is not enough.
+        """
+        with _out_of_memory_as_error():
+            if self.provider == "cpu":
+                return self.to_device(np.zeros(max(elements, 1), dtype))
+            return self._ort.OrtValue.ortvalue_from_shape_and_type(
+                [max(elements, 1)], dtype.type, self.provider, self._device_id
+            )
+
+    def to_device(self, array: np.ndarray) -> Any:
+        """Copies an array to the device; on the CPU its memory is shared."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.provider, self._device_id)
+
+    def make_binding(self) -> Binding:
+        """Makes a binding that has no inputs and outputs yet."""
+        return Binding(self)
+
+
+class Binding:
+    """The inputs and outputs of a graph, set once and run many times: only arrays that change are copied to the device.
+
+    One thread at a time may use it.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Binds nothing yet."""
+        self._session = session
+        self._ort = session._ort
+        self._binding = session._session.io_binding()
+        self._arrays: dict[str, tuple[np.ndarray, onnxruntime.OrtValue]] = {}
+        self._outputs: list[str] = []
+        """All outputs, in the order they were bound first, which is ONNX Runtime's."""
+        self._fetched: tuple[str, ...] = ()
+        self._fetched_rows = -1
+        self._options = self._ort.RunOptions()
+        self._options.only_execute_path_to_fetches = True
+        self._graph_id: int | None = None
+
+    def set_array(self, name: str, array: np.ndarray) -> None:
+        """Sets an input to an array; one that is equal to what is there already is not copied again."""
+        held = self._arrays.get(name)
+        if held is not None and held[0].shape == array.shape:
+            if not np.array_equal(held[0], array):
+                held[0][...] = array
+                if self._session.provider != "cpu":  # there the value is the array's own memory
+                    held[1].update_inplace(held[0])
+            return
+        own = np.array(array, order="C")
+        value = self._session.to_device(own)
+        self._arrays[name] = own, value
+        self._binding.bind_ortvalue_input(name, value)
+
+    def set_input(self, name: str, view: View) -> None:
+        """Sets an input to device memory, which has to live until the last run."""
+        self._binding.bind_input(
+            name, self._session.provider, self._session._device_id, view.dtype.type, view.shape, view.address
+        )
+
+    def set_output(self, name: str, view: View) -> None:
+        """Has an output written to device memory, which may be an input's, and has to live until the last run."""
+        self._note_output(name)
+        self._binding.bind_output(
+            name, self._session.provider, self._session._device_id, view.dtype.type, view.shape, view.address
+        )
+
+    def set_fetched(self, names: tuple[str, ...], *, rows: int) -> None:
+        """Says which other outputs `run` returns, of `rows` rows each. Their memory is kept while that is the same."""
+        if (names, rows) == (self._fetched, self._fetched_rows):
+            return
+        self._fetched, self._fetched_rows = names, rows
+        for name in names:
+            self._note_output(name)
+            self._binding.bind_output(name, self._session.provider, self._session._device_id)
+
+    def _note_output(self, name: str) -> None:
+        if name not in self._outputs:
+            self._outputs.append(name)
+
+    def run(self, *, graph_id: int | None = None) -> dict[str, np.ndarray]:
+        """Runs what the outputs need.
+
+        Args:
+            graph_id: Number of the CUDA graph to capture or replay: shapes and addresses have to be those of its first
+                run. None does neither.
+
+        Returns:
+            The fetched outputs. On the CPU they are the outputs' own memory, valid until the next run.
+
+        Raises:
+            OutOfMemoryError: The device has not enough memory.
+        """
+        number = _NO_CAPTURE if graph_id is None else graph_id
+        if self._session.has_cuda_graphs and number != self._graph_id:  # setting it again would print a warning
+            self._options.add_run_config_entry("gpu_graph_id", str(number))
+            self._graph_id = number
+        with _out_of_memory_as_error():
+            self._session._session.run_with_iobinding(self._binding, self._options)
+            if not self._fetched:
+                return {}
+            values = self._binding.get_outputs()
+            return {name: values[self._outputs.index(name)].numpy() for name in self._fetched}
+
+
+@cache
+def _int8_saturates() -> bool:
+    """Whether ONNX Runtime's product of uint8 and int8 saturates on this processor: x86 without VNNI.
+
+    The option `session.x64quantprecision` has it multiply uint8 by uint8 there, which is exact and a tenth slower; with
+    VNNI it would only be slower, and elsewhere it does nothing. (ONNX Runtime's quantization guide, "U8S8 can face
+    saturation issue".)
+    """
+    path = Path("/proc/cpuinfo")
+    return not path.exists() or "vnni" not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _limits(provider: str, config: EngineConfig) -> Limits:
+    """The provider's limits, with those that the caller gave."""
+    names = ("max_prefill_tokens", "max_batch_tokens", "max_batch_bytes")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return replace(_LIMITS[provider], **given)
+
+
+def _version(ort: Any) -> tuple[int, int]:
+    major, minor, *_ = ort.__version__.split(".")
+    return int(major), int(minor)
+
+
+def _preload_cuda(ort: Any) -> str:
+    """Loads the CUDA libraries of pip's packages; returns what that printed of those it did not find, for an error."""
+    if not hasattr(ort, "preload_dlls"):
+        return ""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        ort.preload_dlls()
+    return "".join(f"{line.strip()}. " for line in printed.getvalue().splitlines() if "Failed" in line)
+
+
+@contextlib.contextmanager
+def _out_of_memory_as_error() -> Iterator[None]:
+    """Turns ONNX Runtime's errors of memory into `OutOfMemoryError`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise OutOfMemoryError(one_line(error)) from error
+        raise
