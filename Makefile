@@ -5,13 +5,26 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+OLDEST = .venv-oldest
+OLDEST_RUN = $(OLDEST)/bin/python
+HELDOUT = runs/oldest/heldout.json
+
+.PHONY: demo test test-oldest lint format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in a few minutes
 	$(RUN) -m bench.demo
 
 test: $(INSTALLED)  ## every test that this machine can run; skipped ones say why
 	$(RUN) -m pytest
+
+test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the oldest ONNX Runtime that pyproject.toml allows gives the same answers
+	$(OLDEST_RUN) -m pytest tests/unit -p no:cacheprovider
+	rm -rf runs/oldest && mkdir -p runs/oldest
+	$(RUN) -m training.starter.sample --split heldout --output $(HELDOUT)
+	$(RUN) -m export.to_onnx --model training/starter/model --output runs/oldest/bundle --verify $(HELDOUT)
+	$(RUN) -m qa_onnx predict --model runs/oldest/bundle --data $(HELDOUT) --output runs/oldest/newest.json
+	$(OLDEST_RUN) -m qa_onnx predict --model runs/oldest/bundle --data $(HELDOUT) --output runs/oldest/oldest.json
+	cmp runs/oldest/newest.json runs/oldest/oldest.json
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -28,5 +41,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[cpu,train,export,bench,dev]"
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/^onnxruntime==.*/onnxruntime==1.25.0/' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST_RUN) -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[cpu,plot]" pytest hypothesis
+	touch $@
+
 clean:  ## the environment and what tools left; runs/ stays, models are in it
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
