@@ -105,6 +105,17 @@ class EngineLoop:
         tickets = [
             Ticket(request=request, future=Future(), is_bulk=is_bulk, is_limited=is_limited) for request in requests
         ]
+        for ticket in tickets:
+            ticket.future.add_done_callback(partial(self._note_cancelled, ticket.request))
+        try:
+            self._hand_over(tickets, is_limited=is_limited)
+        except BaseException:  # Ctrl-C may come when they were handed over
+            for ticket in tickets:
+                ticket.future.cancel()
+            raise
+        return [ticket.future for ticket in tickets]
+
+    def _hand_over(self, tickets: list[Ticket], *, is_limited: bool) -> None:
         with self._changed:
             if self._is_closed:
                 raise ClosedError(_CLOSED)
@@ -121,9 +132,6 @@ class EngineLoop:
                 self._thread = Thread(target=self._run, name="qa_onnx", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        for ticket in tickets:
-            ticket.future.add_done_callback(partial(self._note_cancelled, ticket.request))
-        return [ticket.future for ticket in tickets]
 
     def close(self, *, cancel_waiting: bool) -> None:
         """Takes no more requests, and waits until those that are there were answered, or fails them at once.

@@ -480,6 +480,17 @@ def test_an_abandoned_stream_frees_its_slot(slow, leave):
     assert slow._engine.batches == []
 
 
+def test_a_stream_that_another_thread_closes_ends(held):
+    stream = held.stream("A question of very many steps that nobody waits for any more?", CONTEXT)
+    assert held.reached.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        pieces = pool.submit(list, stream)
+        wait_until(pieces.running)
+        stream.close()
+        held.release.set()
+        assert len("".join(pieces.result(10))) < 20
+
+
 def test_a_stream_that_is_read_to_its_end_stays_at_its_end(answerer):
     stream = answerer.stream("Who?", CONTEXT)
     assert "".join(stream) == "Who?"
