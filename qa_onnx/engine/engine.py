@@ -310,10 +310,14 @@ class Engine:
         ]
         for first, last in self._pieces(segments, rows=1, columns=batch.prefix.columns):
             groups = last - first
+            columns = aligned(max(len(ids) for ids in batch.prefix_ids[first:last]))
+            # Attention goes over all columns of its cache: shorter prefixes than the batch's get a narrower one.
+            is_narrower = columns < batch.prefix.columns
+            target = self._pool.take(groups=groups, rows=1, columns=columns) if is_narrower else batch.prefix
             self._run_segments(
-                batch.prefix,
-                batch.prefix,
-                (first, last),
+                target,
+                target,
+                (0, groups) if is_narrower else (first, last),
                 segments[first:last],
                 outputs=(),
                 is_prefix=True,
@@ -321,6 +325,9 @@ class Engine:
                 suffix_starts=np.zeros((groups, 1), np.int64),
                 write_index=np.zeros(groups, np.int64),
             )
+            if is_narrower:
+                self._pool.copy(target, range(groups), batch.prefix, first)
+                self._pool.give_back(target)
 
     def _prefill_suffixes(self, batch: Batch, groups: SequenceOf[Group]) -> Predictions:
         """Computes the suffixes of the first groups of a batch, whose prefixes were computed."""
@@ -383,9 +390,10 @@ class Engine:
     ) -> Predictions:
         """Computes segments of some groups of a batch into `target`."""
         first, last = groups
+        lead = segments[0][0].group
         flat = [
             Segment(
-                group=segment.group - first,
+                group=segment.group - lead,
                 row=segment.row,
                 token_ids=segment.token_ids,
                 position=segment.position,
