@@ -53,7 +53,7 @@ _LIMITS = {
     "cuda": Limits(
         max_prefill_tokens=32768,
         max_batch_tokens=65536,
-        max_batch_bytes=4 * 2**30,
+        max_batch_bytes=2 * 2**30,
         column_step=32,
         fixed_shapes=True,
         chooses_on_host=False,
@@ -189,10 +189,13 @@ class Session:
         self.has_cuda_graphs = (
             self.provider == "cuda" and config.cuda_graphs and _version(self._ort) >= _CUDA_GRAPH_VERSION
         )
-        preloaded = _preload_cuda(self._ort) if self.provider == "cuda" else ""
+        preloaded = ""
+        if self.provider == "cuda":
+            preloaded = _preload_cuda(self._ort)
+            self._ort.set_default_logger_severity(4)  # what does not start is told below, in one line
         name = _ONNX_RUNTIME_NAMES[self.provider]
         options = self._ort.SessionOptions()
-        options.log_severity_level = 4 if self.provider == "cuda" else 3  # what fails to load is told below
+        options.log_severity_level = 4 if self.provider == "cuda" else 3
         # The graph comes optimized from the export, and fusing more makes it slower.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if self.provider == "cpu" and _int8_saturates():  # one of the extended optimizations makes int8 exact

@@ -31,6 +31,9 @@ class FakeRuntime:
     def get_available_providers(self):
         return self.available
 
+    def set_default_logger_severity(self, severity):
+        self.calls.append(f"log severity {severity}")
+
     def preload_dlls(self):
         self.calls.append("preload_dlls")
         print(self.printed)  # noqa: T201
@@ -201,7 +204,7 @@ def test_budgets_replace_those_of_the_provider(use, tmp_path, provider, name):
 def test_what_preloading_prints_is_not_on_standard_output(use, tmp_path, capfd):
     runtime = use(CUDA, CPU, printed="Failed to load libcublas.so.13: no such file\nLoaded libcudart")
     Session(tmp_path / "model.onnx", provider="cuda")
-    assert runtime.calls == ["preload_dlls", "InferenceSession"]
+    assert runtime.calls == ["preload_dlls", "log severity 4", "InferenceSession"]
     assert capfd.readouterr().out == ""
 
 
