@@ -5,6 +5,7 @@ Runs the project's own commands, prints each before it runs, and ends with one J
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from qa_onnx import Answerer
 from qa_onnx.evaluation.squad import read_squad
 
+DESCRIPTION = "Fine-tunes the embedded model, exports it and answers with it, in a few minutes. Writes to runs/demo."
 DIRECTORY = Path("runs/demo")
 MODEL, BUNDLE = DIRECTORY / "model", DIRECTORY / "bundle"
 HELDOUT, ACCURACY = DIRECTORY / "heldout.json", DIRECTORY / "accuracy.json"
@@ -41,9 +43,12 @@ def run(command: str) -> None:
 
 def main() -> None:
     """Runs the demo."""
+    argparse.ArgumentParser(prog="python -m bench.demo", description=DESCRIPTION).parse_args()
     started = time.monotonic()
-    for path in (MODEL, BUNDLE):
+    for path, marker in ((MODEL, "training_config.json"), (BUNDLE, "qa_onnx.json")):
         if path.exists():
+            if not (path / marker).is_file():
+                sys.exit(f"error: {path} is not of an earlier demo ({marker} is missing); move it away")
             shutil.rmtree(path)
     for command in COMMANDS:
         run(command)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import json
 import os
 import signal
@@ -21,6 +23,7 @@ from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.evaluation import error_analysis
 from qa_onnx.evaluation.metrics import best_thresholds, evaluate
 from qa_onnx.evaluation.squad import Example, read_answers, read_predictions, read_squad
+from qa_onnx.files import check_outputs, read_text, write_file
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -43,9 +46,18 @@ def run_command(command: Callable[[], int | None], *, interrupted: str = "interr
     Returns:
         The command's status, 2 with one line on standard error for bad input, or 130 after Ctrl-C or SIGTERM.
     """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    if sys.stdout is None:
+        sys.stderr.write("error: standard output is closed; expected a file or a terminal. To drop it: > /dev/null\n")
+        return EXIT_BAD_INPUT
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
     except QAOnnxError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
@@ -53,10 +65,19 @@ def run_command(command: Callable[[], int | None], *, interrupted: str = "interr
         sys.stderr.write(f"{interrupted}\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader went away, as in `| head`: nothing is left to say, and no one to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:  # such as a full disk, under standard output or elsewhere
+        sys.stderr.write(f"error: {one_line(error)}; expected a place that can be read and written, with room\n")
+        _drop_output()
+        return EXIT_BAD_INPUT
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _drop_output() -> None:
+    """Keeps the interpreter from writing the rest of standard output at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _answer(arguments: argparse.Namespace) -> None:
@@ -64,31 +85,32 @@ def _answer(arguments: argparse.Namespace) -> None:
     with _load(arguments) as answerer:
         answer = answerer.answer(arguments.question, context, config=config)
     if arguments.json:
-        _write(json.dumps(answer.to_dict(), ensure_ascii=False))
+        _write_json(answer.to_dict())
     else:
         for found in (answer, *answer.alternatives):
             _write(found.text)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    outputs = {"--output": arguments.output, "--answers": arguments.answers}
+    check_outputs(outputs, {"--data": arguments.data})
     config = _config(arguments)
     examples = read_squad(arguments.data)[: arguments.limit]
-    outputs = [path for path in (arguments.output, arguments.answers) if path is not None]
-    for path in outputs:
-        _check_can_write(path)
     answers = _answer_all(arguments, examples, config)
     predictions = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
-    _write_whole(arguments.output, json.dumps(predictions, ensure_ascii=False, indent=1) + "\n")
+    write_file(arguments.output, json.dumps(predictions, ensure_ascii=False, indent=1) + "\n")
     if arguments.answers is not None:
         lines = [{"id": example.id} | answer.to_dict() for example, answer in zip(examples, answers, strict=True)]
-        _write_whole(arguments.answers, _json_lines(lines))
-    _write(f"wrote {len(predictions)} answers to {' and '.join(map(str, outputs))}")
+        write_file(arguments.answers, _json_lines(lines))
+    written = [str(path) for path in outputs.values() if path is not None]
+    _write(f"wrote {len(predictions)} answers to {' and '.join(written)}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    for path in (arguments.worst, arguments.plot):
-        if path is not None:
-            _check_can_write(path)
+    check_outputs(
+        {"--worst": arguments.worst, "--plot": arguments.plot},
+        {"--data": arguments.data, "--predictions": arguments.predictions, "--answers": arguments.answers},
+    )
     examples = read_squad(arguments.data)
     if arguments.answers is not None:
         answers = read_answers(arguments.answers)
@@ -106,7 +128,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         error_analysis.plot(examples, answers, arguments.plot)
     if arguments.worst is not None:
         worst = error_analysis.worst_cases(examples, answers, limit=arguments.worst_limit)
-        _write_whole(arguments.worst, _json_lines(worst))
+        write_file(arguments.worst, _json_lines(worst))
     _write(error_analysis.table(examples, predictions, windows))
     figures = evaluate(examples, predictions).to_dict()
     probabilities = {name: answer["no_answer_probability"] for name, answer in answers.items() if "score" in answer}
@@ -141,7 +163,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         "source": arguments.data.name,
     }
     Bundle.open(arguments.model).keep_no_answer(kept)
-    _write(json.dumps(kept, ensure_ascii=False))
+    _write_json(kept)
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
@@ -168,46 +190,38 @@ def _config(arguments: argparse.Namespace) -> GenerationConfig:
     return GenerationConfig(**{name: getattr(arguments, name) for name in names})
 
 
-def _check_can_write(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise InvalidInputError(f"{path}: cannot be written; expected a file in a directory that exists")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}: cannot be written ({error.strerror}); expected a place with room and write permission"
-        ) from error
-
-
 def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    manifest = Bundle.open(arguments.model).manifest.to_dict()
-    _write(json.dumps(manifest, ensure_ascii=False, indent=2))
+    _write_json(Bundle.open(arguments.model).manifest.to_dict(), indent=2)
 
 
 def _write(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
+def _write_json(value: dict[str, Any], *, indent: int | None = None) -> None:
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    _write(json.dumps(value, ensure_ascii=not is_utf8, indent=indent))
+
+
 def _text_or_file(value: str) -> str:
-    """`@FILE` stands for what is in the file."""
+    """`@FILE` is the content of a file, `-` and `@-` of standard input, and `@@TEXT` the text `@TEXT`."""
+    if value in ("-", "@-"):
+        try:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(f"standard input: byte {error.start} is not UTF-8; expected UTF-8") from error
+    if value.startswith("@@"):
+        return value[1:]
     if not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(
-            f"--context {value}: cannot be read ({error}); expected a text file in UTF-8"
-        ) from error
+        return read_text(value[1:], expected="a text file")
+    except InvalidInputError as error:
+        raise InvalidInputError(f"--context @{error}. For a context that begins with @ write @@") from error
 
 
 def positive(text: str) -> int:
@@ -246,7 +260,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     answer = commands.add_parser("answer", help="answer one question")
     answer.add_argument("--question", required=True, metavar="TEXT")
-    answer.add_argument("--context", required=True, metavar="TEXT|@FILE", help="the context, or @ and a text file")
+    answer.add_argument(
+        "--context",
+        required=True,
+        metavar="TEXT|@FILE|-",
+        help="the context; @ and a text file; or - for standard input. @@ is an @ that begins a context",
+    )
     answer.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
     answer.set_defaults(run=_answer)
 

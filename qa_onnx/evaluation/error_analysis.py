@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.evaluation.metrics import mean_scores, score_example
 from qa_onnx.evaluation.squad import Example
+from qa_onnx.files import write_file
 
 QUESTION_WORDS = ("how many", "how much", "how", "what", "when", "where", "which", "who", "whom", "whose", "why")
 BINS = 10
@@ -125,4 +127,6 @@ def plot(examples: Sequence[Example], answers: Mapping[str, dict[str, Any]], out
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=130)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    write_file(output, image.getvalue())

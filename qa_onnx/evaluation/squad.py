@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qa_onnx.errors import InvalidInputError
+from qa_onnx.files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,12 @@ def read_answers(path: str | Path) -> dict[str, dict[str, Any]]:
         InvalidInputError: The file cannot be read, or a line is not such an object; the message names the line.
     """
     answers = {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, expected="a JSON lines file").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             answer = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"{path}: line {number} is not valid JSON ({error}); is the file whole?") from error
         if not isinstance(answer, dict):
             raise InvalidInputError(f"{path}: line {number} is a JSON {_kind(answer)}; expected an object")
@@ -118,15 +121,6 @@ def read_answers(path: str | Path) -> dict[str, dict[str, Any]]:
     return answers
 
 
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected a JSON file in UTF-8") from error
-
-
 def _skip(error: InvalidInputError, skipped: list[str] | None) -> None:
     if skipped is None:
         raise error
@@ -139,8 +133,9 @@ def read_json(path: str | Path) -> Any:
     Raises:
         InvalidInputError: The file cannot be read or is not JSON; the message names the line.
     """
+    text = read_text(path, expected="a JSON file")
     try:
-        return json.loads(_read_text(path))
+        return json.loads(text)
     except RecursionError as error:
         raise InvalidInputError(f"{path}: not valid JSON that can be read (nested too deep)") from error
     except json.JSONDecodeError as error:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_json
@@ -168,7 +173,7 @@ ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bund
     ("command", "words"),
     [
         (f"{ANSWER} --context @nowhere.txt", "--context @nowhere.txt: cannot be read"),
-        (f"{ANSWER} --context @latin.txt", "--context @latin.txt: cannot be read"),
+        (f"{ANSWER} --context @latin.txt", "--context @latin.txt: byte 3 is not UTF-8"),
         (f"{ANSWER} --context @", "--context @: cannot be read"),
         ("answer --model nowhere --question Who? --context Rollo", "nowhere is not a bundle"),
         ("answer --model empty --question Who? --context Rollo", "it has no qa_onnx.json"),
@@ -219,8 +224,11 @@ def test_an_error_stays_one_line_whatever_is_in_it(files, capsys):
     assert (status, err.count("\n")) == (2, 1)
 
 
-def test_a_file_that_cannot_be_written_is_named(files, loaded, capsys):
-    (files / "out.json.partial").mkdir()
+def test_a_file_that_cannot_be_written_is_named(files, loaded, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     status, _, err = run(capsys, f"{PREDICT} --output out.json")
     assert status == 2
     assert err.startswith("error: out.json: cannot be written")
@@ -267,3 +275,63 @@ def test_every_command_has_help(capsys, command, words):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert [word for word in words if word not in out] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "context"),
+    [("-", "In 1803.\r\n"), ("@-", "In 1803.\r\n"), ("@@nasa", "@nasa"), ("@@", "@"), ("@crlf.txt", "one\r\n")],
+)
+def test_a_context_from_standard_input_a_file_or_the_command_line(files, loaded, capsys, monkeypatch, value, context):
+    asked = []
+
+    class Asked:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def answer(self, question, context, *, config):
+            asked.append(context)
+            return echo_answerer().answer(question, context, config=config)
+
+    monkeypatch.setattr(cli, "_load", lambda arguments: Asked())
+    (files / "crlf.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfIn 1803.\r\n")))
+    assert run(capsys, f"answer --model bundle --question Rollo --context {value}")[0] == 0
+    assert asked == [context]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--output data.json", "--output data.json is the same file as --data"),
+        ("--output link.json", "--output link.json is the same file as --data"),
+        ("--output out.json --answers data.json", "--answers data.json is the same file as --data"),
+        ("--output out.json --answers ./out.json", "is the same file as --output"),
+    ],
+)
+def test_an_output_is_not_an_input_or_another_output(files, loaded, capsys, options, words):
+    (files / "link.json").symlink_to("data.json")
+    before = (files / "data.json").read_bytes()
+    status, out, err = run(capsys, f"{PREDICT} {options}")
+    assert (status, out) == (2, "")
+    assert words in err
+    assert (files / "data.json").read_bytes() == before
+    assert loaded == []
+
+
+@pytest.mark.parametrize(("redirect", "status"), [(">&-", 2), ("> /dev/full", 2), ("2>&- >&-", 2), ("> /dev/null", 0)])
+def test_standard_output_that_cannot_be_written_is_one_line(files, redirect, status):
+    evaluate = f"{sys.executable} -m qa_onnx evaluate --data data.json --predictions predictions.json {redirect}"
+    done = subprocess.run(
+        ["sh", "-c", evaluate],
+        cwd=files,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

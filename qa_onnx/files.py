@@ -1,0 +1,186 @@
+"""Reading text files, and writing files and directories: whole or not at all, and only over what may be replaced."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from qa_onnx.errors import InvalidInputError
+
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
+"""Of Linux's renameat2(2)."""
+NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def read_text(path: str | Path, *, expected: str) -> str:
+    """Reads a text file in UTF-8, without its byte order mark; line ends stay as they are.
+
+    Args:
+        path: Which.
+        expected: What the file should be, for the message of an error, such as "a JSON file".
+
+    Raises:
+        InvalidInputError: The file cannot be read or is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected {expected} in UTF-8") from error
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """Checks that output files can be written, before the work whose results go there.
+
+    Args:
+        outputs: Each option with its file; None where it was not given.
+        inputs: Files that are read, likewise.
+
+    Raises:
+        InvalidInputError: An output is a directory, cannot be written, or is the same file as an input or another
+            output.
+    """
+    others = {option: path for option, path in inputs.items() if path is not None}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        for other, given in others.items():
+            if _is_same_file(path, given):
+                raise InvalidInputError(f"{option} {path} is the same file as {other} {given}; expected another file")
+        others[option] = path
+        if path.is_dir() or not path.parent.is_dir():
+            raise InvalidInputError(f"{option} {path}: cannot be written; expected a file in a directory that exists")
+        target = Path(os.path.realpath(path))
+        if not os.access(target if target.exists() else target.parent, os.W_OK) or (
+            is_replaceable(target) and not os.access(target.parent, os.W_OK)
+        ):
+            raise InvalidInputError(f"{option} {path}: cannot be written; expected a place with write permission")
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether a new file may take the path's place: nothing or a regular file is there, no device or pipe."""
+    return not path.exists() or path.is_file()
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all.
+
+    A link stays a link, and the file that it leads to is written. An existing file keeps its mode. A device or a pipe
+    is written to. Text is written in UTF-8.
+
+    Raises:
+        InvalidInputError: The file cannot be written; what was there is unchanged.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
+    try:
+        if not is_replaceable(target):
+            with target.open("wb") as device:
+                device.write(data)
+            return
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        try:
+            # Exclusive, so that it follows no link; opened rather than made by tempfile, so that the umask counts.
+            with partial.open("xb") as file:
+                file.write(data)
+                if target.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path}: cannot be written ({error.strerror}); expected a place with room and write permission"
+        ) from error
+
+
+def set_default_modes(directory: Path) -> None:
+    """Gives a directory and all files in it the modes that the umask asks for; some libraries write theirs as 0600."""
+    probe = directory / f".mode-{secrets.token_hex(4)}"
+    probe.touch(mode=0o666, exist_ok=False)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in (directory, *directory.rglob("*")):
+        if path.is_dir():
+            path.chmod(mode | (mode & 0o444) >> 2)
+        elif not path.is_symlink():
+            path.chmod(mode)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until a directory with all its files is on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def put_in_place(directory: Path, target: Path, *, replace: bool) -> None:
+    """Renames a finished directory to its place, in one step.
+
+    Args:
+        directory: On the same file system as `target`. Afterwards it holds what was replaced, or is gone.
+        target: Where it goes.
+        replace: Whether a directory that is there may be replaced. The two are exchanged in one step where the system
+            can (Linux' renameat2), so that there is the old one or the new one at any time.
+
+    Raises:
+        InvalidInputError: Something is at `target` and may not be replaced; it is unchanged.
+        OSError: The rename failed.
+    """
+    sync_tree(directory)
+    if replace and target.is_dir():
+        if not _rename(directory, target, RENAME_EXCHANGE):
+            replaced = directory.with_name(f"{directory.name}-replaced")
+            target.rename(replaced)
+            directory.rename(target)
+    else:
+        try:
+            if not _rename(directory, target, RENAME_NOREPLACE):
+                target.mkdir()  # exclusive; a rename over an empty directory replaces it in one step
+                directory.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise InvalidInputError(
+                f"{target} was made by somebody else meanwhile; it is unchanged. Choose another --output, or replace "
+                "it with --force"
+            ) from error
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Renames with a flag of renameat2; False where the system or the file system has none."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in NOT_SUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    if first.exists() and second.exists():
+        return first.samefile(second)
+    return os.path.realpath(first) == os.path.realpath(second)

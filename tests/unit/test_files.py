@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import stat
+import threading
+
+import pytest
+
+from qa_onnx import InvalidInputError
+from qa_onnx.files import check_outputs, put_in_place, read_text, set_default_modes, write_file
+
+
+@pytest.fixture(autouse=True)
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_byte_order_mark_is_removed_and_line_ends_are_kept(tmp_path):
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert read_text(tmp_path / "f", expected="a text file") == "one\r\ntwo\n"
+
+
+def test_what_cannot_be_read_is_said_once(tmp_path):
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    for path, words in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "latin1", "byte 3"),
+    ):
+        with pytest.raises(InvalidInputError, match=words) as caught:
+            read_text(path, expected="a text file")
+        assert str(caught.value).count(str(path)) == 1
+
+
+def test_a_new_file_has_the_mode_of_the_umask_and_an_old_one_keeps_its_own(tmp_path):
+    write_file(tmp_path / "new", "x")
+    (tmp_path / "old").write_text("before")
+    (tmp_path / "old").chmod(0o604)
+    write_file(tmp_path / "old", "after")
+    assert (mode(tmp_path / "new"), mode(tmp_path / "old")) == (0o640, 0o604)
+    assert (tmp_path / "old").read_text() == "after"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_link_stays_and_its_file_is_written(tmp_path, depth):
+    (tmp_path / "0").write_text("old")
+    for index in range(depth):
+        (tmp_path / str(index + 1)).symlink_to(str(index))
+    write_file(tmp_path / str(depth), "new")
+    assert (tmp_path / str(depth)).is_symlink()
+    assert (tmp_path / "0").read_text() == "new"
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_file(tmp_path / "pipe", "through")
+    reader.join(10)
+    assert got == ["through"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
+def test_a_device_is_written_to_and_stays(tmp_path):
+    os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    check_outputs({"--output": tmp_path / "null"}, {})
+    write_file(tmp_path / "null", "gone")
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
+def test_a_planted_partial_file_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "out.partial").symlink_to("victim")
+    write_file(tmp_path / "out", "x")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InvalidInputError, match="No space left"):
+        write_file(tmp_path / "out", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out", "old")]
+
+
+def test_outputs_are_no_inputs_and_differ(tmp_path):
+    data, other, link, hard = (tmp_path / name for name in ("data", "other", "link", "hard"))
+    data.write_text("x")
+    link.symlink_to("data")
+    hard.hardlink_to(data)
+    check_outputs({"--output": other, "--answers": None}, {"--data": data})
+    for output in (data, link, hard, tmp_path / "." / "data", tmp_path / ".." / tmp_path.name / "data"):
+        with pytest.raises(InvalidInputError, match="same file as --data"):
+            check_outputs({"--output": output}, {"--data": data})
+    with pytest.raises(InvalidInputError, match="same file as --output"):
+        check_outputs({"--output": other, "--answers": tmp_path / "." / "other"}, {"--data": data})
+
+
+def test_outputs_have_a_directory_and_are_none(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "file"):
+        with pytest.raises(InvalidInputError, match="cannot be written"):
+            check_outputs({"--output": path}, {})
+
+
+def test_libraries_that_write_private_files_are_corrected(tmp_path):
+    directory = tmp_path / "bundle"
+    directory.mkdir(mode=0o700)
+    (directory / "weights").touch(mode=0o600)
+    set_default_modes(directory)
+    assert (mode(directory), mode(directory / "weights")) == (0o750, 0o640)
+    assert [path.name for path in directory.iterdir()] == ["weights"]
+
+
+@pytest.fixture(params=["renameat2", "plain"])
+def renames(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr("qa_onnx.files._rename", lambda *arguments: False)
+    return request.param
+
+
+def make(directory, text):
+    directory.mkdir()
+    (directory / "file").write_text(text)
+    return directory
+
+
+def test_a_directory_is_put_in_place(tmp_path, renames):
+    put_in_place(make(tmp_path / "new", "new"), tmp_path / "target", replace=False)
+    assert (tmp_path / "target" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_directory_that_appeared_meanwhile_is_not_replaced(tmp_path, renames):
+    make(tmp_path / "target", "of somebody else")
+    with pytest.raises(InvalidInputError, match="meanwhile"):
+        put_in_place(make(tmp_path / "new", "new"), tmp_path / "target", replace=False)
+    assert (tmp_path / "target" / "file").read_text() == "of somebody else"
+
+
+def test_replacing_exchanges(tmp_path, renames):
+    make(tmp_path / "target", "old")
+    put_in_place(make(tmp_path / "new", "new"), tmp_path / "target", replace=True)
+    assert (tmp_path / "target" / "file").read_text() == "new"
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "target")
+    assert (left / "file").read_text() == "old"
