@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -51,6 +50,7 @@ from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError, one_line
 from qa_onnx.evaluation.squad import Example, read_squad
+from qa_onnx.files import put_in_place, set_default_modes
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
@@ -96,8 +96,10 @@ def export(
     versions |= {name: version(name) for name in PACKAGES}
     output = output.absolute()
     optimum_output = output.with_name(output.name + "-optimum")
-    for path in (output, optimum_output) if keep_optimum else (output,):
-        _check_replaceable(path, force=force, marker=MANIFEST_NAME if path == output else MODEL_NAME)
+    markers = {optimum_output: MODEL_NAME} if keep_optimum else {}
+    markers[output] = MANIFEST_NAME
+    for path, marker in markers.items():
+        _check_replaceable(path, force=force, marker=marker)
     examples = [] if verify is None else read_squad(verify)
     model, tokenizer = _load(model_name)
     with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
@@ -177,9 +179,11 @@ def export(
             },
         )
         Bundle.open(bundle)
-        if keep_optimum:
-            _move_into_place(plain, optimum_output, staging)
-        _move_into_place(bundle, output, staging)
+        for path, marker in markers.items():
+            _check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
+            directory = bundle if path == output else plain
+            set_default_modes(directory)
+            put_in_place(directory, path, replace=force)
     return manifest
 
 
@@ -248,19 +252,6 @@ def _staging(output: Path, *, weights: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_into_place(directory: Path, output: Path, staging: Path) -> None:
-    """Renames a finished directory to its place; what was there before goes with `staging`, or comes back."""
-    replaced = staging / f"replaced-{output.name}"
-    try:
-        if output.exists():
-            os.rename(output, replaced)
-        os.rename(directory, output)
-    except BaseException:
-        if replaced.exists() and not output.exists():
-            os.rename(replaced, output)
-        raise
 
 
 def _silence_exporters() -> None:

@@ -47,7 +47,7 @@ def run_command(command: Callable[[], int | None], *, interrupted: str = "interr
         The command's status, 2 with one line on standard error for bad input, or 130 after Ctrl-C or SIGTERM.
     """
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
     if sys.stdout is None:
         sys.stderr.write("error: standard output is closed; expected a file or a terminal. To drop it: > /dev/null\n")
         return EXIT_BAD_INPUT

@@ -140,7 +140,11 @@ def put_in_place(directory: Path, target: Path, *, replace: bool) -> None:
         if not _rename(directory, target, RENAME_EXCHANGE):
             replaced = directory.with_name(f"{directory.name}-replaced")
             target.rename(replaced)
-            directory.rename(target)
+            try:
+                directory.rename(target)
+            except BaseException:
+                replaced.rename(target)
+                raise
     else:
         try:
             if not _rename(directory, target, RENAME_NOREPLACE):

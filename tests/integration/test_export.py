@@ -122,20 +122,30 @@ def test_sigterm_leaves_nothing(tiny_model_dir, tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_an_old_bundle_comes_back_when_the_last_rename_fails(tiny_model_dir, tmp_path, monkeypatch):
-    output = tmp_path / "bundle"
-    output.mkdir()
-    (output / "qa_onnx.json").write_text("old")
-    rename = os.rename
+def test_a_bundle_has_the_modes_of_the_umask(tiny_model_dir, tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 0
+    finally:
+        os.umask(before)
+    bundle = tmp_path / "bundle"
+    assert {path.stat().st_mode & 0o777 for path in bundle.iterdir()} == {0o644}
+    assert bundle.stat().st_mode & 0o777 == 0o755
 
-    def fail_at_last(source, target):
-        if target == output and source.name == "bundle" and source.parent != tmp_path:
-            raise KeyboardInterrupt
-        rename(source, target)
 
-    monkeypatch.setattr(to_onnx.os, "rename", fail_at_last)
-    assert run_export("--model", tiny_model_dir, "--output", output, "--force") == 130
-    assert (output / "qa_onnx.json").read_text() == "old"
+@pytest.mark.parametrize("options", [[], ["--force"]])
+def test_what_appears_at_the_output_meanwhile_is_kept(tiny_model_dir, tmp_path, monkeypatch, capsys, options):
+    output, verify = tmp_path / "bundle", to_onnx.verify_parity
+
+    def appear(*arguments, **named):
+        output.mkdir()
+        (output / "thesis.txt").write_text("precious")
+        return verify(*arguments, **named)
+
+    monkeypatch.setattr(to_onnx, "verify_parity", appear)
+    assert run_export("--model", tiny_model_dir, "--output", output, *options) == 2
+    assert str(output) in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 

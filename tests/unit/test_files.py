@@ -156,3 +156,19 @@ def test_replacing_exchanges(tmp_path, renames):
     assert (tmp_path / "target" / "file").read_text() == "new"
     (left,) = (path for path in tmp_path.iterdir() if path.name != "target")
     assert (left / "file").read_text() == "old"
+
+
+def test_the_old_directory_comes_back_where_the_second_of_two_renames_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("qa_onnx.files._rename", lambda *arguments: False)
+    target, new = make(tmp_path / "target", "old"), make(tmp_path / "new", "new")
+    rename = type(target).rename
+
+    def fail(source, destination):
+        if source == new:
+            raise KeyboardInterrupt
+        return rename(source, destination)
+
+    monkeypatch.setattr(type(target), "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(new, target, replace=True)
+    assert (target / "file").read_text() == "old"
