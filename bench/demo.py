@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from qa_onnx import Answerer
+from qa_onnx.bundle import MANIFEST_NAME
+from qa_onnx.cli import EXIT_BAD_INPUT
 from qa_onnx.evaluation.squad import read_squad
 
 DESCRIPTION = "Fine-tunes the embedded model, exports it and answers with it, in a few minutes. Writes to runs/demo."
@@ -45,10 +47,11 @@ def main() -> None:
     """Runs the demo."""
     argparse.ArgumentParser(prog="python -m bench.demo", description=DESCRIPTION).parse_args()
     started = time.monotonic()
-    for path, marker in ((MODEL, "training_config.json"), (BUNDLE, "qa_onnx.json")):
+    for path, marker in ((MODEL, "training_config.json"), (BUNDLE, MANIFEST_NAME)):
         if path.exists():
             if not (path / marker).is_file():
-                sys.exit(f"error: {path} is not of an earlier demo ({marker} is missing); move it away")
+                sys.stderr.write(f"error: {path} is not of an earlier demo ({marker} is missing); move it away\n")
+                sys.exit(EXIT_BAD_INPUT)
             shutil.rmtree(path)
     for command in COMMANDS:
         run(command)

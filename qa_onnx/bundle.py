@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qa_onnx.engine.kv_cache import CacheLayout
-from qa_onnx.errors import BundleError
+from qa_onnx.errors import BundleError, InvalidInputError
+from qa_onnx.files import write_file
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 
 FORMAT_VERSION = 4
@@ -150,11 +151,8 @@ class Bundle:
         manifest = replace(self.manifest, no_answer=found)
         try:
             _save(manifest, self.directory)
-        except OSError as error:
-            raise BundleError(
-                f"{self.directory / MANIFEST_NAME} cannot be written ({error.strerror}); expected a bundle that may be "
-                "changed"
-            ) from error
+        except InvalidInputError as error:
+            raise BundleError(str(error)) from error
         return replace(self, manifest=manifest)
 
 
@@ -178,10 +176,7 @@ def write_manifest(directory: Path, description: dict[str, Any]) -> Manifest:
 
 
 def _save(manifest: Manifest, directory: Path) -> None:
-    """Writes the manifest whole or not at all."""
-    partial = directory / f"{MANIFEST_NAME}.partial"
-    partial.write_text(json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(directory / MANIFEST_NAME)
+    write_file(directory / MANIFEST_NAME, json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -65,19 +65,22 @@ def run_command(command: Callable[[], int | None], *, interrupted: str = "interr
         sys.stderr.write(f"{interrupted}\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader went away, as in `| head`: nothing is left to say, and no one to say it to
-        _drop_output()
+        _flush_or_drop_output()
         return 0
     except OSError as error:  # such as a full disk, under standard output or elsewhere
         sys.stderr.write(f"error: {one_line(error)}; expected a place that can be read and written, with room\n")
-        _drop_output()
+        _flush_or_drop_output()
         return EXIT_BAD_INPUT
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _drop_output() -> None:
-    """Keeps the interpreter from writing the rest of standard output at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _flush_or_drop_output() -> None:
+    """Writes what is left of standard output; where that fails, the interpreter will not try it again at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # said already, or the reader went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _answer(arguments: argparse.Namespace) -> None:

@@ -57,16 +57,11 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
         others[option] = path
         if path.is_dir() or not path.parent.is_dir():
             raise InvalidInputError(f"{option} {path}: cannot be written; expected a file in a directory that exists")
-        target = Path(os.path.realpath(path))
-        if not os.access(target if target.exists() else target.parent, os.W_OK) or (
-            is_replaceable(target) and not os.access(target.parent, os.W_OK)
-        ):
+        places = [path] if path.exists() else []
+        if _is_replaceable(path):
+            places.append(Path(os.path.realpath(path)).parent)
+        if not all(os.access(place, os.W_OK) for place in places):
             raise InvalidInputError(f"{option} {path}: cannot be written; expected a place with write permission")
-
-
-def is_replaceable(path: Path) -> bool:
-    """Whether a new file may take the path's place: nothing or a regular file is there, no device or pipe."""
-    return not path.exists() or path.is_file()
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -79,12 +74,12 @@ def write_file(path: Path, content: str | bytes) -> None:
         InvalidInputError: The file cannot be written; what was there is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    target = Path(os.path.realpath(path))
     try:
-        if not is_replaceable(target):
-            with target.open("wb") as device:
+        if not _is_replaceable(path):  # opened by its own name: /dev/stdout is a link to a pipe that has no path
+            with path.open("wb") as device:
                 device.write(data)
             return
+        target = Path(os.path.realpath(path))
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         try:
             # Exclusive, so that it follows no link; opened rather than made by tempfile, so that the umask counts.
@@ -111,7 +106,7 @@ def set_default_modes(directory: Path) -> None:
     probe.unlink()
     for path in (directory, *directory.rglob("*")):
         if path.is_dir():
-            path.chmod(mode | (mode & 0o444) >> 2)
+            path.chmod(mode | (mode & 0o444) >> 2)  # who may read a directory may also enter it
         elif not path.is_symlink():
             path.chmod(mode)
 
@@ -126,7 +121,8 @@ def put_in_place(directory: Path, target: Path, *, replace: bool) -> None:
     """Renames a finished directory to its place, in one step.
 
     Args:
-        directory: On the same file system as `target`. Afterwards it holds what was replaced, or is gone.
+        directory: On the same file system as `target`. What was replaced is under its name afterwards, or, where the
+            system cannot exchange two directories, under its name with `-replaced`.
         target: Where it goes.
         replace: Whether a directory that is there may be replaced. The two are exchanged in one step where the system
             can (Linux' renameat2), so that there is the old one or the new one at any time.
@@ -182,6 +178,11 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
     if number in NOT_SUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(target))
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether a new file may take the path's place: nothing or a regular file is there, no device or pipe."""
+    return not path.exists() or path.is_file()
 
 
 def _is_same_file(first: Path, second: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,7 @@ def read_answers(path: str | Path) -> dict[str, dict[str, Any]]:
         InvalidInputError: The file cannot be read, or a line is not such an object; the message names the line.
     """
     answers = {}
-    for number, line in enumerate(read_text(path, expected="a JSON lines file").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(io.StringIO(read_text(path, expected="a JSON lines file")), 1):  # only \n ends a line
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ import sys
 import onnx
 import pytest
 
-from bench import cuda_counts, latency, report, roofline, runner, scaling, throughput, training
+from bench import cuda_counts, demo, latency, report, roofline, runner, scaling, throughput, training
 from bench.peers import RUNNERS, Settings, serve
 from qa_onnx.bundle import Bundle
 from qa_onnx.evaluation.squad import parse_squad, read_squad
@@ -293,3 +293,16 @@ def test_training_is_measured_against_the_notebooks_way(tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert "| notebook |" in table
     assert "| 1.0x |" in table
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--quick"], 2), ([], 2)])
+def test_the_demo_deletes_only_what_an_earlier_demo_made(tmp_path, monkeypatch, capsys, arguments, status):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo", *arguments])
+    monkeypatch.setattr(demo, "run", lambda command: pytest.fail("the demo began"))
+    demo.MODEL.mkdir(parents=True)
+    (demo.MODEL / "thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit) as caught:
+        demo.main()
+    assert caught.value.code == status
+    assert (demo.MODEL / "thesis.txt").read_text() == "precious"

@@ -84,7 +84,7 @@ def test_force_does_not_delete_what_is_no_bundle(tiny_model_dir, tmp_path, capsy
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("moment", ["build_decoder", "verify_parity", "write_manifest"])
+@pytest.mark.parametrize("moment", ["build_decoder", "verify_parity", "write_manifest", "put_in_place"])
 @pytest.mark.parametrize(
     ("failure", "status", "message"),
     [

@@ -196,3 +196,22 @@ def test_what_is_no_bundle_at_all_is_said(tmp_path):
     assert "it has no qa_onnx.json" in problem_of(tmp_path)
     file = write_json(tmp_path / "file", {})
     assert "export.to_onnx" in problem_of(file)
+
+
+def test_a_kept_threshold_goes_to_the_manifest_alone(bundle, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (bundle / "qa_onnx.json.partial").symlink_to(tmp_path / "victim")
+    Bundle.open(bundle).keep_no_answer({"threshold": 0.25})
+    assert Bundle.open(bundle).manifest.no_answer_threshold == 0.25
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_manifest_that_cannot_be_written_is_named_and_unchanged(bundle, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    before = (bundle / "qa_onnx.json").read_bytes()
+    with pytest.raises(BundleError, match=r"qa_onnx.json: cannot be written \(No space left"):
+        Bundle.open(bundle).keep_no_answer({"threshold": 0.25})
+    assert (bundle / "qa_onnx.json").read_bytes() == before

@@ -13,6 +13,8 @@ from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_jso
 
 from qa_onnx import Answer, EngineConfig, cli
 from qa_onnx.bundle import Bundle, write_manifest
+from qa_onnx.evaluation.squad import read_answers
+from qa_onnx.files import write_file
 
 
 @pytest.fixture
@@ -281,7 +283,7 @@ def test_every_command_has_help(capsys, command, words):
     ("value", "context"),
     [("-", "In 1803.\r\n"), ("@-", "In 1803.\r\n"), ("@@nasa", "@nasa"), ("@@", "@"), ("@crlf.txt", "one\r\n")],
 )
-def test_a_context_from_standard_input_a_file_or_the_command_line(files, loaded, capsys, monkeypatch, value, context):
+def test_a_context_from_standard_input_a_file_or_the_command_line(files, capsys, monkeypatch, value, context):
     asked = []
 
     class Asked:
@@ -335,3 +337,35 @@ def test_standard_output_that_cannot_be_written_is_one_line(files, redirect, sta
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("ascii", "caf\\xe9"), ("latin-1", "café"), ("utf-8", "café")])
+def test_standard_output_of_another_encoding_gets_every_answer(files, loaded, monkeypatch, encoding, text):
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding=encoding))
+    for option in ("", "--json"):
+        command = ["answer", "--model", "bundle", "--question", "café", "--context", "A café.", *option.split()]
+        assert cli.main(command) == 0
+    plain, whole = printed.getvalue().decode(encoding).splitlines()
+    assert (plain, json.loads(whole)["text"]) == (text, "café")
+
+
+def test_what_was_printed_before_an_error_is_not_lost(files, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed))
+
+    def command():
+        sys.stdout.write("one answer\n")
+        raise OSError(28, "No space left on device", "elsewhere")
+
+    assert cli.run_command(command) == 2
+    assert printed.getvalue() == b"one answer\n"
+
+
+def test_answers_with_every_kind_of_line_separator_are_read_again(files, capsys):
+    text = "a\u2028b\x85c\x0bd\x0ce"
+    answer = {"id": "q1", "text": text, "score": 0.5, "no_answer_probability": 0.1, "windows": 1}
+    write_file(files / "answers.jsonl", json.dumps(answer, ensure_ascii=False) + "\n")
+    assert read_answers(files / "answers.jsonl") == {"q1": answer}
+    write_file(files / "answers.jsonl", json.dumps(answer) + "\n\n")
+    assert run(capsys, "evaluate --data data.json --answers answers.jsonl")[0] == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
     reader.join(10)
     assert got == ["through"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_standard_output_may_be_a_pipe():
+    reading, writing = os.pipe()
+    path = Path(f"/dev/fd/{writing}")
+    check_outputs({"--output": path}, {})
+    write_file(path, "through")
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        assert file.read() == "through"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
