@@ -59,6 +59,8 @@ from qa_onnx.engine.kv_cache import (
     CacheLayout,
     aligned,
 )
+from qa_onnx.engine.session import Signature
+from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
 from qa_onnx.errors import InvalidInputError, ParityError
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 24, 1, 11
@@ -183,19 +185,20 @@ def build_cache_copy(layout: CacheLayout) -> onnx.ModelProto:
 
     `source.N.key` [A, chunk] and `index` int64 [B] give `target.N.key` [B, chunk], bound to where the copy goes.
     """
-    chunk = ALIGNMENT * layout.head_size
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(layout.dtype))
-
-    def values(name: str, rows: str) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(f"{name}{key}", kind, [rows, chunk]) for key in layout.names]
-
     nodes = [
         helper.make_node("Gather", [f"{SOURCE_NAME}{key}", COPY_INDEX], [f"{TARGET_NAME}{key}"], name=f"{key}/Gather")
         for key in layout.names
     ]
-    index = helper.make_tensor_value_info(COPY_INDEX, TensorProto.INT64, ["B"])
-    graph = helper.make_graph(nodes, "qa_onnx_cache_copy", [index, *values(SOURCE_NAME, "A")], values(TARGET_NAME, "B"))
+    inputs, outputs = _values(copier_inputs(layout)), _values(copier_outputs(layout))
+    graph = helper.make_graph(nodes, "qa_onnx_cache_copy", inputs, outputs)
     return _make_model(graph)
+
+
+def _values(signature: Signature) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind.dtype)), kind.shape)
+        for name, kind in signature.items()
+    ]
 
 
 def _make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
@@ -227,6 +230,12 @@ class _Builder:
         self.eos_token_id, self.half = eos_token_id, half
         self.type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
         self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.layout = CacheLayout(
+            layers=config.n_layer,
+            heads=self.heads,
+            head_size=self.head_size,
+            dtype="float16" if half else "float32",
+        )
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, np.ndarray] = {}
         self.used: set[str] = set()
@@ -239,7 +248,8 @@ class _Builder:
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
         self._choice(self._logits(self._layer_norm("ln_f", residual)))
         initializers = [numpy_helper.from_array(array, name) for name, array in self.initializers.items()]
-        graph = helper.make_graph(self.nodes, "qa_onnx", self._inputs(), self._outputs(), initializers)
+        inputs, outputs = decoder_inputs(self.layout), decoder_outputs(self.layout, self.config.vocab_size)
+        graph = helper.make_graph(self.nodes, "qa_onnx", _values(inputs), _values(outputs), initializers)
         return _make_model(graph)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
@@ -507,39 +517,3 @@ class _Builder:
         self.op("LogSoftmax", logits, name="logprobs", axis=-1)
         self.nodes.append(helper.make_node("TopK", ["logprobs", "one"], ["token_logprobs", "token_ids"], axis=-1))
         self.op("Gather", "logprobs", self.constant("eos_token_id", [self.eos_token_id]), name="eos_logprobs", axis=1)
-
-    # -- inputs and outputs --------------------------------------------------------------------------------------------
-
-    def _inputs(self) -> list[onnx.ValueInfoProto]:
-        shapes: dict[str, list[str | int]] = {
-            "input_ids": ["N"],
-            "position_ids": ["N"],
-            "slot_index": ["G", "R", "T"],
-            "context_index": ["N", self.heads],
-            "output_index": ["M"],
-            "output_slot_index": ["G", "R", 1],
-            "output_context_index": ["M", self.heads],
-            "write_index": ["G"],
-            "prefix_lengths": ["G"],
-            "suffix_starts": ["G", "R"],
-        }
-        inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in shapes.items()]
-        return [*inputs, *self._cache(PREFIX_NAME, 1, "P"), *self._cache(PAST_NAME, "R", "C")]
-
-    def _outputs(self) -> list[onnx.ValueInfoProto]:
-        outputs = [
-            helper.make_tensor_value_info("logprobs", TensorProto.FLOAT, ["M", self.config.vocab_size]),
-            helper.make_tensor_value_info("token_ids", TensorProto.INT64, ["M", 1]),
-            helper.make_tensor_value_info("token_logprobs", TensorProto.FLOAT, ["M", 1]),
-            helper.make_tensor_value_info("eos_logprobs", TensorProto.FLOAT, ["M", 1]),
-        ]
-        return [*outputs, *self._cache(PRESENT_NAME, "R", "C")]
-
-    def _cache(self, name: str, rows: str | int, columns: str) -> list[onnx.ValueInfoProto]:
-        return [
-            helper.make_tensor_value_info(
-                f"{name}{layer}.{part}", self.type, ["G", self.heads, rows, columns, self.head_size]
-            )
-            for layer in range(self.config.n_layer)
-            for part in ("key", "value")
-        ]

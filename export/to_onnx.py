@@ -166,8 +166,8 @@ def export(
             bundle,
             {
                 "precision": precision,
-                "inputs": session.input_names,
-                "outputs": session.output_names,
+                "inputs": list(session.inputs),
+                "outputs": list(session.outputs),
                 "eos_token_id": tokenizer.eos_token_id,
                 "max_positions": config.n_positions,
                 "vocab_size": config.vocab_size,
@@ -178,7 +178,7 @@ def export(
                 **shape,
             },
         )
-        Bundle.open(bundle)
+        Bundle.open(bundle).check_files()
         for path, marker in markers.items():
             _check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
             directory = bundle if path == output else plain

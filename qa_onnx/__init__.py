@@ -6,6 +6,7 @@ from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.errors import (
     BundleError,
     ClosedError,
+    EngineError,
     InvalidInputError,
     OutOfMemoryError,
     ParityError,
@@ -25,6 +26,7 @@ __all__ = [
     "BundleError",
     "ClosedError",
     "EngineConfig",
+    "EngineError",
     "GenerationConfig",
     "InvalidInputError",
     "OutOfMemoryError",

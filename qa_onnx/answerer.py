@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
+from typing import NoReturn
 
 from tokenizers import Tokenizer
 
@@ -22,14 +23,15 @@ from qa_onnx.engine.engine import Engine, EngineStats
 from qa_onnx.engine.prefix_cache import PrefixCacheStats
 from qa_onnx.engine.scheduler import Scheduler
 from qa_onnx.engine.session import Session, load_copier, resolve_provider
-from qa_onnx.errors import BundleError, ClosedError, InvalidInputError
+from qa_onnx.errors import ClosedError, InvalidInputError
 from qa_onnx.loop import EngineLoop
 from qa_onnx.progress import Progress
 from qa_onnx.request import Request
 from qa_onnx.text.constraint import Spans, TokenBytes
-from qa_onnx.text.prompt import load_tokenizer
 from qa_onnx.text.windows import encode_windows
 
+INLINE_CHARACTERS = 10_000
+"""Contexts shorter than this are tokenized in the event loop, which takes a millisecond or two."""
 CACHED_SPANS = 256
 """Contexts (or windows of them) whose words are kept, for extractive answers to the next question on them."""
 
@@ -107,7 +109,7 @@ class Answerer:
             config: Threads, device, batches and caches; None is `EngineConfig()`.
 
         Raises:
-            BundleError: The bundle is missing, incomplete, altered or of another format version.
+            BundleError: The bundle is missing, incomplete, altered, of another format version or contradicts itself.
             ProviderError: ONNX Runtime or the provider is not there, or does not run the bundle's precision.
             InvalidInputError: An unknown provider, or `max_batch_bytes` without room for one prompt.
         """
@@ -116,14 +118,16 @@ class Answerer:
         config = config or EngineConfig()
         bundle = Bundle.open(path)
         provider = resolve_provider(provider, bundle.manifest.precision)
-        tokenizer = _load_tokenizer(bundle.tokenizer_path)
+        bundle.check_files()
+        tokenizer = bundle.load_tokenizer()
         session = Session(bundle.model_path, provider=provider, config=config)
-        bundle.check_graph(session.input_names, session.output_names)
+        copier = load_copier(bundle.cache_copy_path, provider=provider, config=config)
+        bundle.check_graphs(session, copier)
         return cls(
             manifest=bundle.manifest,
             engine=Engine(
                 session,
-                load_copier(bundle.cache_copy_path, provider=provider, config=config),
+                copier,
                 layout=bundle.manifest.cache_layout,
                 eos_token_id=bundle.manifest.eos_token_id,
                 max_positions=bundle.manifest.max_positions,
@@ -158,8 +162,8 @@ class Answerer:
 
     def answer_batch(
         self,
-        questions: Sequence[str],
-        contexts: Sequence[str],
+        questions: Iterable[str],
+        contexts: Iterable[str],
         *,
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
@@ -168,7 +172,7 @@ class Answerer:
         """Answers many questions; each as if it had been asked alone.
 
         Args:
-            questions: The questions.
+            questions: The questions: a list, a NumPy array, a pandas Series or anything else that yields strings.
             contexts: The context of each question, in the same order. It may be of any length: what does not fit into
                 the model's positions is read in overlapping windows, and the best answer of all windows is taken.
             config: How to answer; None is `GenerationConfig()`.
@@ -186,13 +190,9 @@ class Answerer:
             ClosedError: The answerer was closed, or belongs to the process that this one was forked from.
         """
         self._check_open()
-        for name, texts in (("questions", questions), ("contexts", contexts)):
-            if isinstance(texts, str) or not isinstance(texts, Sequence):
-                raise InvalidInputError(
-                    f"got {name} of type {type(texts).__name__}; expected a list of strings. "
-                    "For a single question call answer(question, context)"
-                )
-        requests = self._make_requests(questions, contexts, self._resolve(config, max_new_tokens))
+        requests = self._make_requests(
+            _as_list("questions", questions), _as_list("contexts", contexts), self._resolve(config, max_new_tokens)
+        )
         return self._wait_for(requests, is_bulk=True, progress=progress)
 
     def answer_iter(
@@ -274,8 +274,20 @@ class Answerer:
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
     ) -> Answer:
-        """As `submit`, for asyncio. A task that is cancelled frees what its request takes."""
-        return await asyncio.wrap_future(self.submit(question, context, config=config, max_new_tokens=max_new_tokens))
+        """As `submit`, for asyncio. A task that is cancelled frees what its request takes.
+
+        A long context is tokenized in another thread, so that the event loop goes on.
+        """
+        submit = partial(self.submit, question, context, config=config, max_new_tokens=max_new_tokens)
+        if not isinstance(context, str) or len(context) < INLINE_CHARACTERS:
+            return await asyncio.wrap_future(submit())
+        submitted = asyncio.get_running_loop().run_in_executor(None, submit)
+        try:
+            future = await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_cancel_result)
+            raise
+        return await asyncio.wrap_future(future)
 
     def stats(self) -> AnswererStats:
         """What the answerer does now, and has done since it was loaded.
@@ -313,6 +325,17 @@ class Answerer:
     ) -> None:
         """Closes; where an error leaves the block, requests that wait are failed instead of waited for."""
         self.close(cancel_waiting=kind is not None)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled or copied, as for another process.
+
+        Raises:
+            InvalidInputError: Always.
+        """
+        raise InvalidInputError(
+            "an Answerer cannot be pickled or copied: its model, caches and threads belong to this process. Load the "
+            "bundle in each process, as in ProcessPoolExecutor(initializer=...); threads can share one Answerer"
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._engine is None else f"provider={self._provider!r}"
@@ -457,8 +480,24 @@ class AnswerStream(Iterator[str]):
         self.close()
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return load_tokenizer(str(path))
-    except Exception as error:  # `tokenizers` has no error class of its own
-        raise BundleError(f"{path} is no tokenizer ({error}). Export the model again") from error
+def _as_list(name: str, texts: Iterable[str]) -> list[str]:
+    """The texts of an iterable.
+
+    Raises:
+        InvalidInputError: It is one text, or nothing with an order.
+    """
+    if not isinstance(texts, str | bytes | Mapping | Set) and isinstance(texts, Iterable):
+        try:
+            return list(texts)
+        except TypeError:  # such as a NumPy array of no dimensions
+            pass
+    raise InvalidInputError(
+        f"got {name} of type {type(texts).__name__}; expected a list of strings. For a single question call "
+        "answer(question, context)"
+    )
+
+
+def _cancel_result(submitted: asyncio.Future[Future[Answer]]) -> None:
+    """Cancels a request whose caller was cancelled as it was submitted."""
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()

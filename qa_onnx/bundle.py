@@ -1,7 +1,9 @@
 """The bundle: one directory that `export.to_onnx` writes and `Answerer` loads, described by its manifest.
 
 The manifest, `qa_onnx.json`, names every other file with its size and SHA-256. Nothing is loaded before all of them
-were checked, nothing in a bundle is code, and file names cannot leave the directory.
+were checked, nothing in a bundle is code, and no file is read that the manifest does not list. Manifest, configuration,
+tokenizer and graphs must agree. A file may be a link, as in the cache of the Hugging Face hub or in a volume of
+Kubernetes: its SHA-256 decides.
 """
 
 from __future__ import annotations
@@ -12,10 +14,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qa_onnx.engine.kv_cache import CacheLayout
+from tokenizers import Tokenizer
+
+from qa_onnx.engine.kv_cache import ALIGNMENT, CacheLayout, aligned
+from qa_onnx.engine.session import Session, Signature
+from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
 from qa_onnx.errors import BundleError, InvalidInputError
 from qa_onnx.files import write_file
-from qa_onnx.text.prompt import PROMPT_TEMPLATE
+from qa_onnx.graph_file import GraphFile
+from qa_onnx.text.prompt import PROMPT_TEMPLATE, load_tokenizer
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "qa_onnx.json"
@@ -25,6 +32,14 @@ TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
 REQUIRED_FILES = (MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME)
 PRECISIONS = ("fp32", "fp16", "int8")
+MAX_JSON_BYTES = 2**20
+"""Of the manifest, and of the model's configuration."""
+MAX_TOKENIZER_BYTES = 64 * 2**20
+"""Of the tokenizer. One of 50,000 tokens has 2 to 4 MB."""
+MAX_COUNTS = {"max_positions": 2**20, "layers": 1000, "heads": 2**12, "head_size": 2**16, "vocab_size": 2**24}
+"""Upper limits of a model's dimensions."""
+SHOWN_PROBLEMS = 10
+"""Maximum number of problems that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,25 +137,90 @@ class Bundle:
         problems += [f"{name}: not listed in the manifest" for name in REQUIRED_FILES if name not in manifest.files]
         if problems:
             raise BundleError(
-                f"{directory} is not a whole bundle: {'; '.join(problems)}. "
+                f"{directory} is not a whole bundle: {_listed(problems)}. "
                 "Copy it again, or write it again with python -m export.to_onnx"
             )
         return cls(directory=directory, manifest=manifest)
 
-    def check_graph(self, inputs: list[str], outputs: list[str]) -> None:
-        """Holds the names of a loaded graph's inputs and outputs against the manifest.
+    def load_tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer, and checks it against the manifest.
+
+        Raises:
+            BundleError: It cannot be loaded, is too large, or is not that of the model.
+        """
+        path, manifest = self.tokenizer_path, self.manifest
+        _check_size(path, MAX_TOKENIZER_BYTES)
+        try:
+            tokenizer = load_tokenizer(str(path))
+        except InvalidInputError as error:
+            raise BundleError(f"{path}: {error}. Export the model again") from error
+        highest = max(tokenizer.get_vocab().values(), default=-1)
+        if highest >= manifest.vocab_size:
+            raise BundleError(
+                f"{path} has a token {highest}; the manifest says that the model has {manifest.vocab_size} tokens. "
+                "Export the model again"
+            )
+        if tokenizer.id_to_token(manifest.eos_token_id) is None:
+            raise BundleError(f"{path} has no token {manifest.eos_token_id}, the manifest's eos_token_id")
+        return tokenizer
+
+    def check_files(self) -> None:
+        """Checks configuration and graphs against the manifest, before ONNX Runtime opens the graphs.
+
+        Raises:
+            BundleError: They contradict each other, or a graph holds what the export does not write (see `GraphFile`).
+        """
+        manifest = self.manifest
+        width = manifest.heads * manifest.head_size
+        config = _read_json(self.directory / CONFIG_NAME)
+        expected = {
+            "model_type": "gpt2",
+            "n_layer": manifest.layers,
+            "n_head": manifest.heads,
+            "n_embd": width,
+            "n_positions": manifest.max_positions,
+            "vocab_size": manifest.vocab_size,
+        }
+        problems = [
+            f"{CONFIG_NAME} has {name} {_short(config.get(name))}, the manifest says {value}"
+            for name, value in expected.items()
+            if type(config.get(name)) is not type(value) or config[name] != value
+        ]
+        decoder, copier = GraphFile.read(self.model_path), GraphFile.read(self.cache_copy_path)
+        embedding = "wte.weight.rows" if "wte.weight.rows" in decoder.shapes else "wte.weight"
+        for name, shape in (
+            (embedding, (manifest.vocab_size, width)),
+            ("wpe.weight", (manifest.max_positions, width)),
+            ("columns", (2 * aligned(manifest.max_positions) + 8 * ALIGNMENT,)),
+        ):
+            if decoder.shapes.get(name) != shape:
+                problems.append(f"{name} in {MODEL_NAME} is {decoder.shapes.get(name)}, the manifest says {shape}")
+        if decoder.constants.get("eos_token_id") != manifest.eos_token_id.to_bytes(8, "little"):
+            problems.append(f"{MODEL_NAME} has another eos_token_id than the manifest's {manifest.eos_token_id}")
+        unlisted = sorted((decoder.data_files | copier.data_files) - manifest.files.keys())
+        problems += [f"{_short(name)}, which a graph reads, is not listed in the manifest" for name in unlisted]
+        self._raise(problems)
+
+    def check_graphs(self, decoder: Session, copier: Session) -> None:
+        """Checks the inputs and outputs of the loaded graphs against the manifest.
 
         Raises:
             BundleError: They differ.
         """
-        for kind, got, expected in (
-            ("inputs", inputs, self.manifest.inputs),
-            ("outputs", outputs, self.manifest.outputs),
-        ):
-            if got != expected:
-                raise BundleError(
-                    f"{self.model_path} has {kind} {got}; the manifest says {expected}. Export the model again"
-                )
+        manifest, layout = self.manifest, self.manifest.cache_layout
+        outputs = decoder_outputs(layout, manifest.vocab_size)
+        self._raise(
+            [
+                *_differences(f"{MODEL_NAME} input", decoder.inputs, decoder_inputs(layout)),
+                *_differences(f"{MODEL_NAME} output", decoder.outputs, outputs),
+                *_differences(f"{CACHE_COPY_NAME} input", copier.inputs, copier_inputs(layout)),
+                *_differences(f"{CACHE_COPY_NAME} output", copier.outputs, copier_outputs(layout)),
+            ]
+        )
+
+    def _raise(self, problems: list[str]) -> None:
+        if problems:
+            raise BundleError(f"{self.directory} contradicts itself: {_listed(problems)}. Export the model again")
 
     def keep_no_answer(self, found: dict[str, Any]) -> Bundle:
         """Keeps what a calibration found in the manifest on disk; returns the bundle as it is then.
@@ -192,20 +272,15 @@ def _read_manifest(directory: Path) -> Manifest:
         raise BundleError(
             f"{directory} is not a bundle: {what}. Expected a directory written by python -m export.to_onnx"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read as JSON ({error}). Copy or export the bundle again") from error
-    if not isinstance(values, dict):
-        raise BundleError(f"{path} is not a JSON object. Copy or export the bundle again")
+    values = _read_json(path)
     version = values.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format_version {version!r}; this version of qa_onnx reads {FORMAT_VERSION}. "
+            f"{path} has format_version {_short(version)}; this version of qa_onnx reads {FORMAT_VERSION}. "
             "Export the model again with the qa_onnx that will load it"
         )
     problems = [
-        f"{field.name} should be {expected.__name__}, got {values[field.name]!r}"
+        f"{field.name} should be {expected.__name__}, got {_short(values[field.name])}"
         if field.name in values
         else f"{field.name} is missing"
         for field in fields(Manifest)
@@ -213,21 +288,26 @@ def _read_manifest(directory: Path) -> Manifest:
         if type(values.get(field.name)) is not expected  # a bool is an int to isinstance
     ]
     unknown = values.keys() - {field.name for field in fields(Manifest)}
-    problems += [f"{name} is not a known field" for name in sorted(unknown)]
+    problems += [f"{_short(name, quote=False)} is not a known field" for name in sorted(unknown)]
     if not problems and values["prompt_template"] != PROMPT_TEMPLATE:
-        problems.append(f"prompt_template is {values['prompt_template']!r}, not {PROMPT_TEMPLATE!r}")
+        problems.append(f"prompt_template is {_short(values['prompt_template'])}, not {PROMPT_TEMPLATE!r}")
     if not problems and values["precision"] not in PRECISIONS:
-        problems.append(f"precision {values['precision']!r} is not one of {', '.join(PRECISIONS)}")
+        problems.append(f"precision {_short(values['precision'])} is not one of {', '.join(PRECISIONS)}")
     if not problems:
-        counts = ("max_positions", "layers", "heads", "head_size", "vocab_size")
-        problems += [f"{name} is {values[name]}, not a positive number" for name in counts if values[name] < 1]
+        problems += [
+            f"{name} is {_short(values[name])}, not a number from 1 to {limit}"
+            for name, limit in MAX_COUNTS.items()
+            if not 1 <= values[name] <= limit
+        ]
         if not 0 <= values["eos_token_id"] < values["vocab_size"]:
-            problems.append(f"eos_token_id {values['eos_token_id']} is not one of {values['vocab_size']} tokens")
+            problems.append(
+                f"eos_token_id {_short(values['eos_token_id'])} is not one of {values['vocab_size']} tokens"
+            )
         threshold = values["no_answer"].get("threshold")
         if threshold is not None and (not isinstance(threshold, int | float) or not 0 <= threshold <= 1):
-            problems.append(f"no_answer.threshold is {threshold!r}, not a probability")
+            problems.append(f"no_answer.threshold is {_short(threshold)}, not a probability")
     if problems:
-        raise BundleError(f"{path} is not a valid manifest: {'; '.join(problems)}. Export the model again")
+        raise BundleError(f"{path} is not a valid manifest: {_listed(problems)}. Export the model again")
     return Manifest(**values)
 
 
@@ -235,19 +315,69 @@ def _json_type(annotation: str) -> type:
     return {"int": int, "str": str, "list": list, "dict": dict}[annotation.split("[")[0]]
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of at most `MAX_JSON_BYTES`."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    _check_size(path, MAX_JSON_BYTES)
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as JSON ({error}). Copy or export the bundle again") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"{path} is not a JSON object. Copy or export the bundle again")
+    return values
+
+
+def _check_size(path: Path, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        raise BundleError(f"{path} has {size} bytes; expected at most {limit}. Copy or export the bundle again")
+
+
 def _file_problems(directory: Path, name: str, manifest: Manifest) -> list[str]:
     """Checks one file: inside the directory, there, of its size, with its checksum."""
     path = directory / name
     listed = manifest.files[name]
+    shown = _short(name, quote=False)
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-        return [f"{name!r}: not a plain file name"]
-    if not path.is_file():
-        return [f"{name}: missing"]
-    if path.resolve().parent != directory.resolve():
-        return [f"{name}: a link that leads outside the bundle"]
-    if not isinstance(listed, dict) or path.stat().st_size != listed.get("bytes"):
-        expected = listed.get("bytes") if isinstance(listed, dict) else listed
-        return [f"{name}: {path.stat().st_size} bytes instead of {expected}"]
-    if sha256_of(path) != listed.get("sha256"):
-        return [f"{name}: wrong SHA-256, the content was altered"]
+        return [f"{_short(name)}: not a plain file name"]
+    if not isinstance(listed, dict):
+        listed = {"bytes": listed}
+    try:
+        if not path.is_file():
+            return [f"{shown}: missing"]
+        if path.stat().st_size != listed.get("bytes"):
+            return [f"{shown}: {path.stat().st_size} bytes instead of {_short(listed.get('bytes'))}"]
+        if sha256_of(path) != listed.get("sha256"):
+            return [f"{shown}: wrong SHA-256, the content was altered"]
+    except OSError as error:  # such as a file that belongs to another user, or a name that is too long
+        return [f"{shown}: cannot be read ({error.strerror})"]
     return []
+
+
+def _differences(what: str, got: Signature, expected: Signature) -> list[str]:
+    """How a signature differs from the one that the manifest implies."""
+    problems = [f"{what} {_short(name)} is not expected" for name in got if name not in expected]
+    for name, kind in expected.items():
+        if name not in got:
+            problems.append(f"{what} {name} is missing")
+        elif not kind.matches(got[name]):
+            problems.append(f"{what} {name} is {_short(str(got[name]), quote=False)}, the manifest says {kind}")
+    if not problems and list(got) != list(expected):
+        problems.append(f"{what}s are in another order")
+    return problems
+
+
+def _listed(problems: list[str]) -> str:
+    """The first problems, and how many more there are."""
+    more = len(problems) - SHOWN_PROBLEMS
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _short(value: object, *, quote: bool = True) -> str:
+    """A value as it is shown in a message."""
+    text = repr(value) if quote else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

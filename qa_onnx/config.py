@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
+
+import numpy as np
 
 from qa_onnx.errors import InvalidInputError
 
+MAX_NUM_ANSWERS = 100
+MIN_TEMPERATURE = 0.001
+"""Below it, drawing is greedy: a difference of 0.1 between two logits is a factor of e^100."""
+MAX_WHOLE_NUMBER = 2**63
 DEFAULT_MAX_NEW_TOKENS = 32
 DEFAULT_STRIDE = 128
 DEFAULT_BATCH_SIZE = 64
@@ -23,9 +31,11 @@ class GenerationConfig:
     Attributes:
         max_new_tokens: Maximum number of tokens of an answer.
         extractive: Only answers that are a span of the context, from the start of a word to the end of one.
-        num_answers: How many different answers a question gets, the most probable first (`Answer.alternatives`).
+        num_answers: How many different answers a question gets, the most probable first (`Answer.alternatives`);
+            at most `MAX_NUM_ANSWERS`.
         no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer together; 0 is no limit.
-        temperature: 0 takes the most probable token; above, tokens are drawn from the logits divided by it.
+        temperature: 0 takes the most probable token; from `MIN_TEMPERATURE` on, tokens are drawn from the logits
+            divided by it.
         top_k: Draw from this number of most probable tokens; 0 is all of them.
         top_p: Draw from the most probable tokens whose probabilities add up to this (nucleus sampling, Holtzman et
             al., 2019).
@@ -61,19 +71,28 @@ class GenerationConfig:
             ("top_k", 0),
             ("stride", 0),
         ):
-            check_whole_number(name, getattr(self, name), least)
-        if self.seed is not None:
-            check_whole_number("seed", self.seed, 0)
-        for name in ("extractive", "ignore_eos"):
-            _check_bool(name, getattr(self, name))
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+            _set_whole_number(self, name, least)
+        if self.num_answers > MAX_NUM_ANSWERS:
             raise InvalidInputError(
-                f"got temperature {self.temperature!r}; expected a number of at least 0 (0: greedy)"
+                f"got num_answers {self.num_answers}; expected at most {MAX_NUM_ANSWERS}: the search for them takes "
+                "time and memory"
             )
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+        if self.seed is not None:
+            _set_whole_number(self, "seed", 0)
+        for name in ("extractive", "ignore_eos"):
+            _set_bool(self, name)
+        _set_number(self, "temperature", f"0 (greedy), or a number from {MIN_TEMPERATURE} on")
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < inf):
+            raise InvalidInputError(
+                f"got temperature {self.temperature!r}; expected 0 (greedy), or a number from {MIN_TEMPERATURE} on"
+            )
+        _set_number(self, "top_p", "a number above 0 and at most 1")
+        if not 0 < self.top_p <= 1:
             raise InvalidInputError(f"got top_p {self.top_p!r}; expected a number above 0 and at most 1")
+        if self.no_answer_threshold is not None:
+            _set_number(self, "no_answer_threshold", "a probability from 0 to 1, or None")
         threshold = self.no_answer_threshold
-        if threshold is not None and (not _is_number(threshold) or not 0 <= threshold <= 1):
+        if threshold is not None and not 0 <= threshold <= 1:
             raise InvalidInputError(
                 f"got no_answer_threshold {threshold!r}; expected a probability from 0 to 1, or None"
             )
@@ -151,35 +170,60 @@ class EngineConfig:
             ("prefix_cache_bytes", 0),
             ("max_queue", 1),
         ):
-            check_whole_number(name, getattr(self, name), least)
+            _set_whole_number(self, name, least)
         for name in ("threads", "memory_limit", "max_batch_tokens", "max_prefill_tokens", "max_batch_bytes"):
             if getattr(self, name) is not None:
-                check_whole_number(name, getattr(self, name), 1, "; None is the provider's default")
+                _set_whole_number(self, name, 1, "; None is the provider's default")
         processors = os.cpu_count() or 1
         if self.threads is not None and self.threads > processors:
             raise InvalidInputError(
                 f"got threads {self.threads}; this machine has {processors} processors, and more threads than that "
                 "only wait for each other. Pass at most as many, or None"
             )
-        _check_bool("cuda_graphs", self.cuda_graphs)
-        if not _is_number(self.max_wait_ms) or not 0 <= self.max_wait_ms <= 60_000:
-            raise InvalidInputError(f"got max_wait_ms {self.max_wait_ms!r}; expected milliseconds from 0 to 60,000")
+        _set_bool(self, "cuda_graphs")
+        _set_number(self, "max_wait_ms", "milliseconds from 0 to 60,000")
+        if not 0 <= self.max_wait_ms <= 60_000:
+            raise InvalidInputError(f"got max_wait_ms {self.max_wait_ms:g}; expected milliseconds from 0 to 60,000")
 
 
-def check_whole_number(name: str, value: object, least: int, more: str = "") -> None:
-    """Checks an option.
+def _set_whole_number(config: object, name: str, least: int, more: str = "") -> None:
+    """Makes an option an int, of whatever kind of whole number it is (NumPy has eight).
 
     Raises:
-        InvalidInputError: It is not an int of at least `least`.
+        InvalidInputError: It is no whole number, below `least`, or has more than 64 bits.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidInputError(f"got {name} {value!r}; expected a whole number of at least {least}{more}")
+    value = getattr(config, name)
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool | np.bool_) else -1
+    if not least <= number < MAX_WHOLE_NUMBER:
+        raise InvalidInputError(f"got {name} {_short(value)}; expected a whole number of at least {least}{more}")
+    object.__setattr__(config, name, number)
 
 
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidInputError(f"got {name} {value!r}; expected True or False")
+def _set_number(config: object, name: str, expected: str) -> None:
+    """Makes an option a float.
+
+    Raises:
+        InvalidInputError: It is no number that a float can hold.
+    """
+    value = getattr(config, name)
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise InvalidInputError(f"got {name} {_short(value)}; expected {expected}")
+    try:
+        object.__setattr__(config, name, float(value))
+    except OverflowError as error:
+        raise InvalidInputError(f"got {name} {_short(value)}; expected {expected}") from error
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _set_bool(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidInputError(f"got {name} {_short(value)}; expected True or False")
+    object.__setattr__(config, name, bool(value))
+
+
+def _short(value: object) -> str:
+    """A value as it is shown in a message; a huge number by its size, as Python does not write it out."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -14,7 +14,7 @@ class PromptTooLongError(InvalidInputError):
 
 
 class BundleError(QAOnnxError):
-    """A bundle is missing, incomplete, altered or of another format version."""
+    """A bundle is missing, incomplete, altered, of another format version, or contradicts itself."""
 
 
 class ProviderError(QAOnnxError):
@@ -31,6 +31,10 @@ class QueueFullError(QAOnnxError):
 
 class OutOfMemoryError(QAOnnxError):
     """The device has not enough memory for a batch, not even for one sequence."""
+
+
+class EngineError(QAOnnxError):
+    """ONNX Runtime failed as it computed, or the model computes what is no probability. The request is lost."""
 
 
 class ParityError(QAOnnxError):

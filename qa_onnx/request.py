@@ -15,6 +15,7 @@ from qa_onnx.engine.sampling import make_random
 from qa_onnx.engine.sequence import Hypothesis, Sequence, make_sequence
 from qa_onnx.search import Candidate, Search
 from qa_onnx.text.constraint import SpanConstraint, Spans, find_span
+from qa_onnx.text.prompt import decode
 from qa_onnx.text.windows import Window
 
 
@@ -120,7 +121,7 @@ class Request:
             if isinstance(sequence.constraint, SpanConstraint):
                 span = sequence.constraint.span()
                 return span, window.text[span[0] : span[1]] if span else ""
-            text: str = self._tokenizer.decode(sequence.token_ids).strip()
+            text = decode(self._tokenizer, sequence.token_ids).strip()
             return find_span(text, window.text), text
 
         def read(sequence: Sequence) -> Candidate:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qa_onnx.engine.sequence import Hypothesis, Sequence
+from qa_onnx.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +73,16 @@ def accept(sequence: Sequence, predictions: Predictions, index: int, *, eos_toke
         eos_token_id: The token that ends an answer.
 
     Raises:
-        ValueError: The log-probabilities are not numbers.
+        EngineError: The log-probabilities are not numbers.
     """
     config = sequence.config
     is_first = not sequence.token_ids
     token, logprob = int(predictions.token_ids[index]), float(predictions.token_logprobs[index])
     if not math.isfinite(logprob):
-        raise ValueError(f"the model's log-probabilities are not numbers: the largest is {logprob}")
+        raise EngineError(
+            f"the model's log-probabilities are not numbers: the largest is {logprob}. Its weights are damaged, or too "
+            "large for the precision; export the model again"
+        )
     if is_first:
         sequence.no_answer_probability = math.exp(float(predictions.eos_logprobs[index]))
     threshold = config.no_answer_threshold if is_first else None
@@ -105,8 +109,8 @@ def _choose(sequence: Sequence, logprobs: np.ndarray, eos_token_id: int) -> int:
     config = sequence.config
     must_answer = config.no_answer_threshold is not None and not sequence.token_ids
     if sequence.constraint is not None:
-        ids = sequence.constraint.allowed_ids()
-        if sequence.constraint.may_end or (not sequence.token_ids and not must_answer):
+        ids = sequence.constraint.allowed_ids(sequence.tokens_left)
+        if sequence.constraint.may_end or (not sequence.token_ids and not (must_answer and len(ids))):
             ids = np.append(ids, eos_token_id)
         if config.num_answers == 1 and sequence.random is None:
             return int(ids[logprobs[ids].argmax()])

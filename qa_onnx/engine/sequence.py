@@ -21,8 +21,8 @@ class Constraint(Protocol):
     def may_end(self) -> bool:
         """Whether the tokens so far may be the whole answer."""
 
-    def allowed_ids(self) -> np.ndarray:
-        """The tokens that may come next, int64 [N], ascending."""
+    def allowed_ids(self, tokens_left: int) -> np.ndarray:
+        """The tokens, int64 [N], ascending, that may come next where so many are left, that one included."""
 
     def append(self, token_id: int) -> None:
         """Takes the next token, one of `allowed_ids`."""

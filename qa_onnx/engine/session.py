@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from qa_onnx.config import EngineConfig
-from qa_onnx.errors import BundleError, InvalidInputError, OutOfMemoryError, ProviderError, one_line
+from qa_onnx.errors import BundleError, EngineError, InvalidInputError, OutOfMemoryError, ProviderError, one_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -70,6 +70,8 @@ _CUDA_GRAPH_VERSION = (1, 31)
 _NO_CAPTURE = -1
 _SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """On the CPU the fused operators are slower than the two that they replace (`bench/NOTES.md`)."""
+_MAX_FOLDED_BYTES = str(2**30)
+"""Maximum bytes of a constant that is computed as a graph is loaded: int8 embeddings are transposed then."""
 _OUT_OF_MEMORY = (
     "Failed to allocate memory",
     "Available memory of",
@@ -156,6 +158,27 @@ class View:
         return replace(self, shape=(prod(self.shape) // size, size))
 
 
+@dataclass(frozen=True)
+class TensorType:
+    """The type of an input or output: a NumPy dtype's name, and a shape in which a string is any number."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def matches(self, other: TensorType) -> bool:
+        """Whether another type has the same dtype, as many dimensions, and the same fixed ones."""
+        fixed = [[size if isinstance(size, int) else None for size in one.shape] for one in (self, other)]
+        return self.dtype == other.dtype and fixed[0] == fixed[1]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+Signature = dict[str, TensorType]
+"""The type of each input, or output, of a graph, in order."""
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+
 def load_copier(path: Path, *, provider: str, config: EngineConfig | None = None) -> Session:
     """Loads the graph that copies KV caches, as `Session` does.
 
@@ -165,7 +188,12 @@ def load_copier(path: Path, *, provider: str, config: EngineConfig | None = None
 
 
 class Session:
-    """One graph on one provider. `make_binding` runs it; its inputs and outputs stay on the provider's device."""
+    """One graph on one provider. `make_binding` runs it; its inputs and outputs stay on the provider's device.
+
+    Attributes:
+        inputs: The types of the graph's inputs.
+        outputs: The types of its outputs.
+    """
 
     def __init__(self, model_path: Path, *, provider: str = "auto", config: EngineConfig | None = None) -> None:
         """Loads the graph.
@@ -179,6 +207,7 @@ class Session:
             InvalidInputError: An unknown provider.
             ProviderError: The provider does not start; it is never replaced by another.
             BundleError: ONNX Runtime cannot load the file.
+            OutOfMemoryError: There is no memory for it.
         """
         config = config or EngineConfig()
         self.path = model_path
@@ -203,6 +232,7 @@ class Session:
             options.add_session_config_entry("session.x64quantprecision", "1")
         if config.threads is not None:
             options.intra_op_num_threads = config.threads
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _MAX_FOLDED_BYTES)
         try:
             self._session: onnxruntime.InferenceSession = self._ort.InferenceSession(
                 str(model_path),
@@ -212,23 +242,23 @@ class Session:
                 disabled_optimizers=_SLOW_FUSIONS,
                 enable_fallback=0,
             )
+            self.inputs = _signature(self._session.get_inputs())
+            self.outputs = _signature(self._session.get_outputs())
         except Exception as error:  # ONNX Runtime's own classes have no base in common but this one
-            if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
-                raise
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(f"there is no memory to load {model_path}: {one_line(error)}") from error
             if self.provider == "cuda" and ("device" in str(error).lower() or "CUDA failure" in str(error)):
                 raise ProviderError(
                     f"CUDA device {self._device_id} cannot be used: {one_line(error)} Check the GPU with nvidia-smi, "
                     "pass another device_id, or provider='cpu'"
                 ) from error
-            raise BundleError(f"{model_path} cannot be loaded by ONNX Runtime on {name}: {error}") from error
+            raise BundleError(f"{model_path} cannot be loaded by ONNX Runtime on {name}: {one_line(error)}") from error
         if name not in self._session.get_providers():
             raise ProviderError(
                 f"{name} was asked for, and ONNX Runtime started with {', '.join(self._session.get_providers())}. "
                 f"{preloaded}Check that the machine has a GPU and its driver (nvidia-smi), install the CUDA libraries "
                 "with qa_onnx[gpu], or pass provider='cpu'"
             )
-        self.input_names = [value.name for value in self._session.get_inputs()]
-        self.output_names = [value.name for value in self._session.get_outputs()]
 
     def _provider_options(self, config: EngineConfig) -> dict[str, str]:
         if self.provider == "cpu":
@@ -252,7 +282,7 @@ class Session:
         Raises:
             OutOfMemoryError: There is not enough.
         """
-        with _out_of_memory_as_error():
+        with _errors_of_runtime():
             if self.provider == "cpu":
                 return self.to_device(np.zeros(max(elements, 1), dtype))
             return self._ort.OrtValue.ortvalue_from_shape_and_type(
@@ -340,17 +370,22 @@ class Binding:
 
         Raises:
             OutOfMemoryError: The device has not enough memory.
+            EngineError: ONNX Runtime fails for another reason.
         """
         number = _NO_CAPTURE if graph_id is None else graph_id
         if self._session.has_cuda_graphs and number != self._graph_id:  # setting it again would print a warning
             self._options.add_run_config_entry("gpu_graph_id", str(number))
             self._graph_id = number
-        with _out_of_memory_as_error():
+        with _errors_of_runtime():
             self._session._session.run_with_iobinding(self._binding, self._options)
             if not self._fetched:
                 return {}
             values = self._binding.get_outputs()
             return {name: values[self._outputs.index(name)].numpy() for name in self._fetched}
+
+
+def _signature(values: Iterable[Any]) -> Signature:
+    return {value.name: TensorType(_DTYPES.get(value.type, value.type), tuple(value.shape)) for value in values}
 
 
 @cache
@@ -387,12 +422,16 @@ def _preload_cuda(ort: Any) -> str:
     return "".join(f"{line.strip()}. " for line in printed.getvalue().splitlines() if "Failed" in line)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
-def _out_of_memory_as_error() -> Iterator[None]:
-    """Turns ONNX Runtime's errors of memory into `OutOfMemoryError`."""
+def _errors_of_runtime() -> Iterator[None]:
+    """Turns the errors of ONNX Runtime into this package's."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+    except Exception as error:  # its own classes have no base in common but this one
+        if _is_out_of_memory(error):
             raise OutOfMemoryError(one_line(error)) from error
-        raise
+        raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error

@@ -6,13 +6,15 @@ the text is at the `|`:
 
     ( l e d   b y   R o | l l o )        may continue with `l`, `ll`, `llo`, `llo)`, may not end
 
-A span starts where a word starts and ends where one ends.
+A span starts where a word starts and ends where one ends. Where few tokens are left, only those are allowed from which
+the end of a word can still be reached.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 
 import numpy as np
@@ -59,7 +61,10 @@ class Spans:
         offsets = np.cumsum([0, *(len(character.encode()) for character in context)]).tolist()
         self._character_at = {offset: index for index, offset in enumerate(offsets)}
         self._start_bytes = [offsets[start] for start in self._starts]
-        self._end_bytes = frozenset(offsets[end] for end in self._ends)
+        self._sorted_ends = [offsets[end] for end in self._ends]
+        self._end_bytes = frozenset(self._sorted_ends)
+        self._tokens_to_end: dict[int, int] = {}
+        self._first_ids: dict[int, np.ndarray] = {}
         self._beginnings: dict[int, list[int]] = {}
 
     def count(self, at_most: int) -> int:
@@ -73,6 +78,48 @@ class Spans:
                         return at_most
         return len(texts)
 
+    def can_end(self, place: int, tokens: int) -> bool:
+        """Whether the end of a word can be reached from a place, as a byte offset, with so many more tokens."""
+        if tokens < 0:
+            return False
+        end = self._sorted_ends[bisect_left(self._sorted_ends, place)]
+        return end - place <= tokens or self._distance(place, end) <= tokens
+
+    def _distance(self, place: int, end: int) -> int:
+        """The least number of tokens from a place to the end of the word that it is in."""
+        known = self._tokens_to_end
+        known[end] = 0
+        for start in range(end - 1, place - 1, -1):
+            if start not in known:
+                steps = (len(self._tokens.bytes_of[token]) for token in self.beginnings(start))
+                known[start] = 1 + min((known[start + step] for step in steps if start + step <= end), default=end)
+        return known[place]
+
+    def beginnings(self, place: int) -> list[int]:
+        """The tokens that the text may go on with at a place."""
+        if place not in self._beginnings:
+            self._beginnings[place] = self._tokens.beginnings(self._text, place)
+        return self._beginnings[place]
+
+    def first_ids(self, tokens_left: int) -> np.ndarray:
+        """The tokens (int64 [N], ascending) of a space and the beginning of a word, as `SpanConstraint.allowed_ids`."""
+        if tokens_left not in self._first_ids:
+            self._first_ids[tokens_left] = _sorted_ids(
+                token
+                for token, places in self._first_tokens.items()
+                if any(self._can_begin(token, place, tokens_left - 1) for place in places)
+            )
+        return self._first_ids[tokens_left]
+
+    def _can_begin(self, token: int, place: int, tokens: int) -> bool:
+        """Whether the end of a word can be reached behind a first token: a space alone is no word yet."""
+        if len(self._tokens.bytes_of[token]) > 1:
+            return self.can_end(place, tokens)
+        return any(
+            self.can_end(place + len(self._tokens.bytes_of[following]), tokens - 1)
+            for following in self.beginnings(place)
+        )
+
     @cached_property
     def _first_tokens(self) -> dict[int, list[int]]:
         """For each token that an answer may begin with, the byte offsets that the text may stand at behind it."""
@@ -82,10 +129,6 @@ class Spans:
             for token in self._tokens.beginnings(text):
                 after.setdefault(token, []).append(start - 1 + len(self._tokens.bytes_of[token]))
         return after
-
-    @cached_property
-    def _first_ids(self) -> np.ndarray:
-        return np.array(sorted(self._first_tokens), np.int64)
 
 
 class SpanConstraint:
@@ -103,17 +146,20 @@ class SpanConstraint:
         """Whether the tokens so far are a whole span."""
         return self._written > 0 and any(place in self._spans._end_bytes for place in self._places)
 
-    def allowed_ids(self) -> np.ndarray:
-        """The tokens (int64 [N], ascending) that continue a span; none where all of them have to end here."""
-        spans = self._spans
+    def allowed_ids(self, tokens_left: int) -> np.ndarray:
+        """The tokens (int64 [N], ascending) that continue a span which can be ended with the tokens that are left.
+
+        There are none where all of them have to end here, or where no word has so few tokens.
+        """
         if self._written < 0:
-            return spans._first_ids
-        found: set[int] = set()
-        for place in self._places:
-            if place not in spans._beginnings:
-                spans._beginnings[place] = spans._tokens.beginnings(spans._text, place)
-            found.update(spans._beginnings[place])
-        return np.array(sorted(found), np.int64)
+            return self._spans.first_ids(tokens_left)
+        spans = self._spans
+        return _sorted_ids(
+            token
+            for place in self._places
+            for token in spans.beginnings(place)
+            if spans.can_end(place + len(spans._tokens.bytes_of[token]), tokens_left - 1)
+        )
 
     def append(self, token_id: int) -> None:
         """Takes the next token, one of `allowed_ids`."""
@@ -141,6 +187,10 @@ class SpanConstraint:
             whole = [place for place in inside if place in spans._end_bytes]
             end = max(whole or [place for place in inside if place in spans._character_at], default=start)
         return (spans._character_at[start], spans._character_at[end]) if end > start else None
+
+
+def _sorted_ids(token_ids: Iterable[int]) -> np.ndarray:
+    return np.array(sorted(set(token_ids)), np.int64)
 
 
 def word_boundaries(text: str) -> tuple[list[int], list[int]]:

@@ -7,32 +7,83 @@ they share is tokenised apart for the same reason: a passage has the same tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from qa_onnx.engine.sequence import Prompt
-from qa_onnx.errors import InvalidInputError
+from qa_onnx.errors import InvalidInputError, one_line
 
 PASSAGE_TEMPLATE = "Context: {context}"
 QUESTION_LABEL = "\nQuestion:"
 QUESTION_TEMPLATE = " {question}\nAnswer:"
 ANSWER_TEMPLATE = " {answer}"
+REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[+*]|\{\d*,\})")
 PROMPT_TEMPLATE = PASSAGE_TEMPLATE + QUESTION_LABEL + QUESTION_TEMPLATE
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Loads a `tokenizer.json`. Text such as `<|endoftext|>` inside a passage stays text; it is no control token."""
-    tokenizer = Tokenizer.from_file(path)
+    """Loads a `tokenizer.json`. Text such as `<|endoftext|>` inside a passage stays text; it is no control token.
+
+    Raises:
+        InvalidInputError: It is no tokenizer, or one whose cost has no bound (see `check_cost`).
+    """
+    with _errors_of_tokenizers("it cannot be loaded as a tokenizer"):
+        tokenizer = Tokenizer.from_file(path)
+    check_cost(tokenizer)
     prepare_tokenizer(tokenizer)
     return tokenizer
 
 
 def prepare_tokenizer(tokenizer: Tokenizer) -> None:
-    """Sets a tokenizer up as this package needs it: no truncation, no padding, no control tokens from text."""
+    """Sets a tokenizer up for this package: no truncation, padding, dropout, nor control tokens from text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model.dropout = None  # the same text has the same tokens
+
+
+def check_cost(tokenizer: Tokenizer) -> None:
+    """Refuses steps that can make a text much longer, or take time that grows exponentially with it.
+
+    Raises:
+        InvalidInputError: The tokenizer replaces text by patterns, or has a regular expression that repeats a group
+            without bound, whose matching may never end.
+    """
+    for step in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder):
+        pending = [json.loads(step.__getstate__())] if step is not None else []
+        while pending:
+            part = pending.pop()
+            if isinstance(part, list):
+                pending += part
+            elif isinstance(part, dict):
+                pending += part.values()
+                if part.get("type") in ("Replace", "Prepend", "Precompiled"):
+                    raise InvalidInputError(
+                        f"the tokenizer has the step {part['type']}; expected GPT-2's, or one like it"
+                    )
+                if REPEATED_GROUP.search(str(part.get("Regex", ""))):
+                    raise InvalidInputError(
+                        f"the tokenizer splits by {part['Regex'][:100]!r}, which repeats a group without bound; "
+                        "expected an expression whose time is bounded, such as GPT-2's"
+                    )
+
+
+@contextmanager
+def _errors_of_tokenizers(what: str) -> Iterator[None]:
+    """Turns the errors of `tokenizers` into this package's."""
+    try:
+        yield
+    except BaseException as error:
+        # Errors are plain exceptions; a panic of the library's Rust code is a BaseException of a class of its own.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InvalidInputError(f"{what} ({one_line(error)})") from error
 
 
 def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Sequence[str]) -> list[Prompt]:
@@ -71,8 +122,30 @@ def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[in
     )
 
 
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """Tokenizes some texts, without special tokens. It holds the interpreter's lock only at its start and end.
+
+    Raises:
+        InvalidInputError: The tokenizer fails.
+    """
+    with _errors_of_tokenizers("the tokenizer cannot encode the text"):
+        encodings: list[Encoding] = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return encodings
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of some tokens.
+
+    Raises:
+        InvalidInputError: The tokenizer fails.
+    """
+    with _errors_of_tokenizers("the tokenizer cannot decode its tokens"):
+        text: str = tokenizer.decode(token_ids)
+    return text
+
+
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [encoding.ids for encoding in encode(tokenizer, texts)]
 
 
 def _check_text(text: object, kind: str, index: int) -> None:

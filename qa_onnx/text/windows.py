@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode_prompts
+from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode, encode_prompts
 
 MIN_WINDOW_TOKENS = 16
 RESERVE_STEP = 64
@@ -62,7 +62,7 @@ def encode_windows(
     """
     prompts = encode_prompts(tokenizer, questions, contexts)
     room = min(max_new_tokens, max_positions // 4) - 1  # the last token is not read
-    (label,) = tokenizer.encode_batch([QUESTION_LABEL], add_special_tokens=False)
+    (label,) = encode(tokenizer, [QUESTION_LABEL])
     cut: dict[tuple[str, int], list[tuple[int, str]]] = {}
     windows: list[list[Window]] = []
     for index, (question, context, prompt) in enumerate(zip(questions, contexts, prompts, strict=True)):
@@ -95,7 +95,7 @@ def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> li
     Cuts are at the start of words where there are any, so that a part has the document's own tokens.
     """
     label = PASSAGE_TEMPLATE.index("{")
-    encoding = tokenizer.encode(PASSAGE_TEMPLATE.format(context=context), add_special_tokens=False)
+    (encoding,) = encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context)])
     total, offsets = len(encoding.ids), encoding.offsets  # each access makes a new list
     first_characters = [max(first - label, 0) for first, _ in offsets] + [len(context)]
     # A token with a space before its word may count the space or not; a part starts behind it in both cases.
@@ -115,7 +115,8 @@ def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> li
             while start < stop and context[start].isspace():
                 start += 1
             text = context[start:stop].rstrip() if stop < len(context) else context[start:stop]
-            tokens = len(tokenizer.encode(PASSAGE_TEMPLATE.format(context=text), add_special_tokens=False).ids)
+            (encoded,) = encode(tokenizer, [PASSAGE_TEMPLATE.format(context=text)])
+            tokens = len(encoded.ids)
             if tokens <= max_tokens:
                 break
             size -= tokens - max_tokens  # a word that was cut has other tokens than whole

@@ -149,8 +149,8 @@ def test_extractive_answers_are_in_the_context_and_spans_stay_as_they_were(answe
         else:
             assert after.finish_reason == "no_answer"
         constraint = SpanConstraint(Spans(example.context, tokens))
-        for token in before.token_ids:
-            if token not in constraint.allowed_ids():
+        for index, token in enumerate(before.token_ids):
+            if token not in constraint.allowed_ids(2 - index):
                 break
             constraint.append(token)
         else:
@@ -170,8 +170,9 @@ def test_the_gold_answer_of_every_real_question_can_be_spelled(real_data):
     unspelled = []
     for example in examples:
         constraint = SpanConstraint(spans[example.context])
-        for token in encode_answers(tokenizer, [example.answers[0].text])[0]:
-            if token not in constraint.allowed_ids():
+        token_ids = encode_answers(tokenizer, [example.answers[0].text])[0]
+        for index, token in enumerate(token_ids):
+            if token not in constraint.allowed_ids(len(token_ids) - index):
                 break
             constraint.append(token)
         else:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import pytest
-from fakes import CONTEXT, echo_answerer, manifest_fields, small_tokenizer
+from fakes import CONTEXT, echo_answerer, small_tokenizer
 
 from qa_onnx import Answerer, BundleError, ClosedError, InvalidInputError
-from qa_onnx import answerer as answerer_module
-from qa_onnx.bundle import write_manifest
 
 
 @pytest.fixture
@@ -52,7 +54,12 @@ def test_nothing_asked_is_nothing_answered(answerer):
         (["Who?"], "context", "got contexts of type str"),
         (None, ["context"], "got questions of type NoneType"),
         ({"Who?"}, ["context"], "got questions of type set"),
-        (iter(["Who?"]), ["context"], "got questions of type list_iterator"),
+        ({"Who?": 1}, ["context"], "got questions of type dict"),
+        (b"Who?", ["context"], "got questions of type bytes"),
+        (np.array("Who?"), ["context"], "got questions of type ndarray; expected a list of strings"),
+        (np.array([["Who?"]]), ["context"], "question 0 is of type ndarray; expected a string"),
+        (np.array([1.5]), ["context"], "question 0 is of type float64; expected a string"),
+        ([b"Who?"], ["context"], "question 0 is of type bytes; expected a string"),
         (["Who?"], [], "got 1 questions and 0 contexts"),
         (["Who?", ""], ["context"] * 2, "question 1 is empty"),
         (["Who?", None], ["context"] * 2, "question 1 is of type NoneType"),
@@ -75,6 +82,45 @@ def test_max_new_tokens_has_to_be_a_positive_whole_number(answerer, value):
     with pytest.raises(InvalidInputError, match=words):
         list(answerer.answer_iter([("Who?", CONTEXT)], max_new_tokens=value))
     assert answerer._engine.prompts == []
+
+
+class Series:
+    """As of pandas: it yields its values, and `[0]` looks for a label."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, label):
+        raise KeyError(label)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [tuple, np.array, lambda texts: np.array(texts, dtype=object), Series, iter, lambda texts: (t for t in texts)],
+    ids=["tuple", "array", "array of objects", "series", "iterator", "generator"],
+)
+def test_texts_may_come_in_anything_that_yields_them(answerer, kind):
+    questions, contexts = ["Who?", "Where is it?"], [CONTEXT, "In Rouen."]
+    answers = answerer.answer_batch(kind(questions), kind(contexts))
+    assert answers == answerer.answer_batch(questions, contexts)
+    assert [answer.text for answer in answers] == questions
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_answerer_cannot_go_to_another_process(answerer, duplicate):
+    with pytest.raises(InvalidInputError, match="Load the bundle in each process"):
+        duplicate(answerer)
+
+
+def test_a_process_pool_says_so_too(answerer):
+    with ProcessPoolExecutor(1) as pool, pytest.raises(InvalidInputError, match="Load the bundle in each process"):
+        pool.submit(answerer.answer, "Who?", CONTEXT).result()
 
 
 def test_bad_input_is_a_value_error_too(answerer):
@@ -107,15 +153,6 @@ def test_the_representation_names_model_precision_and_state(answerer):
 def test_loading_what_is_no_bundle_is_a_bundle_error(tmp_path):
     with pytest.raises(BundleError, match="there is no such directory"):
         Answerer.from_pretrained(tmp_path / "nowhere")
-
-
-def test_a_tokenizer_that_cannot_be_read_is_a_bundle_error(tmp_path, monkeypatch):
-    for name in ("model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"):
-        (tmp_path / name).write_text("{}")
-    write_manifest(tmp_path, manifest_fields())
-    monkeypatch.setattr(answerer_module, "Session", lambda *_, **__: type("FakeSession", (), {"provider": "cpu"}))
-    with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Answerer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("config", [{"batch_size": 2}, 2, "cpu"])

@@ -4,9 +4,19 @@ import dataclasses
 import math
 import os
 
+import numpy as np
 import pytest
 
 from qa_onnx import EngineConfig, GenerationConfig, InvalidInputError
+
+MANY = {
+    "max_new_tokens": 5,
+    "temperature": 0.5,
+    "top_k": 3,
+    "seed": 7,
+    "extractive": True,
+    "no_answer_threshold": 0.25,
+}
 
 
 @pytest.mark.parametrize(
@@ -17,10 +27,25 @@ from qa_onnx import EngineConfig, GenerationConfig, InvalidInputError
         ({"num_answers": True}, "got num_answers True"),
         ({"no_repeat_ngram_size": -1}, "got no_repeat_ngram_size -1; expected a whole number of at least 0"),
         ({"stride": -1}, "got stride -1"),
-        ({"temperature": -0.1}, "got temperature -0.1; expected a number of at least 0"),
+        ({"temperature": -0.1}, "got temperature -0.1; expected 0 (greedy), or a number from 0.001 on"),
         ({"temperature": math.nan}, "got temperature nan"),
         ({"temperature": math.inf}, "got temperature inf"),
         ({"temperature": "1"}, "got temperature '1'"),
+        ({"temperature": 1e-310}, "got temperature 1e-310"),
+        ({"temperature": 0.0009}, "got temperature 0.0009"),
+        ({"temperature": 10**400}, "got temperature a number of 1329 bits"),
+        ({"temperature": True}, "got temperature True"),
+        ({"temperature": np.array([1.0])}, "got temperature array([1.])"),
+        ({"max_new_tokens": 10**400}, "got max_new_tokens a number of 1329 bits"),
+        ({"max_new_tokens": 10**5000}, "got max_new_tokens a number of"),
+        ({"max_new_tokens": 2**63}, "got max_new_tokens 9223372036854775808"),
+        ({"max_new_tokens": np.float32(2)}, "got max_new_tokens np.float32(2.0)"),
+        ({"max_new_tokens": "x" * 10**6}, "got max_new_tokens 'xxx"),
+        ({"num_answers": 101}, "got num_answers 101; expected at most 100"),
+        ({"temperature": 1.0, "seed": 10**400}, "got seed a number of"),
+        ({"no_answer_threshold": np.nan}, "got no_answer_threshold nan"),
+        ({"no_answer_threshold": 10**400}, "got no_answer_threshold a number of"),
+        ({"extractive": np.int64(1)}, "got extractive np.int64(1)"),
         ({"temperature": 1.0, "top_p": 0.0}, "got top_p 0.0; expected a number above 0 and at most 1"),
         ({"temperature": 1.0, "top_p": 1.1}, "got top_p 1.1"),
         ({"temperature": 1.0, "top_k": -1}, "got top_k -1"),
@@ -43,6 +68,28 @@ def test_options_out_of_range_or_at_odds_are_refused_when_made(options, words):
     with pytest.raises(InvalidInputError) as caught:
         GenerationConfig(**options)
     assert words in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_numpy_numbers_are_taken_and_kept_as_pythons():
+    config = GenerationConfig(
+        max_new_tokens=np.int64(5),
+        num_answers=np.uint8(1),
+        temperature=np.float32(0.5),
+        top_k=np.int32(3),
+        top_p=1,
+        seed=np.uint64(7),
+        extractive=np.bool_(True),
+        no_answer_threshold=np.float64(0.25),
+    )
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    assert {name: type(value) for name, value in values.items()} == {
+        name: type(value) for name, value in (dataclasses.asdict(GenerationConfig()) | MANY).items()
+    }
+    assert config == GenerationConfig(**MANY)
+    engine = EngineConfig(batch_size=np.int16(4), max_wait_ms=np.float32(1), cuda_graphs=np.bool_(False))
+    assert engine == EngineConfig(batch_size=4, max_wait_ms=1.0, cuda_graphs=False)
+    assert (type(engine.batch_size), type(engine.max_wait_ms), type(engine.cuda_graphs)) == (int, float, bool)
 
 
 @pytest.mark.parametrize("config", [GenerationConfig(), EngineConfig()])

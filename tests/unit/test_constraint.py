@@ -24,9 +24,9 @@ contexts = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, m
 def draw_span(spans, seed, max_tokens=40):
     draw = random.Random(seed)
     constraint = SpanConstraint(spans)
-    for _ in range(max_tokens):
-        ids = constraint.allowed_ids().tolist()
-        assert ids or constraint.may_end
+    for tokens_left in range(max_tokens, 0, -1):
+        ids = constraint.allowed_ids(tokens_left).tolist()
+        assert ids or constraint.may_end or tokens_left == max_tokens
         if not ids or (constraint.may_end and draw.random() < 0.3):
             break
         constraint.append(draw.choice(ids))
@@ -50,14 +50,34 @@ def test_whatever_is_allowed_is_a_span_from_word_to_word(context, seed):
 
 @settings(deadline=None, max_examples=200)
 @given(context=contexts.filter(lambda text: text.strip()), seed=st.integers(0, 10), max_tokens=st.integers(1, 6))
-def test_an_answer_that_is_cut_short_stands_in_the_context_too(context, seed, max_tokens):
+def test_an_answer_of_few_tokens_ends_where_a_word_does_or_there_is_none(context, seed, max_tokens):
     constraint = draw_span(Spans(context, TOKENS), seed, max_tokens)
     span = constraint.span()
-    if span is None:  # a space alone, or a part of a character
-        assert not constraint.may_end
+    assert constraint.may_end == (span is not None)
+    if span is None:  # every word has more tokens
+        assert SpanConstraint(Spans(context, TOKENS)).allowed_ids(max_tokens).size == 0
     else:
-        start, end = span
-        assert context[start:end] == context[start:end].strip() != ""
+        starts, ends = word_boundaries(context)
+        assert (span[0] in starts, span[1] in ends) == (True, True)
+
+
+def spell(word):
+    """The least number of tokens that a word at the beginning of a context has: by trying all ways."""
+    fewest = {0: 0}
+    text = f" {word}".encode()
+    for place in range(len(text)):
+        for token in TOKENS.beginnings(text, place) if place in fewest else []:
+            end = place + len(TOKENS.bytes_of[token])
+            fewest[end] = min(fewest.get(end, 10**9), fewest[place] + 1)
+    return fewest[len(text)]
+
+
+@pytest.mark.parametrize("word", ["Normans", "discovered", "Przewalski", "\u6771", "na\u00efve", "x" * 50])
+def test_a_word_is_allowed_from_its_fewest_tokens_on(word):
+    fewest = spell(word)
+    spans = Spans(word, TOKENS)
+    assert SpanConstraint(spans).allowed_ids(fewest).size > 0
+    assert SpanConstraint(spans).allowed_ids(fewest - 1).size == 0
 
 
 @settings(deadline=None, max_examples=200)
@@ -68,8 +88,8 @@ def test_every_span_of_words_can_be_spelled_as_the_tokenizer_spells_it(context, 
     end = draw.draw(st.sampled_from([end for end in ends if end > start]))
     constraint = SpanConstraint(Spans(context, TOKENS))
     (token_ids,) = encode_answers(small_tokenizer(), [context[start:end]])
-    for token in token_ids:
-        assert token in constraint.allowed_ids()
+    for index, token in enumerate(token_ids):
+        assert token in constraint.allowed_ids(len(token_ids) - index)
         constraint.append(token)
     assert constraint.may_end
     first, last = constraint.span()

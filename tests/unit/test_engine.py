@@ -8,7 +8,7 @@ from fake_onnxruntime import END, LAYOUT, VOCABULARY, make_sessions, mix, mix_ke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qa_onnx import GenerationConfig, InvalidInputError, OutOfMemoryError
+from qa_onnx import EngineError, GenerationConfig, InvalidInputError, OutOfMemoryError
 from qa_onnx.engine.engine import CHOICE, LOGPROBS, Engine
 from qa_onnx.engine.kv_cache import CacheLayout, KVCache, KVCachePool
 from qa_onnx.engine.planner import plan_groups
@@ -326,7 +326,7 @@ def test_a_prefill_that_fails_leaves_the_running_batch_as_it_was(mode, run):
     batch, predictions = prefill(engine, [first], ignore_eos=True)
     token_ids = [predictions.token_ids[0]]
     sessions[0].fail_at = len(sessions[0].graph_ids) + run
-    with pytest.raises(RuntimeError, match="the device was lost"):
+    with pytest.raises(EngineError, match="the device was lost"):
         prefill(engine, [prompt_of(3, 4, prefix=PREFIXES[3])], carried=batch)
     sessions[0].fail_at = None
     for _ in range(3):
@@ -346,7 +346,7 @@ def test_a_batch_that_fails_gives_its_memory_back(mode):
     engine = engine_of(sessions)
     for _ in range(3):
         sessions[0].fail_at = len(sessions[0].graph_ids) + 1
-        with pytest.raises(RuntimeError, match="the device was lost"):
+        with pytest.raises(EngineError, match="the device was lost"):
             prefill(engine, [prompt_of(3, prefix=PREFIXES[3])])
     assert len(engine._pool._free) == 2
     engine.release_memory()

@@ -8,7 +8,7 @@ from fakes import log_softmax
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qa_onnx import GenerationConfig
+from qa_onnx import EngineError, GenerationConfig
 from qa_onnx.engine.sampling import Predictions, accept, make_random, repeating_tokens, sampling_probabilities
 from qa_onnx.engine.sequence import Prompt, make_sequence
 
@@ -113,7 +113,7 @@ def test_ignore_eos_continues_to_the_last_token():
 @pytest.mark.parametrize("largest", [math.nan, math.inf, -math.inf])
 def test_log_probabilities_that_are_no_numbers_are_an_error(largest):
     logprobs = np.full((1, VOCABULARY), largest, np.float32)
-    with pytest.raises(ValueError, match="log-probabilities are not numbers"):
+    with pytest.raises(EngineError, match="log-probabilities are not numbers"):
         accept(sequence_of(), Predictions.from_logprobs(logprobs, END), 0, eos_token_id=END)
 
 

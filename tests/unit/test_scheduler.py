@@ -284,7 +284,7 @@ class FailingConstraint:
     def __init__(self, method, call):
         self.method, self.left = method, call
 
-    def allowed_ids(self):
+    def allowed_ids(self, tokens_left):
         self._count("allowed_ids")
         return np.arange(1, 20)
 

@@ -9,10 +9,11 @@ import pytest
 
 from qa_onnx import EngineConfig
 from qa_onnx.engine import session
-from qa_onnx.engine.session import Binding, Session, import_onnxruntime, load_copier, resolve_provider
-from qa_onnx.errors import BundleError, InvalidInputError, OutOfMemoryError, ProviderError
+from qa_onnx.engine.session import Binding, Session, TensorType, import_onnxruntime, load_copier, resolve_provider
+from qa_onnx.errors import BundleError, EngineError, InvalidInputError, OutOfMemoryError, ProviderError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+FOLDING = {"optimization.constant_folding_max_output_size_in_bytes": str(2**30)}
 
 
 class FakeRuntime:
@@ -54,8 +55,11 @@ class FakeRuntime:
         started = [name for name in providers if name in self.working]
         return SimpleNamespace(
             get_providers=lambda: [*started, CPU],
-            get_inputs=lambda: [SimpleNamespace(name="input_ids"), SimpleNamespace(name="slot_index")],
-            get_outputs=lambda: [SimpleNamespace(name="logprobs")],
+            get_inputs=lambda: [
+                SimpleNamespace(name="input_ids", type="tensor(int64)", shape=["N"]),
+                SimpleNamespace(name="prefix.0.key", type="tensor(float16)", shape=["G", 2, 1, None, 4]),
+            ],
+            get_outputs=lambda: [SimpleNamespace(name="logprobs", type="tensor(double)", shape=[])],
         )
 
 
@@ -118,7 +122,11 @@ def test_one_provider_is_asked_for(use, tmp_path, provider, available, resolved)
     runtime = use(*available)
     made = Session(tmp_path / "model.onnx", provider=provider)
     assert (made.provider, runtime.asked_for) == (resolved, [{"cpu": CPU, "cuda": CUDA}[resolved]])
-    assert (made.input_names, made.output_names) == (["input_ids", "slot_index"], ["logprobs"])
+    assert made.inputs == {
+        "input_ids": TensorType("int64", ("N",)),
+        "prefix.0.key": TensorType("float16", ("G", 2, 1, None, 4)),
+    }
+    assert made.outputs == {"logprobs": TensorType("tensor(double)", ())}
 
 
 def test_cuda_computes_in_full_fp32(use, tmp_path):
@@ -230,10 +238,36 @@ def test_a_device_that_cannot_be_used_is_named(use, tmp_path, words):
         Session(tmp_path / "model.onnx", provider="cuda", config=EngineConfig(device_id=2))
 
 
-def test_an_error_that_is_not_of_onnx_runtime_is_no_bundle_error(use, tmp_path):
-    use(CPU, error=ZeroDivisionError())
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("no\nline"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        IndexError(),
+        OnnxRuntimeError("Load model failed"),
+    ],
+)
+def test_whatever_loading_raises_is_a_bundle_error_of_one_line(use, tmp_path, error):
+    use(CPU, error=error)
+    with pytest.raises(BundleError, match=r"model.onnx cannot be loaded by ONNX Runtime on CPU.*: \S.*$") as caught:
         Session(tmp_path / "model.onnx")
+    assert caught.value.__cause__ is error
+
+
+def test_a_graph_with_names_that_are_not_utf8_is_a_bundle_error(use, tmp_path):
+    runtime = use(CPU)
+    make, inputs = runtime.InferenceSession, SimpleNamespace(get_inputs=lambda: b"\xff".decode())
+    runtime.InferenceSession = lambda *positional, **named: (make(*positional, **named), inputs)[1]
+    with pytest.raises(BundleError, match="codec can't decode"):
+        Session(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc"), OnnxRuntimeError("out of memory")])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_loading_without_memory_says_so(use, tmp_path, provider, error):
+    use(CUDA, CPU, error=error)
+    with pytest.raises(OutOfMemoryError, match=r"no memory to load .*model\.onnx"):
+        Session(tmp_path / "model.onnx", provider=provider)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +289,14 @@ def test_errors_of_memory_are_told_apart(error):
     assert caught.value.__cause__ is error
 
 
-def test_other_errors_of_a_run_stay_as_they_are():
-    with pytest.raises(ZeroDivisionError):
-        Binding(session_that_runs(lambda *_: 1 / 0)).run()
+@pytest.mark.parametrize("error", [ZeroDivisionError("division"), OnnxRuntimeError("[Fail]\nbad node"), ValueError()])
+def test_other_errors_of_a_run_are_errors_of_the_engine(error):
+    def run(*_):
+        raise error
+
+    with pytest.raises(EngineError, match=r"ONNX Runtime failed: \S.*$") as caught:
+        Binding(session_that_runs(run)).run()
+    assert caught.value.__cause__ is error
 
 
 def session_that_runs(run):
@@ -294,7 +333,7 @@ def test_the_graph_is_not_fused_further(use, tmp_path, monkeypatch, saturates, l
     runtime = use(CPU)
     Session(tmp_path / "model.onnx")
     assert runtime.options.graph_optimization_level == level
-    assert runtime.options.entries == ({"session.x64quantprecision": "1"} if saturates else {})
+    assert runtime.options.entries == FOLDING | ({"session.x64quantprecision": "1"} if saturates else {})
     assert {"SkipLayerNormFusion", "BiasGeluFusion"} <= set(runtime.disabled_optimizers)
 
 
@@ -303,7 +342,7 @@ def test_cuda_has_no_optimizations_of_the_cpu(use, tmp_path, monkeypatch):
     runtime = use(CUDA, CPU)
     Session(tmp_path / "model.onnx", provider="cuda")
     assert runtime.options.graph_optimization_level == "basic"
-    assert runtime.options.entries == {}
+    assert runtime.options.entries == FOLDING
 
 
 def test_without_onnxruntime_the_extras_are_named(monkeypatch):

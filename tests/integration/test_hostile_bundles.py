@@ -1,0 +1,240 @@
+"""Bundles whose parts were altered, with checksums that fit: each is refused as it is loaded, in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from export.decoder import ACTIVATIONS
+from qa_onnx import Answerer, BundleError, EngineError
+from qa_onnx.bundle import MANIFEST_NAME, Bundle, sha256_of
+from qa_onnx.graph_file import OPERATORS
+
+CONTEXT = "The bridge was opened in 1803. " * 20
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def fit_checksums(bundle, **changes):
+    """Changes the manifest, and its sizes and checksums to those of the files, as an attacker would."""
+    path = bundle / MANIFEST_NAME
+    manifest = json.loads(path.read_text(encoding="utf-8")) | changes
+    for name in manifest["files"]:
+        manifest["files"][name] = {"bytes": (bundle / name).stat().st_size, "sha256": sha256_of(bundle / name)}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def problem_of(bundle):
+    with pytest.raises(BundleError) as caught:
+        Answerer.from_pretrained(bundle, provider="cpu")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": 2, "head_size": 16},
+        {"heads": 3},
+        {"head_size": 9},
+        {"layers": 1},
+        {"layers": 3},
+        {"layers": 1000},
+        {"max_positions": 255},
+        {"max_positions": 2**20},
+        {"vocab_size": 599},
+        {"vocab_size": 601},
+        {"vocab_size": 2**24},
+        {"eos_token_id": 1},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_contradicts_graph_and_configuration_is_refused(bundle, changes, monkeypatch):
+    fit_checksums(bundle, **changes)
+    monkeypatch.setattr("qa_onnx.answerer.resolve_provider", lambda *_: "cpu")  # so that fp16 is loaded, too
+    assert "contradicts itself: " in problem_of(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_layer", 3), ("n_embd", "32"), ("n_head", None), ("model_type", "bert")]
+)
+def test_a_configuration_that_contradicts_the_manifest_is_refused(bundle, name, value):
+    path = bundle / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}), encoding="utf-8")
+    fit_checksums(bundle)
+    assert f"config.json has {name} {value!r}" in problem_of(bundle)
+
+
+def alter_graph(bundle, alter, name="model.onnx"):
+    model = onnx.load(bundle / name, load_external_data=False)
+    alter(model.graph)
+    (bundle / name).write_bytes(model.SerializeToString())
+    fit_checksums(bundle)
+
+
+def initializer(graph, name):
+    return next(tensor for tensor in graph.initializer if tensor.name == name)
+
+
+def set_location(tensor, location):
+    next(pair for pair in tensor.external_data if pair.key == "location").value = location
+
+
+@pytest.mark.parametrize("location", ["unlisted", "../outside", "/etc/hostname", "sub/x", "", "model.onnx_data\x00"])
+def test_external_data_that_the_manifest_does_not_list_is_refused(bundle, location):
+    for path in (bundle / "unlisted", bundle.parent / "outside"):
+        path.write_bytes((bundle / "model.onnx_data").read_bytes())
+    alter_graph(bundle, lambda graph: set_location(initializer(graph, "wte.weight"), location))
+    assert "which a graph reads, is not listed in the manifest" in problem_of(bundle)
+
+
+def rename_first(values):
+    values[0].name = "renamed"
+
+
+@pytest.mark.parametrize(
+    ("alter", "words"),
+    [
+        (lambda graph: graph.node.append(helper.make_node("Loop", ["x"], ["y"])), "it has a node 'Loop'"),
+        (lambda graph: graph.initializer.remove(initializer(graph, "wpe.weight")), "wpe.weight in model.onnx is None"),
+        (lambda graph: initializer(graph, "wte.weight").dims.append(1), "wte.weight in model.onnx is (600, 32, 1)"),
+        (lambda graph: initializer(graph, "wpe.weight").dims.__setitem__(0, 10**12), "wpe.weight in model.onnx is (10"),
+        (
+            lambda graph: initializer(graph, "eos_token_id").CopyFrom(
+                numpy_helper.from_array(np.array([7]), "eos_token_id")
+            ),
+            "another eos_token_id than the manifest's",
+        ),
+        (lambda graph: graph.output.pop(), "model.onnx output present.1.value is missing"),
+        (lambda graph: graph.output.insert(0, graph.output.pop()), "model.onnx outputs are in another order"),
+        (
+            lambda graph: graph.output[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 601),
+            "cannot be loaded by ONNX Runtime",
+        ),
+    ],
+    ids=["loop", "no positions", "rank", "huge", "end of text", "no output", "order", "vocabulary"],
+)
+def test_an_altered_graph_is_refused(bundle, alter, words):
+    alter_graph(bundle, alter)
+    assert words in problem_of(bundle)
+
+
+def test_an_altered_copy_graph_is_refused(bundle):
+    model = onnx.load(bundle / "cache_copy.onnx")
+    for value in (*model.graph.input[1:], *model.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = 16
+    (bundle / "cache_copy.onnx").write_bytes(model.SerializeToString())
+    fit_checksums(bundle)
+    assert "cache_copy.onnx input source.0.key is float32[A, 16], the manifest says float32[A, 128]" in problem_of(
+        bundle
+    )
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\x00" * 100, b"\xff\xfe"], ids=["empty", "object", "zeros", "no text"]
+)
+def test_a_file_of_something_else_is_refused(bundle, name, content):
+    (bundle / name).write_bytes(content)
+    fit_checksums(bundle)
+    assert name in problem_of(bundle)
+
+
+def alter_tokenizer(bundle, alter):
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    alter(tokenizer)
+    tokenizer.save(str(bundle / "tokenizer.json"))
+    fit_checksums(bundle)
+
+
+SLOW = Regex("(a+)+$")
+
+
+@pytest.mark.parametrize(
+    ("alter", "words"),
+    [
+        (
+            lambda made: made.add_tokens(["one more"]),
+            "has a token 600; the manifest says that the model has 600 tokens",
+        ),
+        (
+            lambda made: setattr(made, "model", models.WordLevel({"a": 1})),
+            "has no token 0, the manifest's eos_token_id",
+        ),
+        (lambda made: setattr(made, "normalizer", normalizers.Replace(SLOW, "b")), "has the step Replace"),
+        (lambda made: setattr(made, "normalizer", normalizers.Replace("a", "b" * 10**6)), "has the step Replace"),
+        (lambda made: setattr(made, "normalizer", normalizers.Prepend("x" * 10**6)), "has the step Prepend"),
+        (
+            lambda made: setattr(
+                made, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Prepend("x")])
+            ),
+            "has the step Prepend",
+        ),
+        (lambda made: setattr(made, "pre_tokenizer", pre_tokenizers.Split(SLOW, "isolated")), "splits by '(a+)+$'"),
+        (
+            lambda made: setattr(
+                made,
+                "pre_tokenizer",
+                pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("(x|y){2,}"), "isolated"), made.pre_tokenizer]),
+            ),
+            "splits by '(x|y){2,}'",
+        ),
+        (lambda made: setattr(made, "decoder", decoders.Replace("a", "b")), "has the step Replace"),
+    ],
+)
+def test_an_altered_tokenizer_is_refused(bundle, alter, words):
+    alter_tokenizer(bundle, alter)
+    assert words in problem_of(bundle)
+
+
+def test_a_tokenizer_of_unusual_and_harmless_steps_is_taken(bundle):
+    def alter(made):
+        made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        llama = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+        )
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(llama), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+
+    alter_tokenizer(bundle, alter)
+    with Answerer.from_pretrained(bundle, provider="cpu") as answerer:
+        assert answerer.answer("When?", CONTEXT, max_new_tokens=4).new_tokens
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(bundle, monkeypatch):
+    monkeypatch.setattr("qa_onnx.bundle.MAX_TOKENIZER_BYTES", 1000)
+    assert "tokenizer.json has" in problem_of(bundle)
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight", "ln_f.bias"])
+def test_weights_that_are_no_numbers_fail_the_request(bundle, name, damage):
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    place = {pair.key: pair.value for pair in initializer(model.graph, name).external_data}
+    with (bundle / "model.onnx_data").open("r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(np.full(int(place["length"]) // 4, damage, np.float32).tobytes())
+    fit_checksums(bundle)
+    with Answerer.from_pretrained(bundle, provider="cpu") as answerer:
+        for extractive in (False, True):
+            config = answerer._resolve(None, 4)
+            future = answerer.submit("When?", CONTEXT, config=type(config)(max_new_tokens=4, extractive=extractive))
+            error = future.exception()
+            assert isinstance(error, EngineError)
+            assert "log-probabilities are not numbers" in str(error)
+
+
+def test_what_the_export_writes_uses_known_operators_only(tiny_bundle):
+    Bundle.open(tiny_bundle).check_files()
+    assert {f"{one.domain}.{one.op_type}".lstrip(".") for one in ACTIVATIONS.values()} <= OPERATORS
