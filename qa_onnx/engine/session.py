@@ -334,16 +334,18 @@ class Binding:
 
     def set_input(self, name: str, view: View) -> None:
         """Sets an input to device memory, which has to live until the last run."""
-        self._binding.bind_input(
-            name, self._session.provider, self._session._device_id, view.dtype.type, view.shape, view.address
-        )
+        with _errors_of_runtime():
+            self._binding.bind_input(
+                name, self._session.provider, self._session._device_id, view.dtype.type, view.shape, view.address
+            )
 
     def set_output(self, name: str, view: View) -> None:
         """Has an output written to device memory, which may be an input's, and has to live until the last run."""
         self._note_output(name)
-        self._binding.bind_output(
-            name, self._session.provider, self._session._device_id, view.dtype.type, view.shape, view.address
-        )
+        with _errors_of_runtime():
+            self._binding.bind_output(
+                name, self._session.provider, self._session._device_id, view.dtype.type, view.shape, view.address
+            )
 
     def set_fetched(self, names: tuple[str, ...], *, rows: int) -> None:
         """Says which other outputs `run` returns, of `rows` rows each. Their memory is kept while that is the same."""

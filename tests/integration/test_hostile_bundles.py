@@ -117,12 +117,8 @@ def rename_first(values):
         ),
         (lambda graph: graph.output.pop(), "model.onnx output present.1.value is missing"),
         (lambda graph: graph.output.insert(0, graph.output.pop()), "model.onnx outputs are in another order"),
-        (
-            lambda graph: graph.output[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 601),
-            "cannot be loaded by ONNX Runtime",
-        ),
     ],
-    ids=["loop", "no positions", "rank", "huge", "end of text", "no output", "order", "vocabulary"],
+    ids=["loop", "no positions", "rank", "huge", "end of text", "no output", "order"],
 )
 def test_an_altered_graph_is_refused(bundle, alter, words):
     alter_graph(bundle, alter)
@@ -218,12 +214,12 @@ def test_a_tokenizer_that_is_too_large_is_refused(bundle, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight", "ln_f.bias"])
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight", "wpe.weight"])
 def test_weights_that_are_no_numbers_fail_the_request(bundle, name, damage):
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     place = {pair.key: pair.value for pair in initializer(model.graph, name).external_data}
     with (bundle / "model.onnx_data").open("r+b") as file:
-        file.seek(int(place["offset"]))
+        file.seek(int(place.get("offset", 0)))
         file.write(np.full(int(place["length"]) // 4, damage, np.float32).tobytes())
     fit_checksums(bundle)
     with Answerer.from_pretrained(bundle, provider="cpu") as answerer:
