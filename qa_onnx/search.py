@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qa_onnx.engine.sequence import FinishReason, Hypothesis, Sequence
+from qa_onnx.engine.sampling import ALTERNATIVES_PER_ANSWER
+from qa_onnx.engine.sequence import Alternative, FinishReason, Hypothesis, Sequence
 
 ROLLOUTS_PER_ANSWER = 4
 """Maximum number of hypotheses that are continued for each answer that is asked for. A model that is unsure of
@@ -63,7 +64,8 @@ class Search:
         self._read = read
         self._num_answers = num_answers
         self._found: dict[str, Candidate] = {}
-        self._hypotheses: list[Hypothesis] = []
+        self._alternatives: list[tuple[Alternative, Sequence]] = []
+        """Tokens not taken, the least probable first, with the sequences that did not take them."""
         self._rollouts_left = ROLLOUTS_PER_ANSWER * num_answers
         self.no_answer_probability = 0.0
         self.sequences = [make_sequence(None)]
@@ -79,16 +81,18 @@ class Search:
         self.no_answer_probability = max(self.no_answer_probability, sequence.no_answer_probability)
         self.sequences.remove(sequence)
         self._add(self._read(sequence))
-        self._hypotheses += sequence.alternatives
+        self._alternatives += [(alternative, sequence) for alternative in sequence.alternatives]
+        self._alternatives.sort(key=_logprob)
+        del self._alternatives[: -ALTERNATIVES_PER_ANSWER * self._num_answers]
         if self.sequences:
             return []
-        self._hypotheses.sort(key=lambda hypothesis: sum(hypothesis.logprobs))
         while (
-            self._hypotheses
+            self._alternatives
             and len(self.sequences) < min(self._num_answers, self._rollouts_left)
             and self._is_worth_it()
         ):
-            sequence = self._make_sequence(self._hypotheses.pop())
+            alternative, parent = self._alternatives.pop()
+            sequence = self._make_sequence(parent.hypothesis(alternative))
             if sequence.is_finished:
                 self._add(self._read(sequence))
             else:
@@ -98,9 +102,13 @@ class Search:
 
     def _is_worth_it(self) -> bool:
         candidates = self.candidates
-        return len(candidates) < self._num_answers or sum(self._hypotheses[-1].logprobs) > candidates[-1].logprob
+        return len(candidates) < self._num_answers or _logprob(self._alternatives[-1]) > candidates[-1].logprob
 
     def _add(self, candidate: Candidate) -> None:
         known = self._found.get(candidate.text)
         if known is None or known.logprob < candidate.logprob:
             self._found[candidate.text] = candidate
+
+
+def _logprob(found: tuple[Alternative, Sequence]) -> float:
+    return found[0].logprob

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qa_onnx.engine.sequence import Hypothesis, Sequence
+from qa_onnx.engine.sequence import Alternative, Sequence
 from qa_onnx.errors import EngineError
+
+ALTERNATIVES_PER_ANSWER = 8
+"""Number of tokens not taken that a sequence keeps for each answer asked for; twice as many as a search continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +133,18 @@ def _choose(sequence: Sequence, logprobs: np.ndarray, eos_token_id: int) -> int:
         return int(sequence.random.choice(len(probabilities), p=probabilities))
     chosen = int(scores.argmax())
     if config.num_answers > 1:
-        hypothesis = Hypothesis(token_ids=tuple(sequence.token_ids), logprobs=tuple(sequence.logprobs))
+        before, length = sum(sequence.logprobs), len(sequence.token_ids)
         best = np.argpartition(-scores, min(config.num_answers, len(scores) - 1))[: config.num_answers + 1]
-        sequence.alternatives += [
-            hypothesis.extend(token, float(logprobs[token]))
-            for token in best.tolist()
-            if token != chosen and scores[token] > -np.inf
-        ]
+        limit = ALTERNATIVES_PER_ANSWER * config.num_answers
+        least = sequence.alternatives[-1].logprob - before if len(sequence.alternatives) == limit else -np.inf
+        best = best[(best != chosen) & (scores[best] > least)]
+        if len(best):
+            sequence.alternatives += [
+                Alternative(before + logprob, length, token, logprob)
+                for token, logprob in zip(best.tolist(), logprobs[best].tolist(), strict=True)
+            ]
+            sequence.alternatives.sort(reverse=True)
+            del sequence.alternatives[limit:]
     return chosen
 
 

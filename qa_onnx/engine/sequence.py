@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,9 +51,21 @@ class Hypothesis:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
 
-    def extend(self, token_id: int, logprob: float) -> Hypothesis:
-        """The hypothesis with one more token."""
-        return Hypothesis(token_ids=(*self.token_ids, token_id), logprobs=(*self.logprobs, logprob))
+
+class Alternative(NamedTuple):
+    """A token that a sequence did not take; see `Sequence.hypothesis`.
+
+    Attributes:
+        logprob: Of the tokens before it and of itself, together.
+        length: Number of tokens before it.
+        token_id: The token.
+        token_logprob: Its log-probability.
+    """
+
+    logprob: float
+    length: int
+    token_id: int
+    token_logprob: float
 
 
 @dataclass(eq=False, kw_only=True)
@@ -71,7 +83,7 @@ class Sequence:
         no_answer_probability: Probability of the end-of-text in place of a first token; 0 where it was not computed.
         finish_reason: `stop` where the model ended the answer, `length` where tokens or positions ended it,
             `no_answer` where it ended before its first token; None while it runs.
-        alternatives: With `num_answers` above 1, the most probable hypotheses that were not continued.
+        alternatives: With `num_answers` above 1, the most probable tokens that were not taken, in order.
         constraint: The tokens that may come next; None is any.
         random: Source of the draws; None takes the most probable token.
         on_token: Called with the sequence after each new token, and at its end.
@@ -87,7 +99,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     no_answer_probability: float = 0.0
     finish_reason: FinishReason | None = None
-    alternatives: list[Hypothesis] = field(default_factory=list)
+    alternatives: list[Alternative] = field(default_factory=list)
     constraint: Constraint | None = None
     random: np.random.Generator | None = None
     on_token: Callable[[Sequence], object] | None = None
@@ -106,6 +118,14 @@ class Sequence:
     def tokens_left(self) -> int:
         """How many more tokens it may get."""
         return self.max_new_tokens - len(self.token_ids)
+
+    def hypothesis(self, alternative: Alternative) -> Hypothesis:
+        """The beginning of another answer: this one's, up to an alternative."""
+        before = alternative.length
+        return Hypothesis(
+            token_ids=(*self.token_ids[:before], alternative.token_id),
+            logprobs=(*self.logprobs[:before], alternative.token_logprob),
+        )
 
     @property
     def needs_logprobs(self) -> bool:
