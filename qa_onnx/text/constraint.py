@@ -18,6 +18,40 @@ from functools import cache, cached_property
 import numpy as np
 from tokenizers import Tokenizer
 
+from qa_onnx.errors import InvalidInputError
+
+_SAMPLE = " the 7 words\n"
+_BYTES_OF_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}
+
+
+def check_byte_level(tokenizer: Tokenizer) -> None:
+    """Checks that a tokenizer spells text byte by byte, as GPT-2's does: extractive answers follow these bytes.
+
+    Tokens of a SentencePiece, WordPiece or Unigram tokenizer are no bytes, and could not spell a span of a context.
+
+    Raises:
+        InvalidInputError: It is not a byte-level BPE, or one without tokens for some bytes.
+    """
+    expected = "expected a byte-level BPE such as GPT-2's, whose tokens spell the bytes of a text"
+    kind = type(tokenizer.model).__name__
+    if kind != "BPE":
+        raise InvalidInputError(f"the tokenizer is a {kind} model; {expected}. Take a model with such a tokenizer")
+    tokens = TokenBytes(tokenizer)
+    missing = _BYTES_OF_UTF8 - {spelled[0] for spelled in tokens.bytes_of.values() if len(spelled) == 1}
+    if missing and ord(" ") not in missing:
+        raise InvalidInputError(
+            f"the tokenizer has no token for {len(missing)} of the 256 bytes, such as {min(missing):#04x}, and would "
+            f"drop them from a text; {expected}. Train it with initial_alphabet=ByteLevel.alphabet()"
+        )
+    ids = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+    spelled = b"".join(tokens.bytes_of.get(token_id, b"") for token_id in ids)
+    if missing or (spelled, tokenizer.decode(ids)) != (_SAMPLE.encode(), _SAMPLE):
+        steps = f"pre-tokenizer {_kind_of(tokenizer.pre_tokenizer)}, decoder {_kind_of(tokenizer.decoder)}"
+        raise InvalidInputError(
+            f"the tokenizer ({steps}) reads {_SAMPLE!r} as {tokenizer.decode(ids)!r}; {expected}. Take a model with "
+            "such a tokenizer"
+        )
+
 
 class TokenBytes:
     """The bytes of every token of a byte-level BPE, and the tokens that a text may begin with."""
@@ -205,6 +239,10 @@ def _kind(character: str) -> str:
         return "s"
     spaceless = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
     return "s" if unicodedata.name(character, "").startswith(spaceless) else "w"
+
+
+def _kind_of(step: object) -> str:
+    return "none" if step is None else type(step).__name__
 
 
 def _bytes_of_characters() -> dict[str, int]:
