@@ -42,7 +42,7 @@ LORA_FIELDS = {
     *("megatron_core", "qalora_group_size"),  # of no effect without megatron_config and use_qalora
 }
 """Fields of an adapter's configuration that are used, or say only how it was trained."""
-MERGE_HINT = "Or merge it with peft and export the result: PeftModel's merge_and_unload(), then save_pretrained(DIR)"
+MERGE_HINT = "Merge it with peft's merge_and_unload and save_pretrained(DIR), and load the result"
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
@@ -81,8 +81,8 @@ def locate_base(folder: Path, adapter: Mapping[str, Any]) -> Path:
     name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
     if not isinstance(name, str) or not name:
         raise InvalidInputError(
-            f"it is a LoRA adapter, and {ADAPTER_CONFIG_NAME} does not name its base (base_model_name_or_path); "
-            f"write the base's directory there. {MERGE_HINT}"
+            "it is a LoRA adapter that names no base. Merge it with peft's merge_and_unload and save_pretrained(DIR), or "
+            f"write the base's directory into {ADAPTER_CONFIG_NAME}, as base_model_name_or_path"
         )
     try:
         inside = folder / name
