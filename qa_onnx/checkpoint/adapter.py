@@ -27,21 +27,15 @@ if TYPE_CHECKING:
     import torch
 
 LORA_TENSOR = re.compile(r"base_model\.model\.(?:transformer\.)?(h\.\d+\.(?:attn|mlp)\.c_\w+)\.lora_([AB])\.weight")
-LORA_FIELDS = {
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "bias", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("megatron_core", "qalora_group_size"),  # of no effect without megatron_config and use_qalora
-}
-"""Fields of an adapter's configuration that are used, or say only how it was trained."""
+LORA_FIELDS = (
+    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode "
+    "r lora_alpha lora_dropout use_rslora fan_in_fan_out bias init_lora_weights "
+    "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size"
+).split()
+"""Fields of an adapter's configuration that are used, or say only how it was trained.
+
+The last two are of no effect without `megatron_config` and `use_qalora`.
+"""
 MERGE_HINT = "Merge it with peft's merge_and_unload and save_pretrained(DIR), and load the result"
 
 
@@ -81,8 +75,8 @@ def locate_base(folder: Path, adapter: Mapping[str, Any]) -> Path:
     name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
     if not isinstance(name, str) or not name:
         raise InvalidInputError(
-            "it is a LoRA adapter that names no base. Merge it with peft's merge_and_unload and save_pretrained(DIR), or "
-            f"write the base's directory into {ADAPTER_CONFIG_NAME}, as base_model_name_or_path"
+            f"it is a LoRA adapter that names no base. {MERGE_HINT}; or write the base's directory into "
+            f"{ADAPTER_CONFIG_NAME}, as base_model_name_or_path"
         )
     try:
         inside = folder / name

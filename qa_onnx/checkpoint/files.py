@@ -10,19 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qa_onnx.errors import InvalidInputError, one_line
+from qa_onnx.files import read_text
 
-CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
-WEIGHTS_NAME, INDEX_NAME, ADAPTER_NAME = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-)
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG_NAME, ADAPTER_NAME = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_NAME, VOCABULARY_NAME, MERGES_NAME = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME = "tokenizer_config.json", "special_tokens_map.json"
-DOWNLOADED = (
-    *(CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME),
-    *(TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME, VOCABULARY_NAME, MERGES_NAME),
-)
+DOWNLOADED = [CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME]
+DOWNLOADED += [TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME, VOCABULARY_NAME, MERGES_NAME]
 """What is fetched of a repository of the hub: no pickles and no code."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
@@ -46,7 +41,7 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=DOWNLOADED))
     except (OSError, ValueError) as error:  # the hub's own errors and those of the connection are OSErrors
         raise InvalidInputError(
             f"there is no such directory, and the hub gave no model of that name ({one_line(error)}). Expected a "
@@ -58,8 +53,8 @@ def file_in(folder: Path, name: str) -> Path | None:
     """A file of a checkpoint; None where there is none.
 
     Raises:
-        InvalidInputError: It is no regular file, or lies outside the directory. A snapshot in the hub's cache may link
-            to the cache's blobs.
+        InvalidInputError: It is no regular file, or lies outside the directory. Blobs of the hub's cache may be linked
+            to, which its snapshots and older downloads consist of.
     """
     path = folder / name
     if not path.exists():
@@ -67,33 +62,30 @@ def file_in(folder: Path, name: str) -> Path | None:
             raise InvalidInputError(f"{name} is a link to a file that is not there; copy the file instead")
         return None
     root, target = folder.resolve(), path.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(target.is_relative_to(place) for place in allowed):
+    is_blob = target.parent.name == "blobs" and (
+        target.parents[1].name.startswith("models--") or root.parent == target.parents[1] / "snapshots"
+    )
+    if not target.is_relative_to(root) and not is_blob:
         raise InvalidInputError(f"{name} lies outside the model's directory, in {target}; copy it into the directory")
     if not path.is_file():
         raise InvalidInputError(f"{name} is not a file")
     return path
 
 
-def read_text(folder: Path, name: str, max_bytes: int) -> str | None:
-    """The text of a UTF-8 file; None where there is no such file."""
+def read_file(folder: Path, name: str, max_bytes: int) -> str | None:
+    """The text of a file; None where there is no such file."""
     path = file_in(folder, name)
     if path is None:
         return None
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise InvalidInputError(f"{name} has {size:,} bytes; expected at most {max_bytes:,}")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InvalidInputError(f"{name} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{name} is not UTF-8 (byte {error.start}); expected JSON") from error
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise InvalidInputError(f"{name} has {size:,} bytes; expected at most {max_bytes:,}")
+    return read_text(path, expected="a file of a model")
 
 
 def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
-    text = read_text(folder, name, max_bytes)
+    text = read_file(folder, name, max_bytes)
     if text is None:
         return None
     try:

@@ -128,8 +128,9 @@ def read_settings(folder: Path) -> ModelSettings:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(name in ARCHITECTURES for name in architectures):
         raise InvalidInputError(
-            f"its architectures are {architectures!r}, whose own head or code would be lost; expected a language "
-            f"model, {ARCHITECTURES[0]!r}. Fine-tune one of these: answers are generated as text"
+            f"its architectures are {architectures!r:.200}, whose own head or code would be lost; expected "
+            f"{ARCHITECTURES[0]!r}, a language model, since answers are generated as text. Fine-tune one of these; or, "
+            f"where it computes the same, write that name into {CONFIG_NAME}"
         )
     for name, reason in REFUSED_FIELDS.items():
         if config.get(name):

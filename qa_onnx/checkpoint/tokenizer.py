@@ -17,8 +17,8 @@ from qa_onnx.checkpoint.files import (
     TOKENIZER_NAME,
     VOCABULARY_NAME,
     file_in,
+    read_file,
     read_json,
-    read_text,
 )
 from qa_onnx.errors import InvalidInputError, one_line
 from qa_onnx.text.constraint import check_byte_level
@@ -32,17 +32,19 @@ END_OF_TEXT = "<|endoftext|>"
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """A byte-level BPE, and the options that transformers' class takes with it, `eos_token` among them."""
-    text = read_text(folder, TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+    text = read_file(folder, TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
     try:
         bpe = _read_vocabulary(folder) if text is None else Tokenizer.from_str(text)
         prepare_tokenizer(bpe)
         check_byte_level(bpe)
-    except BaseException as error:  # `tokenizers` has no error class of its own, and its panics are no Exceptions
-        if isinstance(error, InvalidInputError):
-            raise
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InvalidInputError(f"{TOKENIZER_NAME} is no tokenizer ({one_line(error)})") from error
+    except InvalidInputError:
         raise
+    except BaseException as error:  # `tokenizers` has no error class of its own, and its panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InvalidInputError(
+            f"{TOKENIZER_NAME} is no tokenizer ({one_line(error)}); copy it again from the model that it is of"
+        ) from error
     config = read_json(folder, TOKENIZER_CONFIG_NAME, MAX_INDEX_BYTES) or {}
     named = {**(read_json(folder, SPECIAL_TOKENS_NAME) or {}), **config}
     options: dict[str, Any] = {"add_prefix_space": config.get("add_prefix_space") is True}
@@ -65,7 +67,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
 def _read_vocabulary(folder: Path) -> Tokenizer:
     """The tokenizer of a directory from before there was `tokenizer.json`."""
     vocabulary = read_json(folder, VOCABULARY_NAME, MAX_TOKENIZER_BYTES)
-    merges = read_text(folder, MERGES_NAME, MAX_TOKENIZER_BYTES)
+    merges = read_file(folder, MERGES_NAME, MAX_TOKENIZER_BYTES)
     if vocabulary is None or merges is None:
         raise InvalidInputError(f"{TOKENIZER_NAME} is not there; copy the tokenizer's files into the model's directory")
     if file_in(folder, "added_tokens.json") is not None:
