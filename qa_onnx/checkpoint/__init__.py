@@ -23,7 +23,7 @@ from qa_onnx.checkpoint.files import TOKENIZER_NAME, file_in, locate
 from qa_onnx.checkpoint.settings import ModelSettings, read_settings
 from qa_onnx.checkpoint.tokenizer import read_tokenizer, wrap
 from qa_onnx.checkpoint.weights import build, check_weights, read_weights, weight_files
-from qa_onnx.errors import InvalidInputError
+from qa_onnx.errors import InvalidInputError, one_line
 from qa_onnx.text.prompt import encode_prompts
 
 if TYPE_CHECKING:
@@ -76,11 +76,15 @@ def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
 
 @contextmanager
 def _naming(kind: str, name: str | Path) -> Iterator[None]:
-    """Puts what could not be loaded in front of an error."""
+    """Puts what could not be loaded in front of an error, and makes one of a file that cannot be read."""
     try:
         yield
     except InvalidInputError as error:
         raise InvalidInputError(f"no {kind} could be loaded from {name}: {error}") from error
+    except OSError as error:
+        raise InvalidInputError(
+            f"no {kind} could be loaded from {name}: {one_line(error):.300}; expected files with read permission"
+        ) from error
 
 
 def _check_fit(bpe: Tokenizer, end_of_text: str, settings: ModelSettings, name: str | Path) -> None:

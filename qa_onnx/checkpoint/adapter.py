@@ -78,10 +78,10 @@ def locate_base(folder: Path, adapter: Mapping[str, Any]) -> Path:
             f"it is a LoRA adapter that names no base. {MERGE_HINT}; or write the base's directory into "
             f"{ADAPTER_CONFIG_NAME}, as base_model_name_or_path"
         )
+    inside = folder / name
     try:
-        inside = folder / name
         base = inside if inside.is_dir() else locate(name, revision=revision if isinstance(revision, str) else None)
-    except (InvalidInputError, OSError) as error:
+    except InvalidInputError as error:
         raise InvalidInputError(
             f"it is a LoRA adapter whose base {name!r:.200} cannot be found: {one_line(error)}. {MERGE_HINT}"
         ) from error

@@ -29,13 +29,10 @@ NAMES_SHOWN, MAX_NAME_LENGTH = 3, 100
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
     """The directory of a checkpoint: itself, or the snapshot of a hub id, fetched where the hub's cache lacks it."""
     path = Path(name)
-    try:
-        if path.is_dir():
-            return path
-        if path.exists():
-            raise InvalidInputError(f"it is a file; expected a directory with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    except OSError as error:
-        raise InvalidInputError(f"it cannot be read ({error.strerror})") from error
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InvalidInputError(f"it is a file; expected a directory with {CONFIG_NAME} and {WEIGHTS_NAME}")
     if HUB_ID.fullmatch(str(name)) is None:
         raise InvalidInputError(f"there is no such directory; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     from huggingface_hub import snapshot_download
@@ -105,7 +102,7 @@ def open_tensors(path: Path, *, framework: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework=framework) as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise InvalidInputError(
             f"{path.name} is no whole safetensors file ({one_line(error)}); copy it again"
         ) from error

@@ -55,12 +55,14 @@ def weight_files(folder: Path) -> list[Path]:
     for name in sorted(set(weight_map.values())):
         if not name.endswith(".safetensors"):
             raise InvalidInputError(
-                f"{INDEX_NAME} names {name!r}; expected .safetensors files only: others can run code when "
+                f"{INDEX_NAME} names {name!r:.200}; expected .safetensors files only: others can run code when "
                 "they are opened"
             )
         path = file_in(folder, name)
         if path is None:
-            raise InvalidInputError(f"{INDEX_NAME} names {name!r}, which is not there; copy all shards of the model")
+            raise InvalidInputError(
+                f"{INDEX_NAME} names {name!r:.200}, which is not there; copy all shards of the model"
+            )
         paths.append(path)
     return paths
 
