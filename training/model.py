@@ -72,6 +72,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
             )
             added = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
             attention_mask = added.masked_fill_(~attention_mask, torch.finfo(dtype).min)
+        self._allow_rows_of(input_ids.shape[1])
         hidden = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
@@ -81,6 +82,14 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
         loss = cross_entropy(logits, targets[counted], reduction="sum", label_smoothing=self.label_smoothing)
         loss = loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithCrossAttentions(loss=loss)
+
+    def _allow_rows_of(self, tokens: int) -> None:
+        """Eager attention has a causal mask as large as the model's positions; packed rows have more tokens."""
+        attentions = [block.attn for block in self.transformer.h]
+        if self.config._attn_implementation == "eager" and tokens > attentions[0].bias.shape[-1]:
+            mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=self.device).tril()
+            for attention in attentions:
+                attention.bias = mask
 
 
 def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:

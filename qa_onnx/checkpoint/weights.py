@@ -60,9 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         path = file_in(folder, name)
         if path is None:
-            raise InvalidInputError(
-                f"{INDEX_NAME} names {name!r:.200}, which is not there; copy all shards of the model"
-            )
+            raise InvalidInputError(f"{INDEX_NAME} names {name!r:.200}, which is not there; copy all of its files")
         paths.append(path)
     return paths
 

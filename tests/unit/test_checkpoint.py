@@ -329,7 +329,7 @@ def test_shards_are_read_by_their_index(folder):
         ({"wte.weight": "sub/../../other/model.safetensors"}, "lies outside the model's directory"),
         ({"wte.weight": "link.safetensors"}, "lies outside the model's directory"),
         ({"wte.weight": "linked/model.safetensors"}, "lies outside the model's directory"),
-        ({"wte.weight": "gone.safetensors"}, "'gone.safetensors', which is not there; copy all shards"),
+        ({"wte.weight": "gone.safetensors"}, "'gone.safetensors', which is not there; copy all of its files"),
         ({"wte.weight": "dangling.safetensors"}, "is a link to a file that is not there"),
         ({"wte.weight": "sub.safetensors"}, "sub.safetensors is not a file"),
         ({"wte.weight": 3}, "has no weight_map of tensors to file names"),
