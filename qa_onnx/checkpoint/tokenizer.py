@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from qa_onnx.checkpoint.files import (
+    ADDED_TOKENS_NAME,
     MAX_INDEX_BYTES,
     MAX_TOKENIZER_BYTES,
     MERGES_NAME,
@@ -16,7 +17,6 @@ from qa_onnx.checkpoint.files import (
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     VOCABULARY_NAME,
-    file_in,
     read_file,
     read_json,
 )
@@ -65,22 +65,25 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _read_vocabulary(folder: Path) -> Tokenizer:
-    """The tokenizer of a directory from before there was `tokenizer.json`."""
+    """The tokenizer of a directory without `tokenizer.json`, as transformers' GPT2Tokenizer writes it."""
     vocabulary = read_json(folder, VOCABULARY_NAME, MAX_TOKENIZER_BYTES)
     merges = read_file(folder, MERGES_NAME, MAX_TOKENIZER_BYTES)
     if vocabulary is None or merges is None:
         raise InvalidInputError(f"{TOKENIZER_NAME} is not there; copy the tokenizer's files into the model's directory")
-    if file_in(folder, "added_tokens.json") is not None:
-        raise InvalidInputError(
-            f"there is added_tokens.json and no {TOKENIZER_NAME}; load the tokenizer with transformers' "
-            "GPT2TokenizerFast and save_pretrained(DIR)"
-        )
     lines = (line for line in merges.split("\n") if line.strip() and not line.startswith("#version"))
     pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines]
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    added = read_json(folder, ADDED_TOKENS_NAME) or {}
+    for token in sorted(added, key=lambda token: added[token]):
+        bpe.add_special_tokens([token])
+        if bpe.token_to_id(token) != added[token]:
+            raise InvalidInputError(
+                f"{ADDED_TOKENS_NAME} has {token!r:.100} as token {added[token]!r:.100}; expected "
+                f"{bpe.token_to_id(token)}, the next one after {VOCABULARY_NAME}. Copy both from the same model"
+            )
     return bpe
 
 

@@ -565,9 +565,30 @@ def test_a_folder_from_before_tokenizer_json_has_the_same_tokenizer(tmp_path):
     assert found.encode(text).ids == expected.encode(text).ids
     assert found.decode(found.encode(text).ids) == text
     assert options["eos_token"] == "<|endoftext|>"
-    (old / "added_tokens.json").write_text("{}")
-    with pytest.raises(InvalidInputError, match=r"added_tokens\.json"):
-        read_tokenizer(old)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"[PAD]": 8192, "<|endoftext|>": 0}, None),
+        ({"[SEP]": 8193, "[PAD]": 8192}, None),
+        ({"[PAD]": 8200}, "'[PAD]' as token 8200; expected 8192"),
+        ({"<|endoftext|>": 8192}, "'<|endoftext|>' as token 8192; expected 0"),
+        ({"[PAD]": "8192"}, "expected 8192, the next one"),
+        ({"[PAD]": 8192, "[SEP]": None}, "is no tokenizer"),
+    ],
+)
+def test_added_tokens_have_the_ids_that_they_were_trained_with(tmp_path, added, message):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(STARTER / name, tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    if message is None:
+        found, _ = read_tokenizer(tmp_path)
+        assert {token: found.token_to_id(token) for token in added} == added
+    else:
+        with pytest.raises(InvalidInputError) as refused:
+            read_tokenizer(tmp_path)
+        assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
