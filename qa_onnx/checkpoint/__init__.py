@@ -54,9 +54,8 @@ def load_checkpoint(
         settings = read_settings(base)
         sources = check_weights(weight_files(base), settings)
         bpe, options = read_tokenizer(folder if file_in(folder, TOKENIZER_NAME) else base)
-    _check_fit(bpe, options["eos_token"], settings, name)
-    tokenizer = wrap(bpe, options)
-    with _naming("model", name):
+        _check_fit(bpe, options["eos_token"], settings)
+        tokenizer = wrap(bpe, options)
         weights = read_weights(sources, settings)
         if adapter is not None:
             merge(weights, folder, adapter)
@@ -87,22 +86,22 @@ def _naming(kind: str, name: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _check_fit(bpe: Tokenizer, end_of_text: str, settings: ModelSettings, name: str | Path) -> None:
+def _check_fit(bpe: Tokenizer, end_of_text: str, settings: ModelSettings) -> None:
     """Refuses a tokenizer that is not that of the model."""
     if bpe.token_to_id(end_of_text) is None:
         raise InvalidInputError(
-            f"the tokenizer of {name} has no {end_of_text} among the {settings.vocab_size} tokens of its model; "
-            "answers could not be ended. Add the token and train its embedding, or take another tokenizer.json"
+            f"the tokenizer has no {end_of_text} among the {settings.vocab_size} tokens of its model; answers could "
+            "not be ended. Add the token and train its embedding, or take another tokenizer.json"
         )
     tokens = max(bpe.get_vocab().values()) + 1
     if tokens > settings.vocab_size:
         raise InvalidInputError(
-            f"the tokenizer of {name} has {tokens} tokens and its model embeds {settings.vocab_size}; expected at most "
-            "as many. Is tokenizer.json another model's?"
+            f"the tokenizer has {tokens} tokens and its model embeds {settings.vocab_size}; expected at most as many. "
+            "Is tokenizer.json another model's?"
         )
     (shortest,) = encode_prompts(bpe, ["?"], ["."])
     if len(shortest) >= settings.n_positions:
         raise InvalidInputError(
-            f"the model of {name} has {settings.n_positions} positions, and its tokenizer makes {len(shortest)} tokens "
-            "of the shortest prompt; expected more positions than that"
+            f"the model has {settings.n_positions} positions, and its tokenizer makes {len(shortest)} tokens of the "
+            "shortest prompt; expected more positions than that"
         )
