@@ -241,6 +241,8 @@ def test_trained_and_answered_is_what_the_config_says(folder, tmp_path, referenc
     together = generate_answers(model, tokenizer, examples, max_new_tokens=8, progress=False)
     alone = generate_answers(model, tokenizer, examples, max_new_tokens=8, batch_size=1, progress=False)
     assert together == alone
+    if len(fields) == 1 and "scale_attn_weights" not in fields:
+        return  # an export takes seconds: `tests/integration/test_models.py` has one, and all fields together here
     export(str(folder), tmp_path / "bundle")
     with Answerer.from_pretrained(tmp_path / "bundle", provider="cpu") as answerer:
         answers = answerer.answer_batch(
