@@ -131,7 +131,10 @@ def transformers(settings: Settings, precision: str) -> tuple[Answer, Callable[[
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(
-        Path(settings.directory) / "model", dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        Path(settings.directory) / "model",
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+        attn_implementation="sdpa",
+        use_safetensors=True,
     )
     return _generating(model.eval(), settings)
 

@@ -47,8 +47,8 @@ def random_prompts(vocab_size: int, max_positions: int, seed: int = 0) -> list[P
     draw = np.random.default_rng(seed)
     longest = max_positions - NEW_TOKENS + 1
     prompts = []
-    for index, (prefix, suffix) in enumerate([*RANDOM_LENGTHS, (longest - 20, 20)]):
-        suffixes = (suffix, *SHARED_LENGTHS) if index % 2 else (suffix,)
+    for index, (prefix, suffix) in enumerate([*RANDOM_LENGTHS, (max(longest - 20, 0), 20)]):
+        suffixes = [min(length, longest) for length in ((suffix, *SHARED_LENGTHS) if index % 2 else (suffix,))]
         prefix_ids = draw.integers(0, vocab_size, min(prefix, longest - max(suffixes))).tolist()
         prompts += [
             Prompt(prefix_ids=prefix_ids, suffix_ids=draw.integers(0, vocab_size, length).tolist())

@@ -21,12 +21,9 @@ from typing import Any
 
 import onnx
 import optimum.utils.logging
-import torch
 import transformers
 from optimum.exporters.onnx import onnx_export_from_model
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
 from export.decoder import QuantizedWeight, build_cache_copy, build_decoder, save_decoder, weights_of
 from export.parity import NEW_TOKENS, random_prompts, verify_parity
@@ -43,12 +40,13 @@ from qa_onnx.bundle import (
     Manifest,
     write_manifest,
 )
+from qa_onnx.checkpoint import load_checkpoint
 from qa_onnx.cli import run_command
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
-from qa_onnx.errors import InvalidInputError, ParityError, one_line
+from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.evaluation.squad import Example, read_squad
 from qa_onnx.files import put_in_place, set_default_modes
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
@@ -101,7 +99,7 @@ def export(
     for path, marker in markers.items():
         _check_replaceable(path, force=force, marker=marker)
     examples = [] if verify is None else read_squad(verify)
-    model, tokenizer = _load(model_name)
+    model, tokenizer = load_checkpoint(model_name)
     with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
         plain, bundle = staging / "optimum", staging / "bundle"
         bundle.mkdir()
@@ -185,25 +183,6 @@ def export(
             set_default_modes(directory)
             put_in_place(directory, path, replace=force)
     return manifest
-
-
-def _load(name: str) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
-    """Loads model and tokenizer from safetensors and JSON: nothing is unpickled, no code of a repository is run."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config.model_type == "gpt2":
-            tokenizer = GPT2TokenizerFast.from_pretrained(name)
-            model = GPT2LMHeadModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InvalidInputError(
-            f"no model could be loaded from {name}: {one_line(error)} Expected a directory that "
-            "training.finetune wrote, or a hub id and a connection to the hub"
-        ) from error
-    if config.model_type != "gpt2":
-        raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= config.vocab_size:
-        raise InvalidInputError(f"the tokenizer of {name} has no <|endoftext|> token that the model knows")
-    return model.eval(), tokenizer
 
 
 def _fitting(examples: list[Example], bpe: Tokenizer, *, longest: int) -> tuple[list[Example], list[Prompt]]:

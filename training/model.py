@@ -9,14 +9,12 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, GPT2Config, GPT2TokenizerFast
+from transformers import GPT2Config, GPT2TokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from qa_onnx.errors import InvalidInputError, one_line
-from qa_onnx.text.prompt import prepare_tokenizer
+from qa_onnx.checkpoint import load_checkpoint, load_tokenizer
 
 STARTER = Path(__file__).parent / "starter" / "model"
 ARCHITECTURES = {"gpt2": GPT2Config()}
@@ -74,6 +72,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
             )
             added = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
             attention_mask = added.masked_fill_(~attention_mask, torch.finfo(dtype).min)
+        self._allow_rows_of(input_ids.shape[1])
         hidden = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
@@ -84,22 +83,13 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
         loss = loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithCrossAttentions(loss=loss)
 
-
-def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
-    """Loads a GPT-2 tokenizer from a directory or the hub, set up for `qa_onnx.text.prompt`.
-
-    Raises:
-        InvalidInputError: There is none there.
-    """
-    try:
-        tokenizer = GPT2TokenizerFast.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        raise InvalidInputError(
-            f"no tokenizer could be loaded from {name}: {one_line(error)}. Expected a directory with tokenizer.json "
-            "or a hub id and a connection to the hub"
-        ) from error
-    prepare_tokenizer(tokenizer.backend_tokenizer)
-    return tokenizer
+    def _allow_rows_of(self, tokens: int) -> None:
+        """Eager attention has a causal mask as large as the model's positions; packed rows have more tokens."""
+        attentions = [block.attn for block in self.transformer.h]
+        if self.config._attn_implementation == "eager" and tokens > attentions[0].bias.shape[-1]:
+            mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=self.device).tril()
+            for attention in attentions:
+                attention.bias = mask
 
 
 def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
@@ -112,33 +102,9 @@ def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadMo
         dropout: Of embeddings, attention and residuals; None leaves the model's own.
 
     Raises:
-        InvalidInputError: There is no such model, it is not a GPT-2, or its tokenizer is another model's or without
-            an end-of-text token.
+        InvalidInputError: As from `qa_onnx.checkpoint.load_checkpoint`.
     """
-    source = STARTER if name == "starter" else name
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _no_model(name, error) from error
-    if config.model_type != "gpt2":
-        raise InvalidInputError(f"{name} is a {config.model_type!r} model; expected a GPT-2 ('gpt2')")
-    _set_dropout(config, dropout)
-    try:
-        model = GPT2LMHeadModel.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: of other sizes than config's
-        raise _no_model(name, error) from error
-    tokenizer = load_tokenizer(source)
-    if tokenizer.eos_token_id >= model.config.vocab_size:  # transformers adds the token where it is not there
-        raise InvalidInputError(
-            f"the tokenizer of {name} has no {tokenizer.eos_token} among the {model.config.vocab_size} tokens of its "
-            "model; answers could not be ended. Add the token and train its embedding, or take another tokenizer.json"
-        )
-    if len(tokenizer) > model.config.vocab_size:
-        raise InvalidInputError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens and its model embeds {model.config.vocab_size}; "
-            "expected at most as many. Is tokenizer.json another model's?"
-        )
-    return model, tokenizer
+    return load_checkpoint(STARTER if name == "starter" else name, model_class=GPT2LMHeadModel, dropout=dropout)
 
 
 def build_model(
@@ -146,10 +112,11 @@ def build_model(
 ) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
     """Builds an architecture of `ARCHITECTURES` with random weights (seed them first) for a tokenizer's vocabulary."""
     tokenizer = load_tokenizer(tokenizer_name)
-    config = GPT2Config.from_dict(ARCHITECTURES[architecture].to_dict())
+    config = GPT2Config.from_dict(ARCHITECTURES[architecture].to_dict(), attn_implementation="sdpa")
     config.vocab_size = len(tokenizer)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    _set_dropout(config, dropout)
+    if dropout is not None:
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     return GPT2LMHeadModel(config), tokenizer
 
 
@@ -191,15 +158,3 @@ def whole(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel | PeftModel:
         copied = GPT2LMHeadModel(model.config)
     copied.load_state_dict(gathered)
     return copied
-
-
-def _set_dropout(config: GPT2Config, dropout: float | None) -> None:
-    if dropout is not None:
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
-
-
-def _no_model(name: str, error: Exception) -> InvalidInputError:
-    return InvalidInputError(
-        f"no model could be loaded from {name}: {one_line(error)} Expected 'starter', a directory with config.json "
-        "and model.safetensors, or a hub id and a connection to the hub"
-    )

@@ -18,7 +18,38 @@ from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
+
+from qa_onnx.errors import InvalidInputError
+
+_SAMPLE = " The 7 words,\n Zoë's"
+_BYTES_OF_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}
+
+
+def check_byte_level(tokenizer: Tokenizer) -> None:
+    """Checks that a tokenizer spells text byte by byte, as GPT-2's does: extractive answers follow these bytes.
+
+    Tokens of a SentencePiece, WordPiece or Unigram tokenizer are no bytes, and could not spell a span of a context.
+
+    Raises:
+        InvalidInputError: It is not a byte-level BPE, has no tokens for some bytes, or changes the text that it reads.
+    """
+    steps = (tokenizer.model, tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
+    given = f"the tokenizer ({', '.join(type(step).__name__ for step in steps if step is not None)})"
+    expected = "expected a byte-level BPE such as GPT-2's. Take a model with such a tokenizer"
+    if not isinstance(tokenizer.model, models.BPE):
+        raise InvalidInputError(f"{given} does not spell the bytes of a text; {expected}")
+    tokens = TokenBytes(tokenizer)
+    missing = _BYTES_OF_UTF8 - {spelled[0] for spelled in tokens.bytes_of.values() if len(spelled) == 1}
+    if missing:
+        raise InvalidInputError(
+            f"{given} has no token for {len(missing)} of the 256 bytes, such as {min(missing):#04x}, and would drop "
+            f"them from a text; {expected}"
+        )
+    ids = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+    spelled, decoded = b"".join(tokens.bytes_of.get(token_id, b"") for token_id in ids), tokenizer.decode(ids)
+    if (spelled, decoded) != (_SAMPLE.encode(), _SAMPLE):
+        raise InvalidInputError(f"{given} reads {_SAMPLE!r} as {decoded!r}; {expected}")
 
 
 class TokenBytes:

@@ -713,7 +713,7 @@ def test_the_report_and_the_card_say_what_was_done(finetuned):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ("vocabulary", [], r"tokenizer of .* has 600 tokens and its model embeds 500"),
+        ("vocabulary", [], r"tokenizer has 600 tokens and its model embeds 500"),
         ("no end-of-text", [], r"no <\|endoftext\|> among the 600 tokens of its model"),
         ("positions", [], r"no model could be loaded"),
         ("", ["--max-length", "300"], r"--max-length 300; the model has 256 positions"),

@@ -33,7 +33,7 @@ def files_of(package):
     return paths
 
 
-@pytest.mark.parametrize("module", ["qa_onnx", "qa_onnx.cli"])
+@pytest.mark.parametrize("module", ["qa_onnx", "qa_onnx.cli", "qa_onnx.checkpoint"])
 def test_the_runtime_is_imported_without_the_training_stack(module):
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -41,6 +41,7 @@ def test_the_runtime_is_imported_without_the_training_stack(module):
     assert {"qa_onnx", "numpy", "tokenizers"} <= loaded
     assert (
         loaded & {"torch", "transformers", "datasets", "optimum", "onnx", "matplotlib", "training", "export", "bench"}
+        == loaded & {"safetensors", "huggingface_hub", "peft"}
         == set()
     )
 
@@ -49,6 +50,8 @@ def test_the_runtime_is_imported_without_the_training_stack(module):
 def test_the_runtime_imports_only_its_few_dependencies(path):
     roots = {name.partition(".")[0] for name in imports_of(path)}
     optional = {"matplotlib"} if path.name == "error_analysis.py" else set()
+    if path.parent.name == "checkpoint":  # which training and export load models with
+        roots -= {"torch", "transformers", "safetensors", "huggingface_hub"}
     assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == optional
 
 
