@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
-from qa_onnx.errors import InvalidInputError, PromptTooLongError, one_line
+from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.squad import Example, read_predictions
 from qa_onnx.files import write_file
 from qa_onnx.lock import folder_lock
@@ -279,8 +279,8 @@ def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except UnpicklingError as error:
         raise TrainingError(
-            f"{checkpoint} holds a pickle of more than tensors, which is not opened ({one_line(error).partition('.')[0]}"
-            "). Delete this checkpoint, or start in another --output"
+            f"{checkpoint} holds a pickle of more than tensors and numbers, which is not opened. Delete this "
+            "checkpoint, to go on from one before it, or start in another directory"
         ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from export.to_onnx import export
-from qa_onnx.errors import InvalidInputError
 from qa_onnx.lock import folder_lock
 from training import checkpoints, finetune, report, trainer
 from training.checkpoints import CHECKSUMS_NAME, good_checkpoints
@@ -52,11 +51,21 @@ def has_equal_weights(first, second):
     return all(torch.equal(first[name], second[name]) for name in second)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plots():
+    """Drawing them takes longer than the training."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "_png", lambda figure: b"PNG")
+        yield
+
+
 @pytest.fixture(scope="module")
-def arguments(tiny_model_dir):
+def arguments(tiny_model_dir, tmp_path_factory):
     """Two epochs of 4 steps, each ended by an evaluation; a checkpoint every 2 steps."""
-    sources = ["--model", tiny_model_dir, "--train", "sample", "--eval", "sample", "--eval-at-start"]
-    return [*sources, "--epochs", 2, "--limit-train", 64, "--limit-eval", 3, "--save-steps", 2, "--keep", 3]
+    data = tmp_path_factory.mktemp("data") / "data.json"
+    data.write_text(json.dumps(generate("train", questions=16)))
+    sources = ["--model", tiny_model_dir, "--train", data, "--eval", data, "--limit-eval", 1, "--max-new-tokens", 2]
+    return [*sources, "--eval-at-start", "--epochs", 2, "--batch-size", 4, "--save-steps", 2, "--keep", 3]
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +173,7 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_to_the_same_weights(argum
     assert has_equal_weights(output, whole)
     metrics = [json.loads((path / "metrics.json").read_text()) for path in (output, whole)]
     assert metrics[0]["evaluations"] == metrics[1]["evaluations"]
-    assert not [
-        path.name
-        for path in output.iterdir()
-        if path.name.startswith((".", "best-", "checkpoint-", "training.")) and path.suffix != ".png"
-    ]
+    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_damaged_checkpoints_are_not_kept_instead_of_good_ones(arguments, output, monkeypatch):
@@ -366,7 +371,7 @@ def test_no_file_of_a_training_or_an_export_tells_of_the_machine(tiny_model_dir,
     monkeypatch.setattr(finetune, "delete_checkpoints", lambda *_, **__: None)
     output = alice / "work" / "out"
     sources = ["--model", alice / "models" / "small", "--train", alice / "train.json", "--eval", alice / "heldout.json"]
-    more = ["--cache-dir", alice / "cache", "--tensorboard", "--limit-eval", 2, "--epochs", 1, "--save-steps", 1]
+    more = ["--cache-dir", alice / "cache", "--tensorboard", "--max-steps", 1, "--limit-eval", 2, "--save-steps", 1]
     assert run_finetune(*sources, *more, *options, "--output", output) == 0
     assert steps_of(output)
     assert leaks(output) == []
@@ -464,19 +469,11 @@ def test_a_report_shows_what_attacks_it_as_text(arguments, tmp_path):
                 qa["question"] = f"{attack}\n# {qa['question']}"
     name = "<img src=x> |`[a](b).json"
     (tmp_path / name).write_text(json.dumps(data))
-    given = ["--model", arguments[1], "--train", "sample", "--eval", tmp_path / name, "--output", tmp_path / "<b>|out"]
-    assert run_finetune(*given, "--limit-train", 8, "--max-steps", 1) == 0
+    given = [*arguments[:5], tmp_path / name, "--output", tmp_path / "<b>|out", "--max-new-tokens", 2]
+    assert run_finetune(*given, "--max-steps", 1) == 0
     for file in ("report.md", "README.md"):
         body = (tmp_path / "<b>|out" / file).read_text().split("---\n")[-1]
         assert not [mark for mark in ("<script", "<img", "<b>", "<!--", " [a]", "|`") if mark in body]
     rows = [line for line in (tmp_path / "<b>|out" / "report.md").read_text().splitlines() if "&lt;script" in line]
     assert len(rows) == 4
     assert all(len(row.replace(r"\|", "").split("|")) == 6 for row in rows)
-
-
-def test_a_lock_that_cannot_be_made_is_an_input_error(tmp_path):
-    with pytest.raises(InvalidInputError, match="cannot be locked"), finetune._lock(tmp_path):
-        (tmp_path / LOCK_NAME).unlink()
-        (tmp_path / LOCK_NAME).mkdir()
-        with finetune._lock(tmp_path):
-            pytest.fail("locked")
