@@ -23,6 +23,7 @@ from training import checkpoints, finetune, report, trainer
 from training.checkpoints import CHECKSUMS_NAME, good_checkpoints
 from training.finetune import LOCK_NAME
 from training.report import escape_markdown
+from training.starter.pretrain import paragraphs_of
 from training.starter.sample import generate
 
 
@@ -401,7 +402,7 @@ def test_of_model_and_data_the_content_decides_where_a_run_goes_on(tiny_model_di
             run(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     data = json.loads((tmp_path / "b" / "data.json").read_text())
-    data["data"][-1]["paragraphs"][-1]["qas"][-1]["question"] += " Really?"
+    paragraphs_of(data)[0]["qas"][0]["question"] += " Really?"
     (tmp_path / "b" / "data.json").write_text(json.dumps(data))
     assert run(tmp_path / "b") == 2
     assert "sha256_of_train was" in capsys.readouterr().err
