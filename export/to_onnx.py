@@ -48,7 +48,7 @@ from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.evaluation.squad import Example, read_squad
-from qa_onnx.files import put_in_place, set_default_modes
+from qa_onnx.files import public_name, put_in_place, set_default_modes
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
@@ -169,7 +169,7 @@ def export(
                 "eos_token_id": tokenizer.eos_token_id,
                 "max_positions": config.n_positions,
                 "vocab_size": config.vocab_size,
-                "source_model": model_name,
+                "source_model": public_name(model_name),
                 "package_versions": versions,
                 "parity": parity,
                 "precision_loss": precision_loss,

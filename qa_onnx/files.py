@@ -36,6 +36,25 @@ def read_text(path: str | Path, *, expected: str) -> str:
         raise InvalidInputError(f"{path}: byte {error.start} is not UTF-8; expected {expected} in UTF-8") from error
 
 
+def public_name(path: str | Path) -> str:
+    """A path as it may be published: directories outside the working directory tell the names of users and machines.
+
+    Args:
+        path: Of a file or directory; anything else, such as the id of a model on the hub, stays as it is.
+
+    Returns:
+        The path relative to the working directory where it is inside of it, else its last part. Bytes that are not
+        UTF-8 are replaced.
+    """
+    name, here = os.path.normpath(path), Path.cwd()
+    if name == os.curdir or Path(name).is_absolute() or name.startswith(os.pardir):
+        absolute = Path(os.path.normpath(here / name))
+        # Above home directories, such as in /, a relative path would tell whose it is.
+        is_public = absolute.is_relative_to(here) and absolute != here and here not in Path("~").expanduser().parents
+        name = str(absolute.relative_to(here)) if is_public else absolute.name
+    return os.fsencode(name).decode(errors="replace")
+
+
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
     """Checks that output files can be written, before the work whose results go there.
 

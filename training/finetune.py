@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -10,9 +11,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -25,10 +28,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.squad import Example, read_predictions
+from qa_onnx.files import write_file
+from qa_onnx.lock import folder_lock
+from training.checkpoints import (
+    BEST_PREFIX,
+    CHECKSUMS_NAME,
+    UNFINISHED_NAME,
+    TrainingError,
+    checkpoints_in,
+    delete_checkpoints,
+    good_checkpoints,
+    writes_checkpoints,
+)
 from training.data import LOSS_ON, RowSettings, cached_rows, too_long
 from training.evaluation import windows_of
-from training.model import ARCHITECTURES, build_model, load_model, with_lora
-from training.overview import describe, overview_of
+from training.model import ARCHITECTURES, GPT2LMHeadModel, PeftModel, build_model, load_model, with_lora
+from training.overview import Overview, describe, overview_of
 from training.report import METRICS_NAME, history_of, worst_examples, write_json, write_report
 from training.settings import (
     FREE_TO_CHANGE,
@@ -42,16 +57,11 @@ from training.settings import (
     FinetuneConfig,
 )
 from training.sources import FIELDS, Source, load_source, weighted
-from training.trainer import (
-    BAD_BATCH_NAME,
-    BEST_PREFIX,
-    PREDICTIONS_NAME,
-    GenerationTrainer,
-    TrainingError,
-    last_checkpoint,
-)
+from training.trainer import BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME, GenerationTrainer
 
-CONFIG_NAME, TENSORBOARD_NAME = "training_config.json", "tensorboard"
+CONFIG_NAME, LOCK_NAME = "training_config.json", "training.lock"
+PARTIAL_PATTERN = ".*.partial"
+"""Of files that `write_file` was killed in."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -70,7 +80,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
 
     Raises:
         InvalidInputError: Settings, data or model are not what they have to be. Nothing was written then.
-        TrainingError: The loss is not a number any more, or the memory does not suffice.
+        TrainingError: The loss is not a number any more, or the memory or the disk does not suffice.
     """
     started = time.monotonic()
     _check_output(config)
@@ -94,66 +104,45 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
     settings = {
         **config.to_dict(),
         "processes": arguments.world_size,
-        "data": {
-            "train": [[source.name, source.sha256] for source in data.sources],
-            "eval": [data.eval_source.name, data.eval_source.sha256],
-        },
+        "sha256_of_model": _sha256_of(model if config.from_scratch is None else None, tokenizer),
+        "sha256_of_train": [source.sha256 for source in data.sources],
+        "sha256_of_eval": data.eval_source.sha256,
     }
-    checkpoint = _checkpoint_to_go_on_from(config, settings)
-    arguments.eval_on_start = config.eval_at_start and checkpoint is None
-    config.output.mkdir(parents=True, exist_ok=True)
-    if arguments.should_save:
-        if checkpoint is not None:
-            sys.stderr.write(f"going on from {checkpoint}\n")
-        write_json(config.output / CONFIG_NAME, settings)
-    model.label_smoothing = config.label_smoothing
-    trainer = GenerationTrainer(
-        model=model
-        if config.lora_rank is None
-        else with_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
-        arguments=arguments,
-        tokenizer=tokenizer,
-        train_rows=data.rows,
-        eval_examples=data.eval_examples,
-        config=config,
-    )
-    if checkpoint is not None:
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if checkpoint is None or not trainer.is_at_its_end():  # else `train` would make one more step
-        _train(trainer, config, checkpoint)
-    if trainer.stop.stopped:
-        return None
-    best, history = trainer.best(), history_of(trainer.state.log_history)
-    metrics = {
-        "train_questions": data.train_questions,
-        "questions_that_do_not_fit": len(data.too_long),
-        "eval_questions": len(data.eval_examples),
-        "steps": trainer.state.global_step,
-        "best_step": best["step"],
-        "losses": [[row["step"], row["loss"]] for row in history if "loss" in row],
-        "evaluations": trainer.evaluations(),
-        "exact_match": best["exact_match"],
-        "f1": best["f1"],
-        "seconds": time.monotonic() - started,
-    }
-    if arguments.should_save:
-        for path in sorted(trainer.best_directory().iterdir()):
-            path.replace(config.output / path.name)
-        answers = read_predictions(config.output / PREDICTIONS_NAME)
-        write_report(
-            config.output,
+    with _lock(config.output) if arguments.should_save else nullcontext():
+        _check_output(config)  # again: another training may have been there meanwhile
+        checkpoints, damages = good_checkpoints(config.output)
+        _check_same_run(config, settings, checkpoints, damages)
+        trainer = GenerationTrainer(
+            model=_prepared(model, config),
+            arguments=arguments,
+            tokenizer=tokenizer,
+            train_rows=data.rows,
+            eval_examples=data.eval_examples,
             config=config,
-            sources=data.sources,
-            eval_source=data.eval_source,
-            overview=overview,
-            metrics=metrics,
-            history=history,
-            worst=worst_examples(data.eval_examples, answers),
+            checkpoints=checkpoints,
         )
-        for prefix in (PREFIX_CHECKPOINT_DIR, BEST_PREFIX):
-            for path in config.output.glob(f"{prefix}-*"):
-                shutil.rmtree(path)
-    trainer.accelerator.wait_for_everyone()
+        if arguments.should_save:
+            _begin(config.output, settings, checkpoints, damages)
+        _train(trainer, config, checkpoints[-1] if checkpoints else None)
+        if trainer.stop.stopped:
+            return None
+        best, history = trainer.best(), history_of(trainer.state.log_history)
+        metrics = {
+            "train_questions": data.train_questions,
+            "questions_that_do_not_fit": len(data.too_long),
+            "eval_questions": len(data.eval_examples),
+            "steps": trainer.state.global_step,
+            "best_step": best["step"],
+            "losses": [[row["step"], row["loss"]] for row in history if "loss" in row],
+            "evaluations": trainer.evaluations(),
+            "exact_match": best["exact_match"],
+            "f1": best["f1"],
+            "seconds": time.monotonic() - started,
+        }
+        if arguments.should_save:
+            with writes_checkpoints(config.output):
+                _finish(trainer.best_directory(), config, data, overview, metrics, history)
+        trainer.accelerator.wait_for_everyone()
     return metrics
 
 
@@ -239,19 +228,97 @@ def _check_eval(
     windows_of(examples, tokenizer, max_positions=max_length, max_new_tokens=max_new_tokens)
 
 
+def _lock(output: Path) -> AbstractContextManager[None]:
+    """Creates the output directory, and keeps other trainings out of it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"--output {output} cannot be created ({error.strerror}); expected a place with write permission"
+        ) from error
+    return folder_lock(output / LOCK_NAME, what=f"a training in {output}")
+
+
+def _sha256_of(model: GPT2LMHeadModel | None, tokenizer: GPT2TokenizerFast) -> str:
+    """The SHA-256 of a tokenizer, and of a model's weights; None of random ones, which the seed decides."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    for name, tensor in sorted(model.state_dict().items() if model is not None else ()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _prepared(model: GPT2LMHeadModel, config: FinetuneConfig) -> GPT2LMHeadModel | PeftModel:
+    """The model as the settings train it; without the path that it came from, which libraries would write down."""
+    model.name_or_path = model.config.name_or_path = ""
+    model.label_smoothing = config.label_smoothing
+    if config.lora_rank is None:
+        return model
+    return with_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+
+
+def _begin(output: Path, settings: dict[str, Any], checkpoints: Sequence[Path], damages: Sequence[str]) -> None:
+    """Says where a run goes on from, clears what a kill left half-written, and writes the settings."""
+    for damage in damages:
+        sys.stderr.write(f"warning: {damage}\n")
+    if checkpoints:
+        sys.stderr.write(f"going on from {checkpoints[-1]}\n")
+    shutil.rmtree(output / UNFINISHED_NAME, ignore_errors=True)
+    for path in output.glob(PARTIAL_PATTERN):
+        path.unlink()
+    write_json(output / CONFIG_NAME, settings)
+
+
 def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        trainer.args.eval_on_start = False
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if trainer.is_at_its_end():  # `train` would make one more step
+            return
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except UnpicklingError as error:
+        raise TrainingError(
+            f"{checkpoint} holds a pickle of more than tensors and numbers, which is not opened. Delete this "
+            "checkpoint, to go on from one before it, or start in another directory"
+        ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        last = last_checkpoint(config.output)
+        good, _ = good_checkpoints(config.output)
         raise TrainingError(
             f"out of memory with --batch-size {config.batch_size}. Halve it and double --gradient-accumulation (now "
             f"{config.gradient_accumulation}), which trains the same; or add --gradient-checkpointing, lower "
             "--max-length, take --precision bf16, or train less of the model with --lora-rank 8, in another --output. "
-            f"If it was while answering, lower --eval-batch-size. Last checkpoint: {last or 'none yet'}"
+            "If it was while answering, lower --eval-batch-size. Last checkpoint: "
+            f"{good[-1] if good else 'none yet'}"
         ) from error
+
+
+def _finish(
+    best: Path,
+    config: FinetuneConfig,
+    data: Data,
+    overview: Overview,
+    metrics: dict[str, Any],
+    history: list[dict[str, Any]],
+) -> None:
+    """Copies the best model to the output directory, reports, and deletes the checkpoints."""
+    for path in sorted(best.iterdir()):
+        if path.name != CHECKSUMS_NAME:
+            write_file(config.output / path.name, path.read_bytes())
+    answers = read_predictions(config.output / PREDICTIONS_NAME)
+    write_report(
+        config.output,
+        config=config,
+        sources=data.sources,
+        eval_source=data.eval_source,
+        overview=overview,
+        metrics=metrics,
+        history=history,
+        worst=worst_examples(data.eval_examples, answers),
+    )
+    delete_checkpoints(config.output, kept=())
 
 
 def _check_launcher(config: FinetuneConfig) -> None:
@@ -277,21 +344,27 @@ def _check_output(config: FinetuneConfig) -> None:
         return
     if (output / METRICS_NAME).exists():
         raise InvalidInputError(f"--output {output} holds a finished run; choose another directory")
-    written = (CONFIG_NAME, f"{CONFIG_NAME}.unfinished", BAD_BATCH_NAME.format("*"), TENSORBOARD_NAME)
+    written = (CONFIG_NAME, LOCK_NAME, UNFINISHED_NAME, PARTIAL_PATTERN, BAD_BATCH_NAME.format("*"), TENSORBOARD_NAME)
     if (output / CONFIG_NAME).exists():  # it is written before any of these
         written += (f"{PREFIX_CHECKPOINT_DIR}-*", f"{BEST_PREFIX}-*")
     others = [path.name for path in output.iterdir() if not any(path.match(pattern) for pattern in written)]
-    if others and last_checkpoint(output) is None:
+    if others and not any((path / CHECKSUMS_NAME).is_file() for path in checkpoints_in(output).values()):
         raise InvalidInputError(
             f"--output {output} exists and is not empty ({others[0]} is in it); choose another directory"
         )
 
 
-def _checkpoint_to_go_on_from(config: FinetuneConfig, settings: dict[str, Any]) -> Path | None:
-    """The last whole checkpoint of this same run; without any, nothing is lost by beginning anew."""
-    checkpoint = last_checkpoint(config.output)
-    if checkpoint is None:
-        return None
+def _check_same_run(
+    config: FinetuneConfig, settings: dict[str, Any], checkpoints: Sequence[Path], damages: Sequence[str]
+) -> None:
+    """Refuses to go on where no checkpoint is good, or where they are of other settings or data."""
+    if not checkpoints:
+        if damages:
+            raise InvalidInputError(
+                f"{damages[-1]}. No checkpoint in {config.output} is good, and none was deleted. Restore one from a "
+                "backup, or start in another directory"
+            )
+        return
     try:
         began = json.loads((config.output / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -309,7 +382,6 @@ def _checkpoint_to_go_on_from(config: FinetuneConfig, settings: dict[str, Any]) 
             f"--output {config.output} holds the checkpoints of another run: {'; '.join(changed)}. Give the settings "
             "and the data that it began with, or start in another directory"
         )
-    return checkpoint
 
 
 def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
@@ -319,6 +391,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
             f"there are {torch.cuda.device_count()} GPUs; expected one, or a process for each: torchrun "
             "--nproc-per-node N -m training.finetune ..., or hide the others with CUDA_VISIBLE_DEVICES=0"
         )
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # Trainer's torch.load would unpickle anything with it
     # Trainer would take what it finds there, of a launcher or of an earlier run, over its own False.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     has_accelerator = torch.accelerator.is_available()
@@ -350,8 +423,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         save_steps=config.save_steps,
         logging_steps=20,
         logging_first_step=True,
-        logging_dir=str(config.output / TENSORBOARD_NAME),
-        report_to=["tensorboard"] if config.tensorboard else [],
+        report_to=[],
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),

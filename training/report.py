@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,35 @@ from matplotlib.figure import Figure
 
 from qa_onnx.evaluation.metrics import score_example
 from qa_onnx.evaluation.squad import Example
+from qa_onnx.files import public_name, write_file
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from training.overview import HISTOGRAM_STEP, Overview
 from training.settings import FinetuneConfig
 from training.sources import SAMPLES, Source
 
 METRICS_NAME, HISTORY_NAME, REPORT_NAME, CARD_NAME = "metrics.json", "history.csv", "report.md", "README.md"
+CURVES_NAME, LENGTHS_NAME = "training.png", "lengths.png"
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "exact_match", "f1")
 WORST = 12
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def escape_markdown(text: str) -> str:
+    """Text on one line of Markdown that shows as it is: no markup, HTML, link or border of a table's cell in it.
+
+    A backslash makes any ASCII punctuation plain (CommonMark 0.31, 2.4; so does GitHub's `|`), and entities are never
+    markup (2.5). `<` and `&` are entities, because not every renderer knows them behind a backslash.
+    """
+    text = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
+    text = re.sub(r"[\\`*_\[\]#|~$]", r"\\\g<0>", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"^(\d{1,9})([.)])|^(?=[-+=])", r"\1\\\2", text)  # a list's or a heading's mark
+    return re.sub(r"(?i)(?<=www)\.|:(?=//)", r"\\\g<0>", text)  # GitHub links bare addresses
 
 
 def history_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,18 +83,19 @@ def write_report(
     worst: Sequence[tuple[Example, str, float]],
 ) -> None:
     """Writes `metrics.json`, `history.csv`, the plots, `report.md` and the model card (`README.md`) to `output`."""
-    with (output / HISTORY_NAME).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
-    _draw(output, history, overview)
-    report = _report(config, sources, eval_source, overview, metrics, worst)
-    (output / REPORT_NAME).write_text(report, encoding="utf-8")
-    (output / CARD_NAME).write_text(_card(config, sources, eval_source, metrics), encoding="utf-8")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(history)
+    write_file(output / HISTORY_NAME, table.getvalue())
+    write_file(output / CURVES_NAME, _png(_curves(history)))
+    write_file(output / LENGTHS_NAME, _png(_lengths(overview)))
+    write_file(output / REPORT_NAME, _report(config, sources, eval_source, overview, metrics, worst))
+    write_file(output / CARD_NAME, _card(config, sources, eval_source, metrics))
     write_json(output / METRICS_NAME, metrics)  # last: with it a run is finished
 
 
-def _draw(output: Path, history: Sequence[dict[str, Any]], overview: Overview) -> None:
+def _curves(history: Sequence[dict[str, Any]]) -> Figure:
     panels = (("loss", ("loss",)), ("learning rate", ("learning_rate",)), ("score, %", ("exact_match", "f1")))
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -92,13 +109,22 @@ def _draw(output: Path, history: Sequence[dict[str, Any]], overview: Overview) -
         if len(names) > 1:
             axes.legend(["exact match", "F1"], frameon=False)
             axes.set_ylim(0, 1.15 * max(row["f1"] for row in history if "f1" in row) + 1.0)
-    figure.savefig(output / "training.png", dpi=120)
+    return figure
+
+
+def _lengths(overview: Overview) -> Figure:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.bar(list(overview.lengths), list(overview.lengths.values()), width=HISTOGRAM_STEP * 0.9, align="edge")
     axes.set_xlabel("tokens of a row")
     axes.set_ylabel("rows")
-    figure.savefig(output / "lengths.png", dpi=120)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -115,9 +141,10 @@ def _report(
 ) -> str:
     settings = config.to_dict()
     versions = settings.pop("package_versions")
+    evaluated_on = escape_markdown(public_name(eval_source.name))
     data = [
         (
-            figures["name"],
+            escape_markdown(public_name(figures["name"])),
             figures["questions"],
             figures["passages"],
             figures["bad_rows"],
@@ -133,21 +160,21 @@ def _report(
     ]
     missed = [
         (
-            _cell(example.question),
-            _cell(answer),
-            _cell(" / ".join(gold.text for gold in example.answers)),
+            escape_markdown(example.question),
+            escape_markdown(answer),
+            escape_markdown(" / ".join(gold.text for gold in example.answers)),
             f"{100 * f1:.0f}",
         )
         for example, answer, f1 in worst
     ]
     lines = [
-        f"# {config.output.name}",
+        f"# {escape_markdown(_name_of(config))}",
         "",
         f"Exact match {metrics['exact_match']:.2f} %, F1 {metrics['f1']:.2f} % on {metrics['eval_questions']} "
-        f"questions of {eval_source.name}, at step {metrics['best_step']} of {metrics['steps']}. "
+        f"questions of {evaluated_on}, at step {metrics['best_step']} of {metrics['steps']}. "
         f"{metrics['seconds']:.0f} s since the last start, on {hardware()}.",
         "",
-        "![loss, learning rate and scores](training.png)",
+        f"![loss, learning rate and scores]({CURVES_NAME})",
         "",
         "## Evaluations",
         "",
@@ -164,7 +191,7 @@ def _report(
         f"questions, {overview.windows} of them about a part of a long passage; {overview.tokens} tokens, "
         f"{overview.counted} of them in the loss; {overview.padding:.1%} of a batch is padding.",
         "",
-        "![lengths of the rows](lengths.png)",
+        f"![lengths of the rows]({LENGTHS_NAME})",
         "",
         "## The worst answers",
         "",
@@ -172,7 +199,9 @@ def _report(
         "",
         "## Settings",
         "",
-        *_table(("setting", "value"), [(name, f"`{value}`") for name, value in settings.items() if value is not None]),
+        *_table(
+            ("setting", "value"), [(name, _cell(value)) for name, value in settings.items() if value not in (None, [])]
+        ),
         "",
         f"Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}, Python "
         f"{platform.python_version()}.",
@@ -180,45 +209,55 @@ def _report(
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
-    """Text that stays in its cell."""
-    return " ".join(text.replace("|", "\\|").split())
+def _cell(value: Any) -> str:
+    if isinstance(value, bool | int | float):
+        return f"`{value}`"
+    return escape_markdown(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).is_absolute() and not Path(name).exists()
+
+
+def _name_of(config: FinetuneConfig) -> str:
+    return public_name(config.output.absolute().name)
 
 
 def _card(config: FinetuneConfig, sources: Sequence[Source], eval_source: Source, metrics: dict[str, Any]) -> str:
-    name = config.output.name
-    hub = [source.name for source in sources if source.name not in SAMPLES and not Path(source.name).suffix]
+    name, evaluated_on = _name_of(config), public_name(eval_source.name)
+    hub = [source.name for source in sources if source.name not in SAMPLES and _is_hub_id(source.name)]
     results = [
         EvalResult(
             task_type="question-answering",
-            dataset_type=Path(eval_source.name).stem or eval_source.name,
-            dataset_name=eval_source.name,
+            dataset_type=Path(evaluated_on).stem,
+            dataset_name=evaluated_on,
             metric_type=metric,
             metric_value=round(metrics[metric], 2),
         )
         for metric in ("exact_match", "f1")
     ]
-    base = config.model if config.model is not None and not Path(config.model).exists() else None
+    base = config.model if config.model not in (None, "starter") and _is_hub_id(config.model) else None
     data = ModelCardData(
         language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["question-answering", "gpt2", "qa_onnx"],
-        base_model=base if base != "starter" else None,
+        base_model=base,
         datasets=hub or None,
         model_name=name,
         eval_results=results,
     )
-    trained_on = f"{metrics['train_questions']} questions of {', '.join(source.name for source in sources)}"
+    began_with = escape_markdown(public_name(config.model or f"random weights ({config.from_scratch})"))
+    trained_on = escape_markdown(", ".join(public_name(source.name) for source in sources))
     prompt = PROMPT_TEMPLATE.replace("\n", "\\n")
     body = f"""
-# {name}
+# {escape_markdown(name)}
 
-A GPT-2 that answers questions about a passage, made with `python -m training.finetune` of qa_onnx from
-{config.model or f"random weights ({config.from_scratch})"}. Trained on {trained_on}.
+A GPT-2 that answers questions about a passage, made from {began_with}
+with `python -m training.finetune` of qa_onnx. Trained on {metrics["train_questions"]} questions of {trained_on}.
 
-Exact match {metrics["exact_match"]:.2f} %, F1 {metrics["f1"]:.2f} % on {metrics["eval_questions"]} questions of
-{eval_source.name}, answered greedily, scored as SQuAD's script does.
+Exact match {metrics["exact_match"]:.2f} %, F1 {metrics["f1"]:.2f} % on {metrics["eval_questions"]} questions
+of {escape_markdown(evaluated_on)}, answered greedily, scored as SQuAD's script does.
 
 The prompt is `{prompt}`; the model goes on with ` {{answer}}<|endoftext|>`.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from qa_onnx.errors import InvalidInputError
+from qa_onnx.files import public_name
 from training.data import LOSS_ON, LossOn
 from training.model import ARCHITECTURES
 from training.sources import FIELDS
@@ -66,8 +67,9 @@ POSITIVE = (
     "eval_batch_size",
 )
 SHARES = ("warmup", "label_smoothing", "dropout", "lora_dropout", "text_loss_share")
-FREE_TO_CHANGE = ("output", "package_versions", "eval_at_start", "save_steps", "keep", "tensorboard", "cache_dir")
-"""What may differ when a run goes on from a checkpoint."""
+PATHS = ("model", "tokenizer", "eval", "output", "cache_dir")
+FREE_TO_CHANGE = (*PATHS, "train", "package_versions", "eval_at_start", "save_steps", "keep", "tensorboard")
+"""What may differ when a run goes on from a checkpoint. Of model and data the content decides, not the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,12 +231,12 @@ class FinetuneConfig:
         return "bf16" if _gpu_has_bf16() else "fp16"
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON has them, every default filled in, with the versions they ran on."""
+        """The settings as JSON has them: defaults filled in, paths as they may be published, and package versions."""
         packages = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "peft")
         values = {
             **asdict(self),
-            "output": str(self.output),
-            "cache_dir": None if self.cache_dir is None else str(self.cache_dir),
+            **{name: public_name(path) for name in PATHS if (path := getattr(self, name)) is not None},
+            "train": [public_name(name) for name in self.train],
             "learning_rate": self.resolved_learning_rate,
             "precision": self.resolved_precision,
             "package_versions": {name: version(name) for name in packages},

@@ -1,11 +1,11 @@
-"""transformers' Trainer for a reader: it evaluates by answering, keeps the best weights, marks whole checkpoints."""
+"""transformers' Trainer for a reader: it evaluates by answering, keeps the best weights, completes checkpoints."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,28 +13,34 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from qa_onnx.errors import QAOnnxError
 from qa_onnx.evaluation.metrics import evaluate
 from qa_onnx.evaluation.squad import Example
+from qa_onnx.files import write_file
+from training.checkpoints import (
+    BEST_PREFIX,
+    UNFINISHED_NAME,
+    TrainingError,
+    best_of,
+    delete_checkpoints,
+    evaluations_of,
+    finish_checkpoint,
+    good_checkpoints,
+    writes_checkpoints,
+)
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
 from training.model import GPT2LMHeadModel, PeftModel, merged, whole
 from training.settings import FinetuneConfig
+from training.tensorboard import TensorBoardLog
 
-COMPLETE_NAME = "complete.json"
-"""Written last into a checkpoint: the size in bytes of each file in it."""
-BAD_BATCH_NAME, PREDICTIONS_NAME = "bad-batch-{}.safetensors", "predictions.json"
+BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME = "bad-batch-{}.safetensors", "predictions.json", "tensorboard"
 """The first one is of the process with that number."""
-BEST_PREFIX = "best"
-
-
-class TrainingError(QAOnnxError):
-    """Training cannot go on: the loss is no number any more, or the memory is full."""
 
 
 class GenerationTrainer(Trainer):
@@ -49,8 +55,9 @@ class GenerationTrainer(Trainer):
         train_rows: datasets.Dataset,
         eval_examples: list[Example],
         config: FinetuneConfig,
+        checkpoints: Sequence[Path] = (),
     ) -> None:
-        """Takes the tokenised training rows and the questions to evaluate with."""
+        """Takes the tokenised training rows, the questions to evaluate with, and the good checkpoints of before."""
         self.stop = StopWhenAsked()
         super().__init__(
             model=model,
@@ -59,23 +66,25 @@ class GenerationTrainer(Trainer):
             eval_dataset=eval_examples,
             data_collator=Collator(pad_token_id=tokenizer.eos_token_id, packing=config.packing, pad_to=config.pad_to),
             processing_class=tokenizer,
-            callbacks=[self.stop],
+            callbacks=[
+                self.stop,
+                *([TensorBoardLog(config.output / TENSORBOARD_NAME)] if config.tensorboard else []),
+            ],
         )
         self._tokenizer = tokenizer
         self._eval_examples = eval_examples
         self._config = config
+        self._checkpoints = list(checkpoints)
 
-    def evaluations(self) -> list[dict[str, float]]:
-        """Epoch, step, exact match and F1 of every evaluation so far, those before a resume included."""
-        return [
-            {"epoch": row["epoch"], "step": row["step"], "exact_match": row["eval_exact_match"], "f1": row["eval_f1"]}
-            for row in self.state.log_history
-            if "eval_f1" in row
-        ]
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Every evaluation so far, those before a resume included (see `evaluations_of`)."""
+        return evaluations_of(self.state.log_history)
 
-    def best(self) -> dict[str, float]:
+    def best(self) -> dict[str, Any]:
         """The evaluation with the best F1, the last among equals."""
-        return max(self.evaluations(), key=lambda row: (row["f1"], row["step"]))
+        best = best_of(self.evaluations())
+        assert best is not None, "the last step is always evaluated"
+        return best
 
     def best_directory(self) -> Path:
         """Where the weights of the best evaluation are: a whole model, LoRA merged, with its predictions."""
@@ -131,15 +140,15 @@ class GenerationTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             path = self._config.output / BAD_BATCH_NAME.format(self.args.process_index)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()}, path)
+            write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()}))
             step = self.state.global_step
             raise self._diverged(f"the loss is {loss.item()} after step {step}; its batch was saved to {path}")
         return loss
 
     def _diverged(self, what: str) -> TrainingError:
-        checkpoint = last_checkpoint(self._config.output)
+        good, _ = good_checkpoints(self._config.output)
         return TrainingError(
-            f"{what}. The last good checkpoint: {checkpoint or 'none was written yet'}. Lower "
+            f"{what}. The last good checkpoint: {good[-1] if good else 'none was written yet'}. Lower "
             "--learning-rate, raise --warmup, or train in fp32 or bf16 rather than fp16, in another --output"
         )
 
@@ -153,58 +162,43 @@ class GenerationTrainer(Trainer):
     def _keep(self, model: GPT2LMHeadModel, answers: dict[str, str]) -> None:
         """Saves the model and its answers as the best so far; older ones go with the next checkpoint."""
         if self.args.should_save:
-            directory = self.best_directory()
-            unfinished = directory.with_name(f"{directory.name}.unfinished")
-            for path in (unfinished, directory):
-                shutil.rmtree(path, ignore_errors=True)
-            model.save_pretrained(unfinished)
-            self._tokenizer.save_pretrained(unfinished)
-            text = json.dumps(answers, indent=1, ensure_ascii=False)
-            (unfinished / PREDICTIONS_NAME).write_text(f"{text}\n", encoding="utf-8")
-            unfinished.rename(directory)
+            name = self.best_directory().name
+            unfinished = self._config.output / UNFINISHED_NAME / name
+            with writes_checkpoints(self._config.output):
+                model.save_pretrained(unfinished)
+                self._tokenizer.save_pretrained(unfinished)
+                write_file(unfinished / PREDICTIONS_NAME, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+                finish_checkpoint(self._config.output, name)
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Writes a checkpoint, marks it as whole, and only then deletes what is no longer needed."""
+        """Writes a checkpoint, completes it, and only then deletes what is no longer needed."""
         weights = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in weights):
             raise self._diverged(f"weights are no numbers any more after step {self.state.global_step}")
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        directory = self._config.output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        files = [path for path in directory.rglob("*") if path.is_file() and path.name != COMPLETE_NAME]
-        sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
-        unfinished = directory / f"{COMPLETE_NAME}.unfinished"
-        unfinished.write_text(json.dumps(sizes), encoding="utf-8")
-        unfinished.rename(directory / COMPLETE_NAME)
-        kept = whole_checkpoints(self._config.output)[-self._config.keep :]
-        if self.evaluations():
-            kept.append(self.best_directory())
-        for prefix in (PREFIX_CHECKPOINT_DIR, BEST_PREFIX):
-            for path in self._config.output.glob(f"{prefix}-*"):
-                if path not in kept:
-                    (path / COMPLETE_NAME).unlink(missing_ok=True)
-                    shutil.rmtree(path)
+        output = self._config.output
+        with writes_checkpoints(output):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                self._checkpoints = [*self._checkpoints, finish_checkpoint(output, name)][-self._config.keep :]
+                delete_checkpoints(output, kept={*self._checkpoints, *map(self._best_at, self._checkpoints)})
 
+    def _best_at(self, checkpoint: Path) -> Path | None:
+        """The best weights that there were when a checkpoint was written, which a run that goes on from it needs."""
+        step = int(checkpoint.name.rpartition("-")[2])
+        best = best_of([row for row in self.evaluations() if row["step"] <= step])
+        return None if best is None else checkpoint.with_name(f"{BEST_PREFIX}-{best['step']}")
 
-def whole_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints that were written whole, the oldest first; a kill in the middle of one leaves it out."""
-    found = []
-    for marker in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_NAME}"):
-        if not marker.parent.name.rsplit("-", 1)[1].isdecimal():  # somebody's copy
-            continue
-        sizes = json.loads(marker.read_text(encoding="utf-8"))
-        files = {name: marker.parent / name for name in sizes}
-        if all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items()):
-            found.append(marker.parent)
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes checkpoints; `_save_checkpoint` renames them to their place."""
+        return str(self._config.output / UNFINISHED_NAME)
 
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    return next(reversed(whole_checkpoints(output)), None)
+    def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
+        """Saves the weights and the tokenizer, without Trainer's arguments: nothing reads that pickle."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir, TRAINING_ARGS_NAME).unlink()
 
 
 class StopWhenAsked(TrainerCallback):

@@ -27,10 +27,10 @@ from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from qa_onnx.text.windows import encode_windows
 from tests.conftest import ROOT
 from training import finetune, model, trainer
+from training.checkpoints import good_checkpoints
 from training.data import Collator, LengthGroupedSampler, RowSettings, cached_rows, target_answer, tokenize
 from training.starter import pretrain
 from training.starter.sample import generate, with_unanswerable
-from training.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def test_the_same_command_goes_on_after_an_end_and_gives_the_same_weights(tiny_m
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(120) == (-9 if killed else 130), (tmp_path / "log").read_text()
-    checkpoint = last_checkpoint(output)
+    checkpoint = good_checkpoints(output)[0][-1]
     assert 14 <= int(checkpoint.name.split("-")[1]) < 60
     if not killed:
         assert "the same command goes on" in rest
@@ -360,7 +360,7 @@ def test_the_same_command_goes_on_after_an_end_and_gives_the_same_weights(tiny_m
         shutil.copytree(checkpoint, output / name)
     (output / "checkpoint-998" / "optimizer.pt").write_bytes(b"cut")
     (output / "checkpoint-999" / "trainer_state.json").unlink()
-    assert last_checkpoint(output) == checkpoint
+    assert good_checkpoints(output)[0][-1] == checkpoint
     other = run("--batch-size", "8")
     assert (other.returncode, "batch_size was 16, is 8" in other.stderr) == (2, True)
     other = run("--limit-eval", "5")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qa_onnx import InvalidInputError
-from qa_onnx.files import check_outputs, put_in_place, read_text, set_default_modes, write_file
+from qa_onnx.files import check_outputs, public_name, put_in_place, read_text, set_default_modes, write_file
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,43 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(InvalidInputError, match="No space left"):
         write_file(tmp_path / "out", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out", "old")]
+
+
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        ("gpt2", "gpt2"),
+        ("owner/name", "owner/name"),
+        ("./runs//model/", "runs/model"),
+        ("{here}/runs/model", "runs/model"),
+        ("{here}/runs/../model", "model"),
+        (".", "here"),
+        ("{here}", "here"),
+        ("..", "work"),
+        ("../secret/model", "model"),
+        ("{above}/secret/model", "model"),
+        ("{here}-2/model", "model"),
+        ("/home/alice/model", "model"),
+        ("..model", "..model"),
+    ],
+)
+def test_a_public_name_tells_of_no_directory_outside(tmp_path, monkeypatch, given, public):
+    here = tmp_path / "work" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert public_name(given.format(here=here, above=tmp_path)) == public
+    assert public_name(Path(given.format(here=here, above=tmp_path))) == public
+
+
+def test_a_public_name_tells_no_user_from_above_the_home_directories(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.chdir("/")
+    assert public_name("/home/alice/model") == "model"
+    assert public_name("owner/name") == "owner/name"
+
+
+def test_a_public_name_is_utf_8():
+    assert public_name(os.fsdecode(b"caf\xe9")) == "caf\ufffd"
 
 
 def test_outputs_are_no_inputs_and_differ(tmp_path):

@@ -12,8 +12,14 @@ import argparse
 import json
 import random
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from qa_onnx.cli import run_command
+from qa_onnx.evaluation.squad import read_json
+from qa_onnx.files import write_file
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -200,7 +206,7 @@ def augment(data: list[dict[str, Any]], *, copies: int, cloze: int, seed: int) -
     return {"version": "1.1", "data": [{"title": "", "paragraphs": made}]}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Reads SQuAD files and writes one."""
     parser = argparse.ArgumentParser(description="Make more questions of the passages of SQuAD files.")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="SQuAD v1.1 JSON files")
@@ -208,14 +214,18 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=2, help="how often each passage comes (default: %(default)s)")
     parser.add_argument("--cloze", type=int, default=4, help="cloze questions a passage (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    data = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.text]
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: _write(arguments))
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    data = [read_json(path) for path in arguments.text]
     made = augment(data, copies=arguments.copies, cloze=arguments.cloze, seed=arguments.seed)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+    write_file(arguments.output, json.dumps(made, ensure_ascii=False))
     questions = sum(len(paragraph["qas"]) for paragraph in made["data"][0]["paragraphs"])
     print(f"wrote {arguments.output}: {len(made['data'][0]['paragraphs'])} passages, {questions} questions")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

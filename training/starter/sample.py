@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from qa_onnx.cli import run_command
+from qa_onnx.files import write_file
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -433,7 +437,7 @@ def with_unanswerable(data: dict[str, Any]) -> dict[str, Any]:
     return {"version": "v2.0", "data": articles}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes one part of `sample` to a file: `python -m training.starter.sample --split heldout --output FILE`."""
     parser = argparse.ArgumentParser(description="Write the generated sample set as a SQuAD v1.1 JSON file.")
     parser.add_argument("--split", choices=SPLITS, required=True)
@@ -441,14 +445,18 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help=f"how many questions (default: {QUESTIONS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unanswerable", action="store_true", help="in the format of v2.0: a third have no answer")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: _write(arguments))
+
+
+def _write(arguments: argparse.Namespace) -> None:
     data = generate(arguments.split, questions=arguments.questions, seed=arguments.seed)
     if arguments.unanswerable:
         data = with_unanswerable(data)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_file(arguments.output, json.dumps(data, ensure_ascii=False, indent=1))
     print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
