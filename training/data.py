@@ -23,9 +23,9 @@ from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast
 
 from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
+from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.evaluation.squad import Example, GoldAnswer
 from qa_onnx.text.prompt import encode_answers
 from qa_onnx.text.windows import Window, encode_windows
 from training.model import IGNORED

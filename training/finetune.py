@@ -23,8 +23,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
+from qa_onnx.data.example import Example
+from qa_onnx.data.rows import FIELDS
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
-from qa_onnx.evaluation.squad import Example, read_predictions
+from qa_onnx.evaluation.predictions import read_predictions
 from training.data import LOSS_ON, RowSettings, cached_rows, too_long
 from training.evaluation import windows_of
 from training.model import ARCHITECTURES, build_model, load_model, with_lora
@@ -41,7 +43,7 @@ from training.settings import (
     SCHEDULES,
     FinetuneConfig,
 )
-from training.sources import FIELDS, Source, load_source, weighted
+from training.sources import Source, load_source, weighted
 from training.trainer import (
     BAD_BATCH_NAME,
     BEST_PREFIX,

@@ -18,9 +18,9 @@ from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from qa_onnx.data.example import Example
 from qa_onnx.errors import QAOnnxError
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.evaluation.squad import Example
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
 from training.model import GPT2LMHeadModel, PeftModel, merged, whole

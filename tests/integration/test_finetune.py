@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from export.to_onnx import export
 from qa_onnx import Answerer
+from qa_onnx.data.example import Example, GoldAnswer
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.errors import PromptTooLongError
 from qa_onnx.evaluation.metrics import Scores
-from qa_onnx.evaluation.squad import Example, GoldAnswer, parse_squad
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from qa_onnx.text.windows import encode_windows
 from tests.conftest import ROOT

@@ -13,7 +13,7 @@ from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_jso
 
 from qa_onnx import Answer, EngineConfig, cli
 from qa_onnx.bundle import Bundle, write_manifest
-from qa_onnx.evaluation.squad import read_answers
+from qa_onnx.evaluation.predictions import read_answers
 from qa_onnx.files import write_file
 
 
@@ -186,7 +186,7 @@ ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bund
         ("predict --model bundle --data nowhere.json --output out.json", "nowhere.json: cannot be read"),
         ("evaluate --data data.json --predictions nowhere.json", "nowhere.json: cannot be read"),
         ("evaluate --data data.json --predictions list.json", "list.json: got a JSON array"),
-        ("evaluate --data list.json --predictions predictions.json", "list.json: the top level: got a JSON array"),
+        ("evaluate --data list.json --predictions predictions.json", "list.json: there are no questions"),
         ("info --model nowhere", "nowhere is not a bundle"),
         (f"{ANSWER} --context Rollo --top-p 0.5", "without a temperature"),
         (f"{PREDICT} --output out.json --answers nowhere/answers.jsonl", "answers.jsonl: cannot be written"),
