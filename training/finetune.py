@@ -215,10 +215,15 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
     problems: list[str | None] = []
     try:
         rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
-    except PromptTooLongError:
+    except PromptTooLongError as error:
         problems = [too_long(example, tokenizer, settings) for example in examples]
-        if not config.skip_bad_rows or all(problems):
+        if all(problems):
             raise
+        if not config.skip_bad_rows:
+            count = sum(problem is not None for problem in problems)
+            raise PromptTooLongError(
+                f"{error}. Or leave such questions out, {count} of {len(examples)}, with --skip-bad-rows"
+            ) from error
         examples = [example for example, problem in zip(examples, problems, strict=True) if problem is None]
         rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
     return Data(

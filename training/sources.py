@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.data.reader import Split, read_examples
 from qa_onnx.data.squad import parse_squad
 from qa_onnx.errors import InvalidInputError
+from training.answers import locate
 from training.starter.sample import generate, with_unanswerable
 
 Part = Literal["train", "eval"]
@@ -30,8 +30,8 @@ class Source:
         examples: Its questions, bad rows left out.
         sha256: Of the examples.
         bad_rows: What is wrong with each row that was skipped.
-        repaired: Answers whose `answer_start` was wrong, and whose text stands elsewhere in the passage.
-        absent: Answers that do not stand in their passage. They are trained on as they are.
+        repaired: Answers that stand elsewhere than `answer_start` says, or in other white space, case or characters.
+        absent: Answers that do not stand in their passage. They are trained on where that fits into one window.
     """
 
     name: str
@@ -49,7 +49,10 @@ class Source:
             lines += [f"skipped: {row}" for row in self.bad_rows[:MAX_NAMED_ROWS]]
             lines += [f"skipped: {more} more of {self.name}"] if more > 0 else []
         if self.repaired:
-            lines.append(f"{self.name}: {self.repaired} answers stand elsewhere than answer_start says; repaired")
+            lines.append(
+                f"{self.name}: {self.repaired} answers stand elsewhere than answer_start says, or in other "
+                "white space, case or characters; repaired"
+            )
         if self.absent:
             lines.append(f"{self.name}: {self.absent} answers do not stand in their passage; trained on as they are")
         return lines
@@ -118,18 +121,16 @@ def weighted(source: Source, weight: float, seed: int) -> list[Example]:
 
 
 def _checked(example: Example) -> tuple[Example, int, int]:
-    """The example with its answers where they stand, how many were elsewhere, and how many stand nowhere."""
+    """The example with its answers where they stand, how many were elsewhere, and how many stand nowhere.
+
+    Their texts stay as they are, for evaluation.
+    """
     answers: list[GoldAnswer] = []
     repaired = absent = 0
     for answer in example.answers:
-        if answer.start >= 0 and example.context.startswith(answer.text, answer.start):
-            answers.append(answer)
-            continue
-        places = [match.start() for match in re.finditer(re.escape(answer.text), example.context)]
-        if places:
-            repaired += 1
-            answers.append(replace(answer, start=min(places, key=lambda place: abs(place - answer.start))))
-        else:
-            absent += 1
-            answers.append(answer)
+        is_right = answer.start >= 0 and example.context.startswith(answer.text, answer.start)
+        found = None if is_right else locate(example.context, answer.text, answer.start)
+        repaired += found is not None
+        absent += found is None and not is_right
+        answers.append(answer if found is None else replace(answer, start=found.start))
     return replace(example, answers=tuple(answers)), repaired, absent

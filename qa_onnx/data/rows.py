@@ -195,7 +195,10 @@ def _answers(row: Row, names: Mapping[str, str], values: Mapping[str, Any], cont
 
 def _gold_answer(context: str, value: object, start: object, place: str, start_place: str) -> GoldAnswer:
     text, number = _text(value, place), _start(start, start_place)
-    return GoldAnswer(text=text, start=max(context.find(text), 0) if number is None else number)
+    if number is None:
+        whole_words = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context)
+        number = whole_words.start() if whole_words else max(context.find(text), 0)
+    return GoldAnswer(text=text, start=number)
 
 
 def _written_out(cell: str | None, context: str, place: str) -> Any:

@@ -294,7 +294,7 @@ def test_answers_that_stand_elsewhere_are_repaired_and_absent_ones_counted(tmp_p
     assert [example.answers[0].start for example in source.examples] == [CONTEXT.rindex("Mara"), 3, 0]
     assert (source.repaired, source.absent) == (2, 1)
     assert [line.split(": ", 1)[1] for line in source.warnings()] == [
-        "2 answers stand elsewhere than answer_start says; repaired",
+        "2 answers stand elsewhere than answer_start says, or in other white space, case or characters; repaired",
         "1 answers do not stand in their passage; trained on as they are",
     ]
 
