@@ -77,8 +77,7 @@ class _Parser:
             raise ValueError("nested too deep")
         kind, token = self.take()
         if kind == "string":
-            with warnings.catch_warnings(action="ignore"):  # such as of `\d`, which stays as it is
-                return ast.literal_eval(token.replace("\n", "\\n").replace("\r", "\\r"))
+            return _unquoted(token)
         if kind == "number":
             return float(token) if re.search(r"[.eE]", token) else int(token)
         if token in ("[", "("):
@@ -116,3 +115,13 @@ class _Parser:
             values[key] = self.value(depth + 1)
             self.skip(",")
         return values
+
+
+def _unquoted(token: str) -> str:
+    if "\\" not in token:
+        return token[1:-1]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # such as of `\d`, which stays as it is
+            return str(ast.literal_eval(token.replace("\n", "\\n").replace("\r", "\\r").replace("\0", "\\0")))
+    except SyntaxError as error:
+        raise ValueError("a text in it has a backslash that begins no character") from error

@@ -41,7 +41,7 @@ def read_examples(
         name: A file of SQuAD JSON (v1.1, v2.0 and its relatives), JSON lines, CSV, TSV or Parquet; a folder that
             `save_to_disk` of datasets wrote; `squad`, `squad_v2` or `owner/name` of the hub. The content decides where
             the name does not.
-        split: Of a data set of the hub, or of a folder with several.
+        split: Of a data set of the hub, or of a folder that has splits.
         columns: What fields are called in flat rows, where not by names of `NAMES`.
         skipped: Takes what is wrong with each bad row, which is left out then. Without it the first one is an error.
         needs_answers: False leaves gold answers aside: they may be missing, and the examples have none.

@@ -34,7 +34,7 @@ FORMATS = (
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 MAX_LITERAL = 1_000_000
 """Characters of a list or dict that is written out in a CSV cell."""
-MAX_SHOWN = 60
+MAX_SHOWN, MAX_COLUMNS_SHOWN = 60, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def examples_of(
             example = _example(row, needs_answers=needs_answers)
             if unique_ids and example.id in places:
                 other = places[example.id]
-                fail(inside(row.place, "id"), f"{example.id!r}", f"an id of its own ({other} has it too)")
+                fail(inside(row.place, "id"), shown(example.id), f"an id of its own ({other} has it too)")
         except InvalidInputError as error:
             message = f"{source}: {error}"
             if skipped is None:
@@ -152,9 +152,9 @@ def _check_column(row: Row, name: str, names: Mapping[str, str]) -> None:
         return
     if row.columns is None:
         fail(inside(row.place, name), "nothing", "answers" if name == "answers" else "some text")
-    has = ", ".join(map(repr, row.values)) or "none"
+    has = ", ".join([shown(column) for column in row.values][:MAX_COLUMNS_SHOWN]) or "none"
     raise InvalidInputError(
-        f"{row.place or 'the top level'}: no column {names[name]!r} among {has}; expected it, or its name there with "
+        f"{row.place or 'the top level'}: no column {shown(names[name])} among {has}; expected it, or its name with "
         f"--columns {name}=NAME"
     )
 
@@ -175,7 +175,7 @@ def _answers(row: Row, names: Mapping[str, str], values: Mapping[str, Any], cont
     if isinstance(value, str):
         return (_gold_answer(context, value, start, place, start_place),)
     if not isinstance(value, list):
-        fail(place, _shown(value), "a text, texts, or objects with text and answer_start")
+        fail(place, shown(value), "a text, texts, or objects with text and answer_start")
     starts = [None] * len(value) if start is None else start if isinstance(start, list) else [start]
     if len(starts) != len(value):
         fail(start_place, f"{len(starts)} of {len(value)} answers", "one for each answer")
@@ -216,7 +216,7 @@ def _written_out(cell: str | None, context: str, place: str) -> Any:
             raise ValueError(f"it has {len(text):,} characters; at most {MAX_LITERAL:,} are read")
         return parse_literal(text)
     except ValueError as error:
-        fail(place, _shown(cell), f"a text that stands in the passage, or a whole list or dict ({error})")
+        fail(place, shown(cell), f"a text that stands in the passage, or a whole list or dict ({error})")
 
 
 def _flag(value: object, place: str) -> bool:
@@ -224,7 +224,7 @@ def _flag(value: object, place: str) -> bool:
         return False
     flag = FLAGS.get(str(value).lower())
     if flag is None or not isinstance(value, bool | int | float | str):
-        fail(place, _shown(value), "true or false")
+        fail(place, shown(value), "true or false")
     return flag
 
 
@@ -239,12 +239,12 @@ def _start(value: object, place: str) -> int | None:
             raise ValueError
         return int(number)
     except (ValueError, OverflowError):
-        fail(place, _shown(value), "a whole number")
+        fail(place, shown(value), "a whole number")
 
 
 def _text(value: object, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        fail(place, _shown(value), "some text")
+        fail(place, shown(value), "some text")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         fail(place, "a lone surrogate", "text that can be written as UTF-8")
     return value
@@ -257,10 +257,11 @@ def _name(value: object, place: str) -> str:
     return "" if value is None or value == "" else _text(value, place)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value of a file as messages show it."""
     if isinstance(value, str) and not value.strip():
         return "an empty string"
     if isinstance(value, dict | list | bool | None):
         return f"a JSON {json_kind(value)}"
-    shown = repr(value)
-    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -40,7 +40,7 @@ def rows_of_directory(path: Path, *, split: str, columns: Mapping[str, str]) -> 
 
     Args:
         path: The folder.
-        split: Which one of a `DatasetDict` that has several.
+        split: Which one of a `DatasetDict`.
         columns: See `Row`.
 
     Raises:
@@ -53,10 +53,10 @@ def rows_of_directory(path: Path, *, split: str, columns: Mapping[str, str]) -> 
 
         found = datasets.load_from_disk(str(path))
     if isinstance(found, dict):
-        if not found or (split not in found and len(found) > 1):
+        if split not in found:
             parts = ", ".join(str(path / name) for name in found) or "none"
-            raise InvalidInputError(f"{path}: got the splits {parts}; expected {split}, or one of these folders")
-        found = found.get(split) or next(iter(found.values()))
+            raise InvalidInputError(f"{path}: has no split {split!r}; expected it, or one of the folders {parts}")
+        found = found[split]
     with _read_with("datasets", f"{path}: cannot be read", "expected a whole data set; save it again"):
         yield from _numbered(found, columns)
 

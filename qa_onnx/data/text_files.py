@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from qa_onnx.data.json_text import parse_json
-from qa_onnx.data.rows import NAMES, REQUIRED, Row, problem_at
+from qa_onnx.data.rows import NAMES, REQUIRED, Row, problem_at, shown
 from qa_onnx.data.squad import rows_of_json
 
 MAX_CSV_FIELD = 2**31 - 1
@@ -83,9 +84,9 @@ def rows_of_csv(text: str, *, columns: Mapping[str, str]) -> Iterator[Row]:
                 continue
             if header is None:
                 header = [name.strip() for name in cells]
-                repeated = next((name for name in header if name and header.count(name) > 1), None)
-                if repeated is not None:
-                    raise ValueError(f"{place}: two columns are called {repeated!r}; expected different names")
+                repeated = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+                if repeated:
+                    raise ValueError(f"{place}: two columns are called {shown(repeated[0])}; expected different names")
             elif len(cells) != len(header):
                 given = f"{len(cells)} fields"
                 expected = f"{len(header)}, as the header has. Quote text that has the separator in it"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import datasets
 import pytest
 
 from qa_onnx.data import text_files
 from qa_onnx.data.example import Example, GoldAnswer
+from qa_onnx.data.reader import read_examples
 from qa_onnx.errors import InvalidInputError
 from tests.conftest import ROOT
 from training import finetune
@@ -297,6 +299,111 @@ def test_answers_that_stand_elsewhere_are_repaired_and_absent_ones_counted(tmp_p
         "2 answers stand elsewhere than answer_start says, or in other white space, case or characters; repaired",
         "1 answers do not stand in their passage; trained on as they are",
     ]
+
+
+HUB_ROWS = [
+    {
+        "id": row["id"],
+        "title": "",
+        "context": CONTEXT,
+        "question": row["question"],
+        "answers": {
+            "text": [row["text"]] if row["text"] else [],
+            "answer_start": [row["start"]] if row["text"] else [],
+        },
+    }
+    for row in ROWS
+]
+SAVED = {
+    "rows.parquet": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_parquet(path),
+    "rows.PARQUET": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_pandas().to_parquet(path),
+    "rows.json": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_json(path),
+    "records.json": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_pandas().to_json(path, orient="records"),
+    "rows.csv": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_csv(path),
+    "pandas.csv": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_pandas().to_csv(path),
+    "pandas.tsv": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_pandas().to_csv(path, sep="\t", index=False),
+    "folder": lambda path: datasets.Dataset.from_list(HUB_ROWS).save_to_disk(path),
+    "folders": lambda path: datasets.DatasetDict({"train": datasets.Dataset.from_list(HUB_ROWS)}).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_datasets_and_pandas_write_gives_the_same_examples(tmp_path, name):
+    SAVED[name](str(tmp_path / name))
+    assert load_source(str(tmp_path / name), "train").examples == EXAMPLES
+
+
+def test_a_folder_of_splits_is_read_by_split_or_as_the_folder_of_one(tmp_path):
+    parts = {"train": HUB_ROWS[:1], "test": HUB_ROWS[1:]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(
+        tmp_path
+    )
+    assert load_source(str(tmp_path), "train").examples == EXAMPLES[:1]
+    assert load_source(str(tmp_path / "test"), "eval").examples == EXAMPLES[1:]
+    with pytest.raises(InvalidInputError, match=f"no split 'validation'; .*{tmp_path / 'test'}"):
+        load_source(str(tmp_path), "eval")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "marker", "columns"])
+@pytest.mark.parametrize("kind", ["rows.parquet", "folder"])
+def test_damaged_tables_are_refused(tmp_path, kind, damage):
+    path = tmp_path / kind
+    SAVED[kind](str(path))
+    file = path if path.is_file() else next(path.glob("*.arrow"))
+    if damage == "marker" and path.is_dir():
+        (path / "state.json").write_text("{}")
+    elif damage == "columns":
+        rows = datasets.Dataset.from_list([{"text": 3}])
+        rows.to_parquet(str(path)) if path.is_file() else rows.save_to_disk(str(tmp_path / "other"))
+        path = path if path.is_file() else tmp_path / "other"
+    else:
+        whole = file.read_bytes()
+        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"PK" + whole}.get(damage, whole[1:]))
+    with pytest.raises(InvalidInputError, match=str(path)):
+        load_source(str(path), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("rows.parquet", "pyarrow"), ("folder", "datasets"), ("squad", "datasets")]
+)
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.chdir(tmp_path)
+    if name in SAVED:
+        SAVED[name](name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        InvalidInputError, match=rf"the package {package} is not installed; pip install {package}, or qa_"
+    ):
+        read_examples(name)
+
+
+def test_skipping_bad_rows_is_advised_only_where_good_ones_are(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("context,question,reply_text\na b,Who?,a\na b,What?,b\n")
+    with pytest.raises(InvalidInputError, match=r"all 2 rows are bad.*--columns answers=NAME") as raised:
+        load_source(str(path), "train")
+    assert "--skip-bad-rows" not in str(raised.value)
+    path.write_text("context,question,answers\na b,Who?,a\n,What?,b\na b,,a\n")
+    with pytest.raises(InvalidInputError, match=r"line 3: context: .*2 of 3 rows are bad.*--skip-bad-rows"):
+        load_source(str(path), "train")
+
+
+def test_questions_of_one_id_are_trained_on_and_not_evaluated(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,context,question,answers\n1,a b,Who?,a\n1,a b,What?,b\n")
+    assert len(load_source(str(path), "train").examples) == 2
+    with pytest.raises(InvalidInputError, match="an id of its own"):
+        load_source(str(path), "eval")
+
+
+def test_answers_that_are_written_otherwise_are_repaired_and_keep_their_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    answers = (" Mara\n", "mara", "LIES  at", "a town")
+    path.write_text("\n".join(json.dumps({"context": CONTEXT, "question": "?", "answer": text}) for text in answers))
+    source = load_source(str(path), "train")
+    assert [example.answers[0].text for example in source.examples] == list(answers)
+    assert [example.answers[0].start for example in source.examples] == [0, 0, CONTEXT.index("lies"), 0]
+    assert (source.repaired, source.absent) == (3, 1)
 
 
 def test_weights_repeat_a_source_or_take_a_part_of_it():

@@ -369,3 +369,23 @@ def test_answers_with_every_kind_of_line_separator_are_read_again(files, capsys)
     assert read_answers(files / "answers.jsonl") == {"q1": answer}
     write_file(files / "answers.jsonl", json.dumps(answer) + "\n\n")
     assert run(capsys, "evaluate --data data.json --answers answers.jsonl")[0] == 2
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.CSV", "rows.tsv"])
+def test_predict_needs_no_gold_answers_and_evaluate_finds_the_ids_again(files, loaded, capsys, name):
+    """Questions of any format without `answers`, with an integer id and with none."""
+    rows = [{"id": 7, "context": CONTEXT, "question": "Rollo?"}, {"id": "", "context": CONTEXT, "question": "Normans?"}]
+    separator = "\t" if name == "rows.tsv" else ","
+    content = {
+        "rows.json": json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": rows}]}]}),
+        "rows.jsonl": "\n".join(map(json.dumps, rows)),
+    }.get(name) or "\n".join(
+        separator.join(f'"{cell}"' for cell in cells) for cells in [rows[0], *map(dict.values, rows)]
+    )
+    (files / name).write_text(content)
+    assert run(capsys, f"predict --model bundle --data {name} --output out.json")[0] == 0
+    predictions = json.loads((files / "out.json").read_text())
+    place = {"rows.json": "data[0].paragraphs[0].qas[1]", "rows.jsonl": "line 2"}.get(name, "line 3")
+    assert predictions == {"7": "Rollo?", place: "Normans?"}
+    status, _, err = run(capsys, f"evaluate --data {name} --predictions out.json")
+    assert (status, "answers" in err, "Traceback" in err) == (2, True, False)
