@@ -19,8 +19,9 @@ SAME_CHARACTERS = str.maketrans(
 def locate(context: str, text: str, start: int) -> GoldAnswer | None:
     """Finds an answer in its passage, without white space around it, as it is trained on.
 
-    It is looked for as it is; then in any white space, Unicode form, quotes and dashes; then in any case, too, as whole
-    words. Of several places whole words come first, then the nearest to `start`.
+    It is looked for as it is; then with any white space, Unicode form, quotes and dashes; then, as whole words, in any
+    case; then without white space, as tokenized texts have too much of it. Of several places whole words come first,
+    then the nearest to `start`.
 
     Args:
         context: The passage.
@@ -38,7 +39,8 @@ def locate(context: str, text: str, start: int) -> GoldAnswer | None:
         if place >= 0 and context.startswith(bare, place):
             return GoldAnswer(text=bare, start=place)
     spans = [found.span() for found in re.finditer(re.escape(bare), context)]
-    spans = spans or _spans(context, bare, fold_case=False) or _spans(context, bare, fold_case=True)
+    for fold_case, keep_space in ((False, True), (True, True), (True, False)):
+        spans = spans or _spans(context, bare, fold_case, keep_space)
     if not spans:
         return None
     first, last = min(spans, key=lambda span: (not _is_whole(context, *span), abs(span[0] - start)))
@@ -60,25 +62,26 @@ def _is_whole(text: str, start: int, end: int) -> bool:
     return not any(text[place - 1 : place].isalnum() and text[place : place + 1].isalnum() for place in (start, end))
 
 
-def _spans(context: str, text: str, *, fold_case: bool) -> list[tuple[int, int]]:
+def _spans(context: str, text: str, fold_case: bool, keep_space: bool) -> list[tuple[int, int]]:
     """Where a normalized text stands in a normalized passage, as spans of the passage itself."""
-    wanted = _normalized(text, fold_case)[0].strip()
+    wanted = _normalized(text, fold_case, keep_space)[0].strip()
     if not wanted:
         return []
-    normalized, starts, ends = _normalized(context, fold_case)
+    normalized, starts, ends = _normalized(context, fold_case, keep_space)
     spans = []
     for found in re.finditer(re.escape(wanted), normalized):
         first, last = found.span()
         begins = first == 0 or starts[first - 1] != starts[first]
         is_apart = last == len(starts) or starts[last - 1] != starts[last]
+        span = starts[first], ends[last - 1]
         # `US` is not in `because`; scripts without case are not written in words that white space parts.
-        if begins and is_apart and (not fold_case or _is_whole(normalized, first, last)):
-            spans.append((starts[first], ends[last - 1]))
+        if begins and is_apart and (not fold_case or _is_whole(context, *span)):
+            spans.append(span)
     return spans
 
 
 @lru_cache(maxsize=8)
-def _normalized(text: str, fold_case: bool) -> tuple[str, list[int], list[int]]:
+def _normalized(text: str, fold_case: bool, keep_space: bool) -> tuple[str, list[int], list[int]]:
     """A text in one form, and the first character and the one behind the last that each of its characters is from."""
     pieces: list[str] = []
     starts: list[int] = []
@@ -88,7 +91,7 @@ def _normalized(text: str, fold_case: bool) -> tuple[str, list[int], list[int]]:
         is_space, end = text[start].isspace(), start + 1
         while end < len(text) and (text[end].isspace() if is_space else _continues(text[end])):
             end += 1
-        piece = " " if is_space else _one_form(text[start:end], fold_case)
+        piece = " " * keep_space if is_space else _one_form(text[start:end], fold_case)
         if piece != " " or pieces[-1:] != [" "]:
             starts += [start] * len(piece)
             ends += [end] * len(piece)

@@ -384,7 +384,8 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="SOURCE",
-        help="squad, squad_v2 or an id of the hub; a SQuAD .json, a .jsonl or a .csv file; sample or sample_v2",
+        help="squad, squad_v2 or an id of the hub; a SQuAD .json, .jsonl, .csv, .tsv or .parquet file; a folder of "
+        "save_to_disk; sample or sample_v2",
     )
     data.add_argument("--eval", required=True, metavar="SOURCE", help="as --train; scored at the end of each epoch")
     data.add_argument(
@@ -394,7 +395,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--columns",
         nargs="+",
         metavar="FIELD=NAME",
-        help=f"names of columns in .jsonl, .csv or on the hub; fields: {', '.join(FIELDS)}",
+        help=f"names of columns, where rows are flat; fields: {', '.join(FIELDS)}",
     )
     data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out; the first ends the run else")
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")

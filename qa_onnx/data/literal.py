@@ -1,4 +1,4 @@
-"""Lists and dicts that are written out in a CSV cell: as JSON, as Python's `repr`, or with NumPy's arrays in them."""
+"""Lists and dicts that a text writes out, as a cell of CSV does: in JSON, in Python, or with NumPy's arrays in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import warnings
 from typing import Any
 
-MAX_DEPTH = 20
+MAX_CHARACTERS, MAX_DEPTH = 1_000_000, 20
 _TOKEN = re.compile(
     r"""\s*(?:
         (?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
@@ -32,6 +32,8 @@ def parse_literal(text: str) -> Any:
     Raises:
         ValueError: The text writes out no value; the message says what is wrong.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -99,9 +101,12 @@ class _Parser:
 
     def items(self, end: str, depth: int) -> list[Any]:
         values = []
+        has_comma = False
         while not self.skip(end):
             values.append(self.value(depth + 1))
-            self.skip(",")
+            has_comma |= self.skip(",")
+        if end == ")" and values and not has_comma:
+            raise ValueError("parentheses in it hold no tuple")
         return values
 
     def pairs(self, depth: int) -> dict[Any, Any]:

@@ -32,8 +32,8 @@ FORMATS = (
 )
 """What is read, for messages."""
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-MAX_LITERAL = 1_000_000
-"""Characters of a list or dict that is written out in a CSV cell."""
+LITERAL_BEGINNINGS = ("[", "{", "('", '("', "array(")
+"""Of a list, a dict, a tuple or an array that is written out."""
 MAX_SHOWN, MAX_COLUMNS_SHOWN = 60, 20
 
 
@@ -166,13 +166,16 @@ def _answers(row: Row, names: Mapping[str, str], values: Mapping[str, Any], cont
     place, start_place = inside(row.place, names["answers"]), inside(row.place, names["answer_start"])
     value, start = values["answers"], values["answer_start"]
     if row.is_text:
-        value, start = _written_out(value, context, place), _written_out(start, "", start_place)
+        value, start = _cell_value(value, context, place), _cell_value(start, "", start_place)
+    elif isinstance(value, str):
+        value = _answers_in(value, context)
     if isinstance(value, dict) and "text" in value:
         place, start_place = f"{place}.text", f"{place}.answer_start"
         value, start = value["text"], value.get("answer_start")
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
     if isinstance(value, str):
+        start = start[0] if isinstance(start, list) and len(start) == 1 else start
         return (_gold_answer(context, value, start, place, start_place),)
     if not isinstance(value, list):
         fail(place, shown(value), "a text, texts, or objects with text and answer_start")
@@ -201,7 +204,7 @@ def _gold_answer(context: str, value: object, start: object, place: str, start_p
     return GoldAnswer(text=text, start=number)
 
 
-def _written_out(cell: str | None, context: str, place: str) -> Any:
+def _cell_value(cell: str | None, context: str, place: str) -> Any:
     """The value of a CSV cell: what a list or a dict in it holds; None for a missing one.
 
     What stands in the passage as it is, such as the answer `[1]` or `None`, stays text.
@@ -209,14 +212,26 @@ def _written_out(cell: str | None, context: str, place: str) -> Any:
     text = (cell or "").strip()
     if text in MISSING_WORDS:
         return cell if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context) else None
-    if not text.startswith(("[", "{", "array(")) or text in context:
+    if not text.startswith(LITERAL_BEGINNINGS) or text in context:
         return cell
     try:
-        if len(text) > MAX_LITERAL:
-            raise ValueError(f"it has {len(text):,} characters; at most {MAX_LITERAL:,} are read")
         return parse_literal(text)
     except ValueError as error:
         fail(place, shown(cell), f"a text that stands in the passage, or a whole list or dict ({error})")
+
+
+def _answers_in(text: str, context: str) -> Any:
+    """The answers that are written out in a text of JSON or Parquet; the text where it is an answer itself."""
+    if not text.startswith(LITERAL_BEGINNINGS) or text in context:
+        return text
+    try:
+        value = parse_literal(text)
+    except ValueError:
+        return text
+    objects = value if isinstance(value, list) else [value]
+    is_objects = all(isinstance(item, dict) and "text" in item for item in objects)
+    is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return value if value and (is_objects or is_texts) else text
 
 
 def _flag(value: object, place: str) -> bool:

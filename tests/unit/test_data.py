@@ -163,6 +163,7 @@ RELATIVES = {
     "start as a float": [{**ROW, "answers": [{"text": "211 km", "answer_start": 38.0}]}],
     "start null": [{**ROW, "answers": [{"text": "211 km", "answer_start": None}]}],
     "start missing": [{**ROW, "answers": [{"text": "211 km"}]}],
+    "start in a list": [{**ROW, "answers": "211 km", "answer_start": [38]}],
     "start NaN": [{**ROW, "answers": "211 km", "answer_start": float("nan")}],
     "is_impossible as a string": [{**ROW, "is_impossible": "False"}],
 }
@@ -230,7 +231,7 @@ def cell_read(tmp_path, cell, context=PASSAGE, column="answers"):
         "[{'text': '211 km', 'answer_start': 38}]",
         "['211 km']",
         '["211 km"]',
-        "('211 km',)".replace("(", "[").replace(",)", ",]"),
+        "('211 km',)",
         "array(['211 km'], dtype=object)",
         "{'text': '211 km', 'answer_start': nan}",
         "  ['211 km']\n",
@@ -300,10 +301,20 @@ def test_cells_that_look_written_out_and_cannot_be_read_are_refused(cell, tmp_pa
         cell_read(tmp_path, cell)
 
 
-@pytest.mark.parametrize("text", ["None", "NaN", "[1]", "{'text': ['a']}", "nan"])
+@pytest.mark.parametrize("text", ["None", "NaN", "[1]", "[]", "{}", "{'a': 1}", "[sic]", "nan", "['cut", "('a')"])
 def test_text_of_json_stays_text(text, tmp_path):
     (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
     assert [answer.text for answer in example.answers] == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["['211 km']", "{'text': ['211 km'], 'answer_start': [38]}", '[{"text": "211 km", "answer_start": 38}]']
+)
+def test_answers_that_are_written_out_in_json_are_read_unless_they_stand_in_the_passage(text, tmp_path):
+    (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
+    assert example.answers == (GoldAnswer(text="211 km", start=38),)
+    row = {**ROW, "context": f"Type {text}.", "answers": text}
+    assert read_examples(write_json(tmp_path / "rows.json", [row]))[0].answers == (GoldAnswer(text=text, start=5),)
 
 
 @pytest.mark.parametrize("column", ["context", "question"])
