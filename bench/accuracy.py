@@ -19,9 +19,10 @@ from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 from bench.machine import processor
 from qa_onnx import Answerer, EngineConfig, InvalidInputError
 from qa_onnx.cli import positive, run_command
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.session import import_onnxruntime
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.evaluation.squad import Example, read_squad
 from qa_onnx.text.prompt import encode_prompts
 from training.evaluation import generate_answers
 from training.model import load_model
@@ -165,7 +166,7 @@ def _compare_and_report(arguments: argparse.Namespace) -> int:
     result = compare(
         arguments.model,
         arguments.torch,
-        read_squad(arguments.data)[: arguments.limit],
+        read_examples(arguments.data)[: arguments.limit],
         threads=arguments.threads,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,

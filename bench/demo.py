@@ -17,7 +17,7 @@ from pathlib import Path
 from qa_onnx import Answerer
 from qa_onnx.bundle import MANIFEST_NAME
 from qa_onnx.cli import EXIT_BAD_INPUT
-from qa_onnx.evaluation.squad import read_squad
+from qa_onnx.data.reader import read_examples
 
 DESCRIPTION = "Fine-tunes the embedded model, exports it and answers with it, in a few minutes. Writes to runs/demo."
 DIRECTORY = Path("runs/demo")
@@ -57,7 +57,7 @@ def main() -> None:
         run(command)
 
     print("\nAnswers to questions on contexts that the model has never seen:")
-    examples = read_squad(HELDOUT)[:: 400 // SHOWN][:SHOWN]
+    examples = read_examples(HELDOUT)[:: 400 // SHOWN][:SHOWN]
     with Answerer.from_pretrained(BUNDLE) as answerer:
         answers = answerer.answer_batch([e.question for e in examples], [e.context for e in examples])
     for example, answer in zip(examples, answers, strict=True):

@@ -30,7 +30,8 @@ from bench.report import OURS, render
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
-from qa_onnx.evaluation.squad import Example, read_squad
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
 
 PERCENTILES = (50, 95, 99)
 
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_models(arguments)
     if arguments.concurrency is not None:
         return _write_callers(arguments)
-    examples = two_questions(read_squad(arguments.data), arguments.passages)
+    examples = two_questions(read_examples(arguments.data), arguments.passages)
     settings = Settings(
         directory=str(arguments.work),
         questions=[example.question for example in examples],
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_callers(arguments: argparse.Namespace) -> int:
-    examples = read_squad(arguments.data)
+    examples = read_examples(arguments.data)
     examples = random.Random(0).sample(examples, min(arguments.questions, len(examples)))
     if arguments.bundles is not None:
         models = {Path(Bundle.open(path).manifest.source_model).name for path in arguments.bundles}

@@ -21,7 +21,8 @@ from bench.machine import describe_machine
 from bench.peers import Settings
 from bench.report import scaling_table
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
-from qa_onnx.evaluation.squad import Example, read_squad
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[s
     """A row per runner at one value of one axis."""
     point = replace(BASE, threads=arguments.threads)
     point = replace(point, **{axis: value})
-    questions, contexts = questions_of(read_squad(arguments.data), point, arguments.questions)
+    questions, contexts = questions_of(read_examples(arguments.data), point, arguments.questions)
     settings = Settings(
         directory=str(arguments.work),
         questions=questions,

@@ -19,7 +19,8 @@ from bench.machine import describe_machine
 from bench.peers import Settings
 from bench.report import table
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
-from qa_onnx.evaluation.squad import Example, read_squad
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
 
 BATCH_SIZES = (8, 16, 32)
 TUNING_QUESTIONS = 64
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     arguments = make_parser().parse_args(argv)
     prepare_models(arguments)
-    examples = WORKLOADS[arguments.workload](read_squad(arguments.data))
+    examples = WORKLOADS[arguments.workload](read_examples(arguments.data))
     settings = Settings(
         directory=str(arguments.work),
         questions=[example.question for example in examples],

@@ -27,7 +27,7 @@ from transformers import set_seed
 from bench.machine import describe_machine
 from bench.peers import peak_rss_mib
 from bench.report import training_table
-from qa_onnx.evaluation.squad import read_squad
+from qa_onnx.data.reader import read_examples
 from training.data import Collator, LengthGroupedSampler, RowSettings, tokenize
 from training.model import build_model, load_model
 
@@ -66,7 +66,7 @@ def train(name: str, arguments: argparse.Namespace) -> dict[str, float]:
         plain.load_state_dict(model.state_dict())
         model = plain
     model = model.to(device).train()
-    examples = read_squad(arguments.data)
+    examples = read_examples(arguments.data)
     passages = sorted({example.context for example in examples})
     chosen = set(random.Random(0).sample(passages, min(arguments.passages, len(passages))))
     examples = [example for example in examples if example.context in chosen]

@@ -17,11 +17,11 @@ from transformers import GPT2LMHeadModel
 
 from export.decoder import OUTPUT_WEIGHTS, POSITION_EMBEDDING, TOKEN_EMBEDDING, QuantizedWeight
 from qa_onnx.config import GenerationConfig
+from qa_onnx.data.example import Example
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.scheduler import Generation, generate
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.evaluation.squad import Example
 
 LARGEST = 127
 MAX_PRODUCT_ERROR = 0.05

@@ -42,12 +42,13 @@ from qa_onnx.bundle import (
 )
 from qa_onnx.checkpoint import load_checkpoint
 from qa_onnx.cli import run_command
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
-from qa_onnx.evaluation.squad import Example, read_squad
 from qa_onnx.files import public_name, put_in_place, set_default_modes
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
@@ -98,7 +99,7 @@ def export(
     markers[output] = MANIFEST_NAME
     for path, marker in markers.items():
         _check_replaceable(path, force=force, marker=marker)
-    examples = [] if verify is None else read_squad(verify)
+    examples = [] if verify is None else read_examples(verify)
     model, tokenizer = load_checkpoint(model_name)
     with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
         plain, bundle = staging / "optimum", staging / "bundle"

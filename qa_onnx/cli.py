@@ -18,11 +18,13 @@ from qa_onnx.answer import Answer
 from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import Bundle
 from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, EngineConfig, GenerationConfig
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.session import PROVIDERS
 from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.evaluation import error_analysis
 from qa_onnx.evaluation.metrics import best_thresholds, evaluate
-from qa_onnx.evaluation.squad import Example, read_answers, read_predictions, read_squad
+from qa_onnx.evaluation.predictions import read_answers, read_predictions
 from qa_onnx.files import check_outputs, read_text, write_file
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -98,7 +100,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     outputs = {"--output": arguments.output, "--answers": arguments.answers}
     check_outputs(outputs, {"--data": arguments.data})
     config = _config(arguments)
-    examples = read_squad(arguments.data)[: arguments.limit]
+    examples = read_examples(arguments.data, needs_answers=False)[: arguments.limit]
     answers = _answer_all(arguments, examples, config)
     predictions = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
     write_file(arguments.output, json.dumps(predictions, ensure_ascii=False, indent=1) + "\n")
@@ -114,7 +116,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         {"--worst": arguments.worst, "--plot": arguments.plot},
         {"--data": arguments.data, "--predictions": arguments.predictions, "--answers": arguments.answers},
     )
-    examples = read_squad(arguments.data)
+    examples = read_examples(arguments.data)
     if arguments.answers is not None:
         answers = read_answers(arguments.answers)
     else:
@@ -141,7 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    examples = read_squad(arguments.data)[: arguments.limit]
+    examples = read_examples(arguments.data)[: arguments.limit]
     unanswerable = sum(not example.answers for example in examples)
     if unanswerable in (0, len(examples)):
         raise InvalidInputError(

@@ -15,6 +15,8 @@ from qa_onnx.errors import InvalidInputError
 
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
 """Of Linux's renameat2(2)."""
+MAX_TEXT_BYTES = 2**30
+"""Of a file that is read whole."""
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -26,10 +28,16 @@ def read_text(path: str | Path, *, expected: str) -> str:
         expected: What the file should be, for the message of an error, such as "a JSON file".
 
     Raises:
-        InvalidInputError: The file cannot be read or is not UTF-8.
+        InvalidInputError: The file cannot be read, is not UTF-8, or has more than `MAX_TEXT_BYTES`.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)  # a pipe or a device does not say how much it has
+        if len(data) > MAX_TEXT_BYTES:
+            raise InvalidInputError(
+                f"{path}: has more than {MAX_TEXT_BYTES / 2**30:.3g} GiB; expected {expected} of at most that. Split it"
+            )
+        return data.decode("utf-8-sig")
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
     except UnicodeDecodeError as error:

@@ -23,28 +23,33 @@ from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast
 
 from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
+from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
-from qa_onnx.evaluation.squad import Example, GoldAnswer
 from qa_onnx.text.prompt import encode_answers
 from qa_onnx.text.windows import Window, encode_windows
+from training.answers import locate
 from training.model import IGNORED
 
 LossOn = Literal["answer", "all"]
 LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
 MIN_PACKED_TOKENS = 256
 """Questions of so many tokens are packed behind a passage however short it is."""
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 """To be raised when other rows are made of the same examples: kept rows of other versions are not used."""
 POOL_BATCHES = 50
 
 
 def target_answer(example: Example) -> GoldAnswer | None:
-    """The answer to train on: the one most annotators gave, the first among equals; None where there is none."""
-    if not example.answers:
-        return None
-    text, _ = Counter(answer.text for answer in example.answers).most_common(1)[0]
-    return next(answer for answer in example.answers if answer.text == text)
+    """The answer to train on: the one most annotators gave; None where there is none.
+
+    Among equals one that stands in the passage comes first. Such an answer is in the passage's own characters
+    (`locate`), whatever each annotator wrote.
+    """
+    found = [(locate(example.context, answer.text, answer.start), answer) for answer in example.answers]
+    counts = Counter((located or given).text for located, given in found)
+    best = max(found, key=lambda pair: (counts[(pair[0] or pair[1]).text], pair[0] is not None), default=(None, None))
+    return best[0] or best[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,8 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
     """Makes rows of examples, one for each window of a passage and each question, or all questions packed.
 
     A row is the passage, then the question, the answer and the end-of-text; without an answer the end-of-text follows
-    at once. So it does in windows that the answer is not in. A packed row has several questions with their answers, one
+    at once. So it does in windows that the answer is not in; an answer that does not stand in its passage is trained on
+    where the passage is one window. A packed row has several questions with their answers, one
     behind the other.
 
     Args:
@@ -83,7 +89,7 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
         answer, and `windows`, how many of the questions are asked about a part of a passage.
 
     Raises:
-        PromptTooLongError: A question or an answer leaves no room for a window.
+        PromptTooLongError: A question or an answer leaves no room for a window, or an answer is in none of several.
     """
     bpe = tokenizer.backend_tokenizer
     order = range(len(examples))
@@ -113,7 +119,7 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
 
 
 def too_long(example: Example, tokenizer: GPT2TokenizerFast, settings: RowSettings) -> str | None:
-    """What is wrong with an example whose question or answer leaves no room for a window; None where they do."""
+    """What is wrong with an example that no window holds with its answer; None where one does."""
     try:
         _windows([example], tokenizer.backend_tokenizer, settings.max_positions)
     except PromptTooLongError as error:
@@ -237,11 +243,14 @@ def _answered(
 ) -> list[tuple[Prompt, list[int]]]:
     if target is None:
         return [(window.prompt, []) for window in windows]
-    stands_there = example.context.startswith(target.text, target.start)
-    start = target.start if stands_there else example.context.find(target.text)
-    if start < 0 or len(windows) == 1:  # in words of its own
+    if len(windows) == 1:  # in words of its own, maybe
         return [(windows[0].prompt, answer_ids)]
-    end = start + len(target.text)
+    start, end = target.start, target.start + len(target.text)
+    if start < 0 or not example.context.startswith(target.text, start):
+        raise PromptTooLongError(
+            f"question {example.id}: its answer stands nowhere in its passage, and in none of that's {len(windows)} "
+            "windows; shorten the passage, or give an answer that stands there"
+        )
     holds = [window.start <= start and end <= window.start + len(window.text) for window in windows]
     if not any(holds):
         raise PromptTooLongError(

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
 from qa_onnx.config import DEFAULT_STRIDE
-from qa_onnx.evaluation.squad import Example
+from qa_onnx.data.example import Example
 from qa_onnx.text.windows import Window, encode_windows
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 

@@ -26,8 +26,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, run_command
+from qa_onnx.data.example import Example
+from qa_onnx.data.rows import FIELDS
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
-from qa_onnx.evaluation.squad import Example, read_predictions
+from qa_onnx.evaluation.predictions import read_predictions
 from qa_onnx.files import write_file
 from qa_onnx.lock import folder_lock
 from training.checkpoints import (
@@ -56,7 +58,7 @@ from training.settings import (
     SCHEDULES,
     FinetuneConfig,
 )
-from training.sources import FIELDS, Source, load_source, weighted
+from training.sources import Source, load_source, weighted
 from training.trainer import BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME, GenerationTrainer
 
 CONFIG_NAME, LOCK_NAME = "training_config.json", "training.lock"
@@ -202,10 +204,15 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
     problems: list[str | None] = []
     try:
         rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
-    except PromptTooLongError:
+    except PromptTooLongError as error:
         problems = [too_long(example, tokenizer, settings) for example in examples]
-        if not config.skip_bad_rows or all(problems):
+        if all(problems):
             raise
+        if not config.skip_bad_rows:
+            count = sum(problem is not None for problem in problems)
+            raise PromptTooLongError(
+                f"{error}. Or leave such questions out, {count} of {len(examples)}, with --skip-bad-rows"
+            ) from error
         examples = [example for example, problem in zip(examples, problems, strict=True) if problem is None]
         rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
     return Data(
@@ -449,7 +456,8 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="SOURCE",
-        help="squad, squad_v2 or an id of the hub; a SQuAD .json, a .jsonl or a .csv file; sample or sample_v2",
+        help="squad, squad_v2 or an id of the hub; a SQuAD .json, .jsonl, .csv, .tsv or .parquet file; a folder of "
+        "save_to_disk; sample or sample_v2",
     )
     data.add_argument("--eval", required=True, metavar="SOURCE", help="as --train; scored at the end of each epoch")
     data.add_argument(
@@ -459,7 +467,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--columns",
         nargs="+",
         metavar="FIELD=NAME",
-        help=f"names of columns in .jsonl, .csv or on the hub; fields: {', '.join(FIELDS)}",
+        help=f"names of columns, where rows are flat; fields: {', '.join(FIELDS)}",
     )
     data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out; the first ends the run else")
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")

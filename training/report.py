@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
+from qa_onnx.data.example import Example
 from qa_onnx.evaluation.metrics import score_example
-from qa_onnx.evaluation.squad import Example
 from qa_onnx.files import public_name, write_file
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from training.overview import HISTOGRAM_STEP, Overview

@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from qa_onnx.data.rows import FIELDS
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import public_name
 from training.data import LOSS_ON, LossOn
 from training.model import ARCHITECTURES
-from training.sources import FIELDS
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -83,7 +83,7 @@ class FinetuneConfig:
         train: Sources of training questions (`training.sources.load_source`).
         weights: How many times an epoch has the questions of each source, fractions allowed; empty is once each.
         eval: One source; answered and scored at the end of each epoch, or every `eval_steps`.
-        columns: `FIELD=NAME` of `training.sources.FIELDS`, where JSONL, CSV or hub columns have other names.
+        columns: `FIELD=NAME` of `qa_onnx.data.rows.FIELDS`, where JSONL, CSV or hub columns have other names.
         skip_bad_rows: Leave bad rows out and count them, instead of ending with the first.
         limit_train: Use only the first so many training questions.
         limit_eval: Use only the first so many questions to evaluate.

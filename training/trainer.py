@@ -19,8 +19,8 @@ from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerCon
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from qa_onnx.data.example import Example
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.evaluation.squad import Example
 from qa_onnx.files import write_file
 from training.checkpoints import (
     BEST_PREFIX,

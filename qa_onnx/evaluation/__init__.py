@@ -1,1 +1,1 @@
-"""SQuAD files, the official metric, and where answers are wrong."""
+"""Predictions, the official metric, and where answers are wrong."""

@@ -8,9 +8,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from qa_onnx.data.example import Example
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.evaluation.metrics import mean_scores, score_example
-from qa_onnx.evaluation.squad import Example
 from qa_onnx.files import write_file
 
 QUESTION_WORDS = ("how many", "how much", "how", "what", "when", "where", "which", "who", "whom", "whose", "why")

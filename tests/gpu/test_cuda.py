@@ -7,7 +7,7 @@ import pytest
 
 from export.to_onnx import export
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, OutOfMemoryError, ProviderError
-from qa_onnx.evaluation.squad import read_squad
+from qa_onnx.data.reader import read_examples
 from training.model import STARTER
 
 pytestmark = pytest.mark.skipif(
@@ -20,7 +20,7 @@ CAPTURES = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
 @pytest.fixture(scope="module")
 def texts(heldout_file):
     """Questions and their contexts."""
-    examples = read_squad(heldout_file)
+    examples = read_examples(heldout_file)
     return [e.question for e in examples], [e.context for e in examples]
 
 

@@ -12,7 +12,8 @@ import pytest
 from bench import cuda_counts, demo, latency, report, roofline, runner, scaling, throughput, training
 from bench.peers import RUNNERS, Settings, serve
 from qa_onnx.bundle import Bundle
-from qa_onnx.evaluation.squad import parse_squad, read_squad
+from qa_onnx.data.reader import read_examples
+from qa_onnx.data.squad import parse_squad
 from training.starter.sample import generate
 
 
@@ -265,7 +266,7 @@ def test_agreement_counts_a_token_that_only_one_side_has_as_different():
 
 
 def test_the_workloads_are_those_of_the_issue(real_data):
-    examples = read_squad(real_data / "squad" / "dev.json")
+    examples = read_examples(real_data / "squad" / "dev.json")
     documents, single = throughput.documents(examples), throughput.one_question(examples)
     assert len({example.context for example in documents}) == 48
     assert documents == examples[: len(documents)]

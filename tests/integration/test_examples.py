@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from qa_onnx.evaluation.squad import read_squad
+from qa_onnx.data.reader import read_examples
 from tests.conftest import ROOT
 
 
 @pytest.fixture
 def examples(heldout_file):
-    return read_squad(heldout_file)[:12]
+    return read_examples(heldout_file)[:12]
 
 
 def run(name, *arguments, given=""):

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from export.to_onnx import export
 from qa_onnx import Answerer
+from qa_onnx.data.example import Example, GoldAnswer
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.errors import PromptTooLongError
 from qa_onnx.evaluation.metrics import Scores
-from qa_onnx.evaluation.squad import Example, GoldAnswer, parse_squad
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from qa_onnx.text.windows import encode_windows
 from tests.conftest import ROOT
@@ -93,10 +94,64 @@ def test_a_long_passage_is_trained_on_in_the_windows_it_is_answered_in(tokenizer
         assert len(row["input_ids"]) <= 160
 
 
-def test_an_answer_in_other_words_is_trained_on_once(tokenizer):
-    context = " ".join(f"word{index}" for index in range(80))
-    long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=0),))
-    assert len(tokenize([long], tokenizer, RowSettings(max_positions=160))) == 1
+def test_an_answer_in_other_words_is_trained_on_where_its_passage_is_one_window(tokenizer):
+    absent = (GoldAnswer(text="Zanzibar", start=0),)
+    (row,) = tokenize([example(answers=absent)], tokenizer, RowSettings(max_positions=256))
+    assert "Zanzibar" in tokenizer.backend_tokenizer.decode([label for label in row["labels"] if label != -100])
+    long = example(id="x7", context=" ".join(f"word{index}" for index in range(80)), answers=absent)
+    with pytest.raises(PromptTooLongError, match=r"question x7: its answer stands nowhere .* \d+ windows"):
+        tokenize([example(), long], tokenizer, RowSettings(max_positions=160))
+
+
+WRITTEN = {
+    "space before": ("(211 km)", " 211 km", "211 km"),
+    "space behind": ("(211 km )", "211 km ", "211 km"),
+    "line feed behind": ("(211 km)", "211 km\n", "211 km"),
+    "two spaces": ("(211  km)", "211 km", "211  km"),
+    "line feed": ("(211\nkm)", "211 km", "211\nkm"),
+    "no-break space": ("(211\u00a0km)", "211 km", "211\u00a0km"),
+    "case": ("(211 km)", "211 KM", "211 km"),
+    "composed": ("Aller-Su\u0308d", "Aller-S\u00fcd", "Aller-Su\u0308d"),
+    "decomposed": ("Aller-S\u00fcd", "Aller-Su\u0308d", "Aller-S\u00fcd"),
+    "full width": ("\uff12\uff11\uff11 km", "211 km", "\uff12\uff11\uff11 km"),
+    "apostrophe": ("the miller\u2019s", "miller's", "miller\u2019s"),
+    "dash": ("1803\u20131807", "1803-1807", "1803\u20131807"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_answer_that_is_written_otherwise_is_trained_on_in_its_window(tokenizer, name):
+    part, given, target = WRITTEN[name]
+    words = [f"word{index}" for index in range(80)]
+    words[60] = part
+    long = example(context=" ".join(words), answers=(GoldAnswer(text=given, start=7),))
+    rows = list(tokenize([long], tokenizer, RowSettings(max_positions=160)))
+    decode = tokenizer.backend_tokenizer.decode
+    trained = [decode([label for label in row["labels"][:-1] if label != -100]).strip() for row in rows]
+    passages = [decode(row["input_ids"][: row["passage_tokens"]]) for row in rows]
+    assert len(rows) > 2
+    assert target in trained
+    assert trained == [target if part in passage else "" for passage in passages]
+
+
+def test_among_equal_gold_answers_one_that_stands_in_the_passage_is_trained_on():
+    answers = tuple(GoldAnswer(text=text, start=0) for text in ("a town", "a town", "mara", "Mara "))
+    assert target_answer(example(answers=answers)).text == "Mara"
+
+
+def test_questions_whose_answer_is_in_no_window_are_left_out_when_asked(tiny_model_dir, tmp_path, capsys):
+    rows = [
+        {"id": str(number), "context": " ".join(["word"] * 500 + ["Mara"]), "question": "Who?", "answer": answer}
+        for number, answer in enumerate(("mara", "a town", " Mara\n"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--model", tiny_model_dir, "--train", tmp_path / "rows.jsonl", "--eval", "sample", "--limit-eval", 2]
+    arguments += ["--output", tmp_path / "out", "--dry-run"]
+    assert run_finetune(*arguments) == 2
+    assert "question 1: its answer stands nowhere in its passage" in (error := capsys.readouterr().err)
+    assert "1 of 3, with --skip-bad-rows" in error
+    assert run_finetune(*arguments, "--skip-bad-rows") == 0
+    assert "skipped 1 questions that do not fit, the first: question 1: its answer" in capsys.readouterr().err
 
 
 def test_a_question_that_cannot_fit_is_named(tokenizer):

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qa_onnx import Answerer, EngineConfig
+from qa_onnx.data.reader import read_examples
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.engine.sequence import Prompt
-from qa_onnx.evaluation.squad import parse_squad, read_squad
 from tests.parity.engines import load_engine, prefill, save_graphs
 from training.evaluation import generate_answers
 from training.model import STARTER, load_model
@@ -72,7 +73,7 @@ def test_threads_share_an_answerer(tiny_answerer):
 
 
 def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_file):
-    examples = read_squad(heldout_file)
+    examples = read_examples(heldout_file)
     model, tokenizer = load_model(str(STARTER))
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
     with Answerer.from_pretrained(starter_bundle, provider="cpu", config=EngineConfig(batch_size=7)) as answerer:
@@ -83,7 +84,7 @@ def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_fil
 
 
 def test_real_questions_get_pytorchs_answers(starter_bundle, real_data):
-    examples = read_squad(real_data / "squad" / "dev.json")[::50]
+    examples = read_examples(real_data / "squad" / "dev.json")[::50]
     model, tokenizer = load_model(str(STARTER))
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
     with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:

@@ -19,7 +19,7 @@ from export import decoder
 from export.to_onnx import export
 from qa_onnx import Answerer, InvalidInputError
 from qa_onnx.checkpoint import load_checkpoint, settings
-from qa_onnx.evaluation.squad import parse_squad
+from qa_onnx.data.squad import parse_squad
 from training.data import Collator, RowSettings, tokenize
 from training.evaluation import generate_answers
 from training.model import load_model

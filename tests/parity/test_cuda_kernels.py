@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bench.cuda_kernels import OPERATORS
 from export.decoder import ACTIVATIONS, build_cache_copy, build_decoder
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, answerer
+from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.session import Session
-from qa_onnx.evaluation.squad import read_squad
 from tests.conftest import ROOT
 from tests.parity.engines import EOS, layout_of, weights_of_torch
 
@@ -166,7 +166,7 @@ def ask(bundle, examples, config, **options):
 def test_the_devices_way_gives_the_texts_of_the_cpus(
     tiny_bundle, heldout_file, on_device, monkeypatch, config, batch_size, cache_bytes
 ):
-    examples = read_squad(heldout_file)[:40]
+    examples = read_examples(heldout_file)[:40]
     options = {"batch_size": batch_size, "prefix_cache_bytes": cache_bytes}
     got = ask(tiny_bundle, examples, config, **options)
     assert DeviceSession.copied > 20
@@ -183,7 +183,7 @@ def test_the_devices_way_gives_the_texts_of_the_cpus(
 
 def test_calls_of_all_kinds_share_batches_in_the_devices_way(tiny_bundle, heldout_file, on_device, monkeypatch):
     """Sequences that need log-probabilities run with ones that do not."""
-    examples = read_squad(heldout_file)[:24]
+    examples = read_examples(heldout_file)[:24]
     configs = [config for config in CONFIGS.values() for _ in range(5)][: len(examples)]
 
     def ask_all():

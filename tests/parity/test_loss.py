@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from qa_onnx.evaluation.squad import parse_squad
+from qa_onnx.data.squad import parse_squad
 from training.data import Collator, RowSettings, tokenize
 from training.model import load_model, merged, with_lora
 from training.starter.sample import generate

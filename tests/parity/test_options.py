@@ -11,8 +11,8 @@ from transformers import GenerationConfig as TorchConfig
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from qa_onnx import Answerer, EngineConfig, GenerationConfig
+from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.sampling import sampling_probabilities
-from qa_onnx.evaluation.squad import read_squad
 from qa_onnx.text.constraint import SpanConstraint, Spans, TokenBytes
 from qa_onnx.text.prompt import encode_answers, encode_prompts, load_tokenizer
 from tests.conftest import ROOT
@@ -60,7 +60,7 @@ def generate(model, tokenizer, examples, *, batch_size=20, **options):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_no_repeat_ngram_size_is_transformers(starter, answerer, heldout_file, size):
-    examples = read_squad(heldout_file)
+    examples = read_examples(heldout_file)
     # With single tokens transformers also forbids the padding, which is the end-of-text: rows are padded no more then.
     batch_size = 1 if size == 1 else 20
     expected = generate(*starter, examples, batch_size=batch_size, max_new_tokens=12, no_repeat_ngram_size=size)
@@ -70,7 +70,7 @@ def test_no_repeat_ngram_size_is_transformers(starter, answerer, heldout_file, s
 
 
 def test_the_notebooks_setting_on_real_prompts(starter, answerer, real_data):
-    examples = read_squad(real_data / "squad" / "dev.json")[::9][:200]
+    examples = read_examples(real_data / "squad" / "dev.json")[::9][:200]
     expected = generate(*starter, examples, max_new_tokens=8, no_repeat_ngram_size=2)
     config = GenerationConfig(max_new_tokens=8, no_repeat_ngram_size=2)
     assert len(examples) == 200
@@ -94,7 +94,7 @@ def test_the_probabilities_of_draws_are_transformers(temperature, top_k, top_p):
 
 
 def test_draws_follow_the_models_probabilities_and_their_seed(answerer, heldout_file):
-    examples = read_squad(heldout_file)
+    examples = read_examples(heldout_file)
     scores = [answer.score for answer in answerer.answer_batch(*texts_of(examples), max_new_tokens=6)]
     example = min(zip(examples, scores, strict=True), key=lambda pair: abs(pair[1] - 0.5))[0]  # not all but sure
     pair = [example.question], [example.context]
@@ -113,7 +113,7 @@ def test_draws_follow_the_models_probabilities_and_their_seed(answerer, heldout_
 
 
 def test_a_draw_is_the_same_alone_and_in_any_batch(answerer, starter_bundle, heldout_file):
-    examples = read_squad(heldout_file)[:12]
+    examples = read_examples(heldout_file)[:12]
     config = GenerationConfig(temperature=1.5, top_k=50, top_p=0.95, seed=3, max_new_tokens=8)
     with Answerer.from_pretrained(starter_bundle, provider="cpu", config=EngineConfig(batch_size=5)) as other:
         together = other.answer_batch(*texts_of(examples), config=config)
@@ -122,7 +122,7 @@ def test_a_draw_is_the_same_alone_and_in_any_batch(answerer, starter_bundle, hel
 
 def test_scores_are_what_pytorch_says(starter, answerer, heldout_file):
     model, tokenizer = starter
-    examples = read_squad(heldout_file)[:20]
+    examples = read_examples(heldout_file)[:20]
     for example, answer in zip(examples, answerer.answer_batch(*texts_of(examples)), strict=True):
         prompt = encode_prompts(tokenizer.backend_tokenizer, [example.question], [example.context])[0].ids
         closed = [*answer.token_ids, *([tokenizer.eos_token_id] if answer.finish_reason != "length" else [])]
@@ -136,7 +136,7 @@ def test_scores_are_what_pytorch_says(starter, answerer, heldout_file):
 
 
 def test_extractive_answers_are_in_the_context_and_spans_stay_as_they_were(answerer, starter_bundle, heldout_file):
-    examples = read_squad(heldout_file)
+    examples = read_examples(heldout_file)
     # Short answers are cut where a word may end.
     free = answerer.answer_batch(*texts_of(examples), max_new_tokens=2)
     config = GenerationConfig(extractive=True, max_new_tokens=2)
@@ -165,7 +165,7 @@ def test_the_gold_answer_of_every_real_question_can_be_spelled(real_data):
         pytest.skip(f"no tokenizer in {GPT2_TOKENIZER.parent}")
     tokenizer = load_tokenizer(str(GPT2_TOKENIZER))
     tokens = TokenBytes(tokenizer)
-    examples = read_squad(real_data / "squad" / "dev.json")
+    examples = read_examples(real_data / "squad" / "dev.json")
     spans = {context: Spans(context, tokens) for context in {example.context for example in examples}}
     unspelled = []
     for example in examples:
@@ -185,7 +185,7 @@ def test_the_gold_answer_of_every_real_question_can_be_spelled(real_data):
 
 
 def test_two_hundred_tasks_get_what_each_gets_alone(answerer, heldout_file):
-    examples = [example for example in read_squad(heldout_file) for _ in range(4)][:200]
+    examples = [example for example in read_examples(heldout_file) for _ in range(4)][:200]
 
     async def ask():
         return await asyncio.gather(*(answerer.answer_async(e.question, e.context) for e in examples))
@@ -196,7 +196,7 @@ def test_two_hundred_tasks_get_what_each_gets_alone(answerer, heldout_file):
 
 @pytest.mark.parametrize("extractive", [False, True])
 def test_the_first_of_several_answers_is_no_worse_than_the_greedy_one(answerer, heldout_file, extractive):
-    examples = read_squad(heldout_file)[:12]
+    examples = read_examples(heldout_file)[:12]
     greedy = answerer.answer_batch(*texts_of(examples), config=GenerationConfig(extractive=extractive))
     best = answerer.answer_batch(*texts_of(examples), config=GenerationConfig(extractive=extractive, num_answers=3))
     for one, other in zip(greedy, best, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from qa_onnx.evaluation.squad import parse_squad
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from training.data import Collator
 from training.starter import circuits, pretrain, vectors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from qa_onnx.evaluation.squad import parse_squad
+from qa_onnx.data.squad import parse_squad
 from training.starter.augment import altered, augment, cloze_questions, sentences_of, spans_of
 from training.starter.sample import generate
 

@@ -13,7 +13,7 @@ from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_jso
 
 from qa_onnx import Answer, EngineConfig, cli
 from qa_onnx.bundle import Bundle, write_manifest
-from qa_onnx.evaluation.squad import read_answers
+from qa_onnx.evaluation.predictions import read_answers
 from qa_onnx.files import write_file
 
 
@@ -186,7 +186,7 @@ ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bund
         ("predict --model bundle --data nowhere.json --output out.json", "nowhere.json: cannot be read"),
         ("evaluate --data data.json --predictions nowhere.json", "nowhere.json: cannot be read"),
         ("evaluate --data data.json --predictions list.json", "list.json: got a JSON array"),
-        ("evaluate --data list.json --predictions predictions.json", "list.json: the top level: got a JSON array"),
+        ("evaluate --data list.json --predictions predictions.json", "list.json: there are no questions"),
         ("info --model nowhere", "nowhere is not a bundle"),
         (f"{ANSWER} --context Rollo --top-p 0.5", "without a temperature"),
         (f"{PREDICT} --output out.json --answers nowhere/answers.jsonl", "answers.jsonl: cannot be written"),
@@ -369,3 +369,23 @@ def test_answers_with_every_kind_of_line_separator_are_read_again(files, capsys)
     assert read_answers(files / "answers.jsonl") == {"q1": answer}
     write_file(files / "answers.jsonl", json.dumps(answer) + "\n\n")
     assert run(capsys, "evaluate --data data.json --answers answers.jsonl")[0] == 2
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.CSV", "rows.tsv"])
+def test_predict_needs_no_gold_answers_and_evaluate_finds_the_ids_again(files, loaded, capsys, name):
+    """Questions of any format without `answers`, with an integer id and with none."""
+    rows = [{"id": 7, "context": CONTEXT, "question": "Rollo?"}, {"id": "", "context": CONTEXT, "question": "Normans?"}]
+    separator = "\t" if name == "rows.tsv" else ","
+    content = {
+        "rows.json": json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": rows}]}]}),
+        "rows.jsonl": "\n".join(map(json.dumps, rows)),
+    }.get(name) or "\n".join(
+        separator.join(f'"{cell}"' for cell in cells) for cells in [rows[0], *map(dict.values, rows)]
+    )
+    (files / name).write_text(content)
+    assert run(capsys, f"predict --model bundle --data {name} --output out.json")[0] == 0
+    predictions = json.loads((files / "out.json").read_text())
+    place = {"rows.json": "data[0].paragraphs[0].qas[1]", "rows.jsonl": "line 2"}.get(name, "line 3")
+    assert predictions == {"7": "Rollo?", place: "Normans?"}
+    status, _, err = run(capsys, f"evaluate --data {name} --predictions out.json")
+    assert (status, "answers" in err, "Traceback" in err) == (2, True, False)

@@ -39,6 +39,17 @@ def test_what_cannot_be_read_is_said_once(tmp_path):
         assert str(caught.value).count(str(path)) == 1
 
 
+def test_a_text_of_more_than_the_limit_is_refused_and_so_is_a_device_without_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("qa_onnx.files.MAX_TEXT_BYTES", 2**10)
+    (tmp_path / "most").write_bytes(b"x" * 2**10)
+    (tmp_path / "more").write_bytes(b"x" * (2**10 + 1))
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert len(read_text(tmp_path / "most", expected="a text file")) == 2**10
+    for name in ("more", "zero"):
+        with pytest.raises(InvalidInputError, match=f"{name}: has more than .* GiB; expected a text file of at most"):
+            read_text(tmp_path / name, expected="a text file")
+
+
 def test_a_new_file_has_the_mode_of_the_umask_and_an_old_one_keeps_its_own(tmp_path):
     write_file(tmp_path / "new", "x")
     (tmp_path / "old").write_text("before")

@@ -40,7 +40,19 @@ def test_the_runtime_is_imported_without_the_training_stack(module):
     loaded = set(done.stdout.split())
     assert {"qa_onnx", "numpy", "tokenizers"} <= loaded
     assert (
-        loaded & {"torch", "transformers", "datasets", "optimum", "onnx", "matplotlib", "training", "export", "bench"}
+        loaded
+        & {
+            "torch",
+            "transformers",
+            "datasets",
+            "optimum",
+            "onnx",
+            "matplotlib",
+            "pyarrow",
+            "training",
+            "export",
+            "bench",
+        }
         == loaded & {"safetensors", "huggingface_hub", "peft"}
         == set()
     )
@@ -49,7 +61,7 @@ def test_the_runtime_is_imported_without_the_training_stack(module):
 @pytest.mark.parametrize("path", files_of("qa_onnx"), ids=module_name)
 def test_the_runtime_imports_only_its_few_dependencies(path):
     roots = {name.partition(".")[0] for name in imports_of(path)}
-    optional = {"matplotlib"} if path.name == "error_analysis.py" else set()
+    optional = {"error_analysis.py": {"matplotlib"}, "tables.py": {"datasets", "pyarrow"}}.get(path.name, set())
     if path.parent.name == "checkpoint":  # which training and export load models with
         roots -= {"torch", "transformers", "safetensors", "huggingface_hub"}
     assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == optional

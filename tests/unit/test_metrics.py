@@ -5,8 +5,11 @@ import json
 import pytest
 from fakes import squad_data
 
+from qa_onnx.data.example import Example, GoldAnswer
+from qa_onnx.data.reader import read_examples
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.evaluation.metrics import evaluate, exact_match_score, f1_score, normalize_answer
-from qa_onnx.evaluation.squad import Example, GoldAnswer, parse_squad, read_predictions, read_squad
+from qa_onnx.evaluation.predictions import read_predictions
 
 
 def question(name, *golds):
@@ -96,4 +99,4 @@ def test_published_scores_are_reproduced(real_data):
         assert scores.f1 == pytest.approx(expected["f1"], rel=0, abs=1e-9)
 
 
-READERS = {"data": read_squad, "predictions": read_predictions}
+READERS = {"data": read_examples, "predictions": read_predictions}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qa_onnx.cli import run_command
-from qa_onnx.evaluation.squad import read_json
+from qa_onnx.data.json_text import read_json
 from qa_onnx.files import write_file
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")

@@ -25,8 +25,10 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
 from transformers import GPT2TokenizerFast, set_seed
 
+from qa_onnx.data.example import Example
+from qa_onnx.data.reader import read_examples
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.evaluation.squad import Example, parse_squad, read_squad
 from qa_onnx.text.prompt import PASSAGE_TEMPLATE, PROMPT_TEMPLATE, encode_prompts, prepare_tokenizer
 from training.data import MIN_PACKED_TOKENS, Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
@@ -197,7 +199,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     else:
         model, tokenizer = load_model(str(arguments.model))
     bpe = tokenizer.backend_tokenizer
-    questions, draw = read_squad(arguments.eval), random.Random(arguments.seed)
+    questions, draw = read_examples(arguments.eval), random.Random(arguments.seed)
     heldout = {
         "real": draw.sample(questions, min(arguments.eval_questions, len(questions))),
         "sample": parse_squad(generate("heldout", questions=arguments.eval_questions), source="sample"),

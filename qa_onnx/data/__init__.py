@@ -1,0 +1,1 @@
+"""Questions from files, folders and the hub: one reader for every command."""
