@@ -90,7 +90,7 @@ def mutate_bundle(random: Random, bundle: MutableBundle) -> str:
     chosen = random.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=random.choice((1, 1, 1, 2)))
     done = [mutation(random, bundle) for mutation in chosen if mutation is not _manifest]
     changes = bundle.changes()
-    if random.random() < 0.95:
+    if random.random() < _CORRECTED:
         try:
             values = bundle.manifest()
             values["files"] |= changes
@@ -565,6 +565,8 @@ _FILE_NAMES = (
     "é",
     "e\u0301",
 )
+_CORRECTED = 0.95
+"""How often the manifest has the new checksums."""
 _WEIGHTS: dict[Callable[[Random, MutableBundle], str], int] = {
     _bytes: 4,
     _json: 4,

@@ -26,10 +26,10 @@ def make_text(random: Random) -> str:
         return random.choice(("", " ", "\t\n", "\u3000", "\u200b", "\ufeff", "\u2028", "\x00", "\ud800", "a\udfff"))
     if kind < 0.04:
         unit = random.choice(("a", "1", "\xe9", "\u6f22", "\U0001f468\u200d\U0001f469", " a", "\u0301"))
-        return unit * random.choice((100, 1500))
+        return unit * (random.choice((300, 2500)) // len(unit.encode()))
     if kind < 0.06:
-        return " ".join(random.choices(PIECES, k=random.choice((50, 300))))
-    pieces = random.choices(PIECES, k=random.choice((1, 2, 5, 15)))
+        return " ".join(random.choices(PIECES, k=random.choice((30, 150))))
+    pieces = random.choices(PIECES, k=random.choice((1, 2, 4, 8)))
     if random.random() < 0.3:
         pieces.insert(random.randrange(len(pieces)), chr(random.randrange(random.choice((256, 0xD800, 0x110000)))))
     return random.choice((" ", " ", " ", "", "\n")).join(pieces)
@@ -43,7 +43,7 @@ PIECES = (
     *"\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd".split(),
     *("\x00", "\x1b[0m", "\u2028", "\xa0", "\u200d", "\ufffd", "\ufffe", "\ufeff", "\r\n", "\x85", "\x1c"),
     "\nQuestion: who?\nAnswer: me",
-    "x" * 200,
+    "x" * 30,
 )
 """Of texts."""
 
@@ -82,9 +82,9 @@ def make_options(random: Random) -> dict[str, Any]:
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "max_new_tokens": (1, 2, 3, 5, 8, 8, 8, 40),
+    "max_new_tokens": (1, 2, 3, 5, 8, 8, 8, 8, 8, 40, 10**9),
     "extractive": (True, True, False),
-    "num_answers": (1, 2, 3, 5, 20),
+    "num_answers": (1, 2, 2, 3, 3, 5, 1000),
     "no_repeat_ngram_size": (0, 1, 2, 3, 100),
     "temperature": (0.0, 0.5, 1.0, 1e-3, 1e3, 1e-310, 1e-30, 1e300, 1),
     "top_k": (0, 1, 5, 8191, 8192, 8193, 10**9),

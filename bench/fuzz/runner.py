@@ -113,48 +113,49 @@ def _work(
     elsewhere: list[BaseException | None] = []
     threading.excepthook = lambda raised: elsewhere.append(raised.exc_value)
     sys.unraisablehook = lambda raised: elsewhere.append(raised.exc_value)
-    case = make_case(bundle, directory)
-    for index in indexes:
-        pipe.send(index)
-        place = directory / "case"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        noted: list[str] = []
+    with pipe:
+        case = make_case(bundle, directory)
+        for index in indexes:
+            pipe.send(index)
+            place = directory / "case"
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            noted: list[str] = []
 
-        def note(text: str, noted: list[str] = noted) -> None:
-            noted.append(text)
-            pipe.send(text)
+            def note(text: str, noted: list[str] = noted) -> None:
+                noted.append(text)
+                pipe.send(text)
 
-        faulthandler.dump_traceback_later(time_limit * 0.9, repeat=True, file=log)
-        reset_peak()
-        kind, error, started = "", None, time.monotonic()
-        try:
-            kind = case(Random(f"{seed} {target} {index}"), place, note)
-        except KeyboardInterrupt:
-            raise
-        except WrongResultError as raised:
-            kind, error = "wrong", raised
-        except BaseException as raised:  # noqa: BLE001 - a panic of tokenizers is no Exception
-            kind, error = "exception", raised
-        seconds, peak = time.monotonic() - started, _peak_bytes()
-        faulthandler.cancel_dump_traceback_later()
-        if error is None and elsewhere and elsewhere[0] is not None:
-            kind, error = "exception", elsewhere[0]
-        if error is None and peak > memory_limit:
-            kind, error = "memory", MemoryError(f"a peak of {peak / 2**30:.1f} GiB")
-        finding = None
-        if error is not None:
-            finding = Finding(
-                target=target,
-                index=index,
-                kind=kind,
-                case="; ".join(noted),
-                message=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
-                details="".join(traceback.format_exception(error)),
-            )
-        pipe.send(Outcome(result=kind, seconds=seconds, peak_bytes=peak, finding=finding))
-        if finding is not None:
-            return  # what the case broke must not break the next
+            faulthandler.dump_traceback_later(time_limit * 0.9, repeat=True, file=log)
+            reset_peak()
+            kind, error, started = "", None, time.monotonic()
+            try:
+                kind = case(Random(f"{seed} {target} {index}"), place, note)
+            except KeyboardInterrupt:
+                raise
+            except WrongResultError as raised:
+                kind, error = "wrong", raised
+            except BaseException as raised:  # noqa: BLE001 - a panic of tokenizers is no Exception
+                kind, error = "exception", raised
+            seconds, peak = time.monotonic() - started, _peak_bytes()
+            faulthandler.cancel_dump_traceback_later()
+            if error is None and elsewhere and elsewhere[0] is not None:
+                kind, error = "exception", elsewhere[0]
+            if error is None and peak > memory_limit:
+                kind, error = "memory", MemoryError(f"a peak of {peak / 2**30:.1f} GiB")
+            finding = None
+            if error is not None:
+                finding = Finding(
+                    target=target,
+                    index=index,
+                    kind=kind,
+                    case="; ".join(noted),
+                    message=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+                    details="".join(traceback.format_exception(error)),
+                )
+            pipe.send(Outcome(result=kind, seconds=seconds, peak_bytes=peak, finding=finding))
+            if finding is not None:
+                return  # what the case broke must not break the next
 
 
 def run_cases(

@@ -112,7 +112,7 @@ def fuzz_inputs(bundle: Path, directory: Path) -> Case:
             note(repr(arguments)[:1000])
             return run_cli(["answer", *random.sample(arguments, len(arguments)), "--model", str(bundle)])
         make = make_odd_input if random.random() < 0.1 else make_text
-        contexts: list[Any] = [make(random) for _ in range(random.choice((1, 1, 2, 4)))]
+        contexts: list[Any] = [make(random) for _ in range(random.choice((1, 1, 2, 3)))]
         questions: list[Any] = [make_text(random) for _ in contexts]
         if random.random() < 0.5:
             contexts = contexts[:1] * len(contexts)
