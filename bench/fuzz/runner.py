@@ -58,9 +58,11 @@ class Finding:
     @property
     def signature(self) -> str:
         """The same for findings that probably have one cause: kind, message without what varies, place in the code."""
+        # A traceback has the innermost call at its end, faulthandler at the start.
+        innermost = 0 if self.kind in ("crash", "hang") else -1
         places = re.findall(r'File ".*/((?:qa_onnx|training|export)/[^"]+)", line \d+,? in (\w+)', self.details)
         message = re.sub(r"'[^']*'|\"[^\"]*\"|[\d.]+|/\S+", "*", self.message)
-        return f"{self.kind}: {message[:100]} ({':'.join(places[-1]) if places else 'outside'})"
+        return f"{self.kind}: {message[:100]} ({':'.join(places[innermost]) if places else 'outside'})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,45 +119,59 @@ def _work(
         case = make_case(bundle, directory)
         for index in indexes:
             pipe.send(index)
-            place = directory / "case"
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            noted: list[str] = []
-
-            def note(text: str, noted: list[str] = noted) -> None:
-                noted.append(text)
-                pipe.send(text)
-
             faulthandler.dump_traceback_later(time_limit * 0.9, repeat=True, file=log)
-            reset_peak()
-            kind, error, started = "", None, time.monotonic()
-            try:
-                kind = case(Random(f"{seed} {target} {index}"), place, note)
-            except KeyboardInterrupt:
-                raise
-            except WrongResultError as raised:
-                kind, error = "wrong", raised
-            except BaseException as raised:  # noqa: BLE001 - a panic of tokenizers is no Exception
-                kind, error = "exception", raised
-            seconds, peak = time.monotonic() - started, _peak_bytes()
+            outcome = _run_case(case, target, index, seed, directory / "case", pipe.send, memory_limit, elsewhere)
             faulthandler.cancel_dump_traceback_later()
-            if error is None and elsewhere and elsewhere[0] is not None:
-                kind, error = "exception", elsewhere[0]
-            if error is None and peak > memory_limit:
-                kind, error = "memory", MemoryError(f"a peak of {peak / 2**30:.1f} GiB")
-            finding = None
-            if error is not None:
-                finding = Finding(
-                    target=target,
-                    index=index,
-                    kind=kind,
-                    case="; ".join(noted),
-                    message=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
-                    details="".join(traceback.format_exception(error)),
-                )
-            pipe.send(Outcome(result=kind, seconds=seconds, peak_bytes=peak, finding=finding))
-            if finding is not None:
+            pipe.send(outcome)
+            if outcome.finding is not None:
                 return  # what the case broke must not break the next
+
+
+def _run_case(
+    case: Case,
+    target: str,
+    index: int,
+    seed: int,
+    place: Path,
+    tell: Callable[[str], None],
+    memory_limit: int,
+    elsewhere: Sequence[BaseException | None],
+) -> Outcome:
+    """Runs one case in this process; `elsewhere` gets what is raised in other threads and in destructors."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    noted: list[str] = []
+
+    def note(text: str) -> None:
+        noted.append(text)
+        tell(text)
+
+    reset_peak()
+    result, error, started = "", None, time.monotonic()
+    try:
+        result = case(Random(f"{seed} {target} {index}"), place, note)
+    except KeyboardInterrupt:
+        raise
+    except WrongResultError as raised:
+        result, error = "wrong", raised
+    except BaseException as raised:  # noqa: BLE001 - a panic of tokenizers is no Exception
+        result, error = "exception", raised
+    seconds, peak = time.monotonic() - started, _peak_bytes()
+    if error is None and elsewhere:
+        result, error = "exception", elsewhere[0]
+    if error is None and peak > memory_limit:
+        result, error = "memory", MemoryError(f"a peak of {peak / 2**30:.1f} GiB")
+    finding = None
+    if error is not None:
+        finding = Finding(
+            target=target,
+            index=index,
+            kind=result,
+            case="; ".join(noted),
+            message=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+            details="".join(traceback.format_exception(error)),
+        )
+    return Outcome(result=result, seconds=seconds, peak_bytes=peak, finding=finding)
 
 
 def run_cases(

@@ -39,7 +39,7 @@ def bundle(tiny_bundle, tmp_path_factory):
     return tiny_bundle
 
 
-def run(make_case, tmp_path, *, count=1, seed=0):
+def run(make_case, tmp_path, *, count=1, seed=0, time_limit=20.0):
     directory = tmp_path / "cases"
     return list(
         run_cases(
@@ -49,7 +49,7 @@ def run(make_case, tmp_path, *, count=1, seed=0):
             bundle=tmp_path,
             seed=seed,
             directory=directory,
-            time_limit=1.0,
+            time_limit=time_limit,
             memory_limit=200 * 2**20,
         )
     )
@@ -70,14 +70,14 @@ def run(make_case, tmp_path, *, count=1, seed=0):
     ],
 )
 def test_a_planted_fault_is_found(make_case, kind, message, tmp_path):
-    (outcome,) = run(make_case, tmp_path)
+    (outcome,) = run(make_case, tmp_path, time_limit=1.0 if kind == "hang" else 20.0)
     assert outcome.result == outcome.finding.kind == kind
     assert outcome.finding.message == message
     assert outcome.finding.index == 0
 
 
 def test_a_process_that_does_not_end_is_found(tmp_path):
-    answered, at_exit = run(planted.wait_at_exit, tmp_path)
+    answered, at_exit = run(planted.wait_at_exit, tmp_path, time_limit=1.0)
     assert (answered.result, answered.finding) == ("answered", None)
     assert (at_exit.finding.kind, at_exit.finding.message) == ("hang", "the process does not end within 1 s")
 
