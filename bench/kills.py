@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +29,9 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.models import SEED
+from export import to_onnx
+from qa_onnx.bundle import MANIFEST_NAME, Bundle
+from qa_onnx.errors import BundleError
 from training import finetune
 from training.checkpoints import UNFINISHED_NAME, good_checkpoints
 from training.report import METRICS_NAME
@@ -179,18 +183,107 @@ def kill_trainings(count: int, draw: random.Random, directory: Path) -> dict[str
     return {**done, "two_at_once": 1, "failures": failures}
 
 
+def kill_exports(count: int, draw: random.Random, directory: Path) -> dict[str, Any]:
+    """Kills exports that replace a bundle; the old or the new one is there at any time, and both are whole.
+
+    Args:
+        count: Of kills; of each ten, three wait until the new bundle is about to take its place.
+        draw: Decides when.
+        directory: Where to write.
+
+    Returns:
+        Counts, and what went wrong under `failures`.
+    """
+    _write_model(directory / "model")
+    base = ["--model", directory / "model", "--force"]
+    bundles = {name: directory / name for name in ("old", "new")}
+    for name, precision in (("old", "int8"), ("new", "fp32")):
+        with redirect_stdout(sys.stderr):
+            started = time.monotonic()
+            if to_onnx.main([*map(str, base), "--precision", precision, "--output", str(bundles[name])]) != 0:
+                raise RuntimeError("an export that nothing disturbs does not end")
+            longest = time.monotonic() - started
+    gc.freeze()
+    contents = {name: _contents(path) for name, path in bundles.items()}
+    output, log = directory / "bundle", directory / "bundle.log"
+    failures: list[str] = []
+    done = {"kills": 0, "at_the_rename": 0, "old_left": 0, "new_left": 0, "full_disks": 0}
+
+    def start(**options: int) -> Process:
+        log.unlink(missing_ok=True)  # which the limit on files holds for, too
+        return Process(to_onnx.main, [*base, "--output", output], log, **options)
+
+    def check(what: str, *, is_right: bool) -> None:
+        if not is_right:
+            failures.append(f"{what}: {log.read_text()[-2_000:]}")
+
+    def restore() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(bundles["old"], output)
+
+    restore()
+    while done["kills"] < count and not failures:
+        process, until = start(), time.monotonic() + draw.uniform(0, longest)
+        is_late = done["kills"] % 10 < 3
+        manifest = directory / ".bundle.staging" / "bundle" / MANIFEST_NAME
+        while process.status(0) is None and (not manifest.exists() if is_late else time.monotonic() < until):
+            time.sleep(0.0005)
+        if is_late:
+            time.sleep(draw.uniform(0, 0.05))
+        if process.status(0) is not None:
+            check("exit status", is_right=process.status(0) == 0)
+            restore()
+            continue
+        process.kill()
+        done["kills"] += 1
+        done["at_the_rename"] += is_late
+        left = [name for name, content in contents.items() if _contents(output) == content]
+        check("neither the old nor the new bundle", is_right=bool(left))
+        for name in left:
+            done[f"{name}_left"] += 1
+        if left == ["new"]:
+            restore()
+    check("exit status after kills", is_right=start().status() == 0 and _contents(output) == contents["new"])
+    for size in (1_000, 50_000):
+        restore()
+        check("exit status on a full disk", is_right=start(largest_file=size).status() == 2)
+        check("a full disk lost the old bundle", is_right=_contents(output) == contents["old"])
+        done["full_disks"] += 1
+    two = [start() for _ in range(2)]
+    statuses = sorted(str(process.status()) for process in two)
+    check(f"exit statuses {statuses} of two at once", is_right=statuses == ["0", "2"])
+    check("another bundle after two at once", is_right=_contents(output) == contents["new"])
+    names = sorted(path.name for path in directory.iterdir())
+    check(f"left over: {names}", is_right=names == ["bundle", "bundle.log", "model", "new", "old"])
+    return {**done, "two_at_once": 1, "failures": failures}
+
+
+def _contents(bundle: Path) -> dict[str, str]:
+    """The checksums of a bundle's files, all of which were verified; empty where it is not whole."""
+    try:
+        files = Bundle.open(bundle).manifest.files
+    except BundleError:
+        return {}
+    return {name: listed["sha256"] for name, listed in files.items()}
+
+
 def _training_command(directory: Path) -> list[object]:
     """Arguments for a training of 8 steps that saves at each and evaluates at every third."""
-    tokenizer = train_tokenizer(paragraphs_of(generate("train", questions=100)), vocab_size=600)
-    tokenizer.save_pretrained(directory / "model")
-    torch.manual_seed(SEED)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=2, eos_token_id=0)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    GPT2LMHeadModel(config).save_pretrained(directory / "model")
+    _write_model(directory / "model")
     (directory / "data.json").write_text(json.dumps(generate("train", questions=32)), encoding="utf-8")
     sources = ["--model", directory / "model", "--train", directory / "data.json", "--eval", directory / "data.json"]
     limits = ["--max-steps", 8, "--save-steps", 1, "--eval-steps", 3, "--limit-eval", 2, "--max-new-tokens", 4]
     return [*sources, *limits, "--batch-size", 4, "--learning-rate", 1e-3, "--cache-dir", directory / "cache"]
+
+
+def _write_model(directory: Path) -> None:
+    """A GPT-2 of two layers with random weights."""
+    tokenizer = train_tokenizer(paragraphs_of(generate("train", questions=100)), vocab_size=600)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(SEED)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=2, eos_token_id=0)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    GPT2LMHeadModel(config).save_pretrained(directory)
 
 
 def _has_equal_results(first: Path, second: Path) -> bool:
@@ -206,7 +299,10 @@ def _has_equal_results(first: Path, second: Path) -> bool:
     return equal and weights.keys() == expected.keys() and results[0] == results[1]
 
 
-PARTS: dict[str, Callable[[int, random.Random, Path], dict[str, Any]]] = {"training": kill_trainings}
+PARTS: dict[str, Callable[[int, random.Random, Path], dict[str, Any]]] = {
+    "training": kill_trainings,
+    "export": kill_exports,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

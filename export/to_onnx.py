@@ -11,7 +11,6 @@ import errno
 import json
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +48,8 @@ from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
-from qa_onnx.files import public_name, put_in_place, set_default_modes
+from qa_onnx.files import REPLACED_SUFFIX, public_name, put_in_place, set_default_modes
+from qa_onnx.lock import folder_lock
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
@@ -101,8 +101,9 @@ def export(
         _check_replaceable(path, force=force, marker=marker)
     examples = [] if verify is None else read_examples(verify)
     model, tokenizer = load_checkpoint(model_name)
-    with _staging(output, weights=sum(p.numel() * p.element_size() for p in model.parameters())) as staging:
-        plain, bundle = staging / "optimum", staging / "bundle"
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    with _staging(output, optimum_output, weights=weight_bytes) as (bundle, plain):
+        staging = bundle.parent
         bundle.mkdir()
         onnx_export_from_model(model, plain, task="text-generation-with-past", do_validation=False)
         tokenizer.save_pretrained(plain)
@@ -205,8 +206,13 @@ def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:
 
 
 @contextmanager
-def _staging(output: Path, *, weights: int) -> Iterator[Path]:
-    """A temporary sibling of the output, gone at the end whatever happens; a full disk is a clear error."""
+def _staging(*outputs: Path, weights: int) -> Iterator[list[Path]]:
+    """Where directories are made before they take their places, in a hidden sibling of the first one.
+
+    Only one export at a time makes it; what a killed one left in it is cleared first. It is gone at the end, whatever
+    happens, and a full disk is a clear error.
+    """
+    output = outputs[0]
     if not output.parent.is_dir():
         raise InvalidInputError(f"{output.parent} is not a directory; create it, or choose another --output")
     free = shutil.disk_usage(output.parent).free
@@ -215,23 +221,47 @@ def _staging(output: Path, *, weights: int) -> Iterator[Path]:
             f"{output.parent} has {free / 1e6:.0f} MB free; exporting {weights / 1e6:.0f} MB of weights needs "
             f"{weights * DISK_SPACE_FACTOR / 1e6:.0f} MB. Free some, or choose an --output on another disk"
         )
+    staging = output.with_name(f".{output.name}.staging")
+    parts = [staging / path.name for path in outputs]
+    with folder_lock(output.with_name(f".{output.name}.lock"), what=f"an export to {output}"):
+        try:
+            _clear(staging, dict(zip(parts, outputs, strict=True)))
+            staging.mkdir()
+        except OSError as error:
+            raise InvalidInputError(f"{staging} cannot be made ({error.strerror}); choose another --output") from error
+        with _told_of_full_disk(output.parent):
+            try:
+                yield parts
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _clear(staging: Path, targets: Mapping[Path, Path]) -> None:
+    """Deletes what is in a staging directory, but for what was replaced by an export that was killed in between.
+
+    Args:
+        staging: Need not exist.
+        targets: The place of each directory that is made in it.
+    """
+    for part, target in targets.items():
+        replaced = part.with_name(part.name + REPLACED_SUFFIX)
+        if replaced.is_dir() and not target.exists():
+            replaced.rename(target)
+    if staging.is_dir():
+        shutil.rmtree(staging)
+
+
+@contextmanager
+def _told_of_full_disk(directory: Path) -> Iterator[None]:
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise InvalidInputError(
-            f"{output.parent} cannot be written to ({error.strerror}); choose another --output"
-        ) from error
-    try:
-        yield staging
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InvalidInputError(
-                f"the disk of {output.parent} is full; nothing was written. Free some space, or choose an --output "
+                f"the disk of {directory} is full; nothing was written. Free some space, or choose an --output "
                 "on another disk"
             ) from error
         raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _silence_exporters() -> None:

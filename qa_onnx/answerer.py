@@ -168,6 +168,7 @@ class Answerer:
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
         progress: bool = False,
+        on_answer: Callable[[int, Answer], object] | None = None,
     ) -> list[Answer]:
         """Answers many questions; each as if it had been asked alone.
 
@@ -178,6 +179,7 @@ class Answerer:
             config: How to answer; None is `GenerationConfig()`.
             max_new_tokens: Replaces the one in `config`.
             progress: Draw a progress line on standard error where that is a terminal.
+            on_answer: Called in this thread with the index of each question and its answer, as soon as it is there.
 
         Returns:
             One answer per question, in the order given.
@@ -193,7 +195,7 @@ class Answerer:
         requests = self._make_requests(
             _as_list("questions", questions), _as_list("contexts", contexts), self._resolve(config, max_new_tokens)
         )
-        return self._wait_for(requests, is_bulk=True, progress=progress)
+        return self._wait_for(requests, is_bulk=True, progress=progress, on_answer=on_answer)
 
     def answer_iter(
         self,
@@ -410,16 +412,27 @@ class Answerer:
         (request,) = self._make_requests([question], [context], config, on_text)
         return self._loop.submit([request], is_limited=True)[0]
 
-    def _wait_for(self, requests: Sequence[Request], *, is_bulk: bool, progress: bool = False) -> list[Answer]:
+    def _wait_for(
+        self,
+        requests: Sequence[Request],
+        *,
+        is_bulk: bool,
+        progress: bool = False,
+        on_answer: Callable[[int, Answer], object] | None = None,
+    ) -> list[Answer]:
         """The answers of requests; the first error, or Ctrl-C, cancels the others."""
         done: SimpleQueue[Future[Answer]] = SimpleQueue()
         futures = self._loop.submit(requests, is_bulk=is_bulk)
+        index_of = {future: index for index, future in enumerate(futures)}
         try:
             for future in futures:
                 future.add_done_callback(done.put)
             with Progress(len(futures), "answering", enabled=progress) as bar:
                 for _ in futures:
-                    done.get().result()
+                    future = done.get()
+                    answer = future.result()
+                    if on_answer is not None:
+                        on_answer(index_of[future], answer)
                     bar.advance(1)
         except BaseException:
             for future in futures:

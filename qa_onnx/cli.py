@@ -25,8 +25,9 @@ from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.evaluation import error_analysis
 from qa_onnx.evaluation.metrics import best_thresholds, evaluate
 from qa_onnx.evaluation.predictions import read_answers, read_predictions
-from qa_onnx.files import check_outputs, read_text, write_file
+from qa_onnx.files import check_outputs, keep_lines, read_text, write_file
 
+DATA_HELP = "SQuAD JSON, JSON lines, CSV, TSV or Parquet"
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
@@ -63,8 +64,8 @@ def run_command(command: Callable[[], int | None], *, interrupted: str = "interr
     except QAOnnxError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{interrupted}\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"{'. '.join([interrupted, *getattr(error, '__notes__', [])])}\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader went away, as in `| head`: nothing is left to say, and no one to say it to
         _flush_or_drop_output()
@@ -101,12 +102,17 @@ def _predict(arguments: argparse.Namespace) -> None:
     check_outputs(outputs, {"--data": arguments.data})
     config = _config(arguments)
     examples = read_examples(arguments.data, needs_answers=False)[: arguments.limit]
-    answers = _answer_all(arguments, examples, config)
-    predictions = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
-    write_file(arguments.output, json.dumps(predictions, ensure_ascii=False, indent=1) + "\n")
-    if arguments.answers is not None:
-        lines = [{"id": example.id} | answer.to_dict() for example, answer in zip(examples, answers, strict=True)]
-        write_file(arguments.answers, _json_lines(lines))
+    with keep_lines(arguments.output) as keep:
+
+        def keep_answer(index: int, answer: Answer) -> None:
+            keep(_json_line(examples[index], answer))
+
+        answers = _answer_all(arguments, examples, config, on_answer=keep_answer)
+        predictions = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
+        write_file(arguments.output, json.dumps(predictions, ensure_ascii=False, indent=1) + "\n")
+        if arguments.answers is not None:
+            lines = [_json_line(example, answer) for example, answer in zip(examples, answers, strict=True)]
+            write_file(arguments.answers, "".join(f"{line}\n" for line in lines))
     written = [str(path) for path in outputs.values() if path is not None]
     _write(f"wrote {len(predictions)} answers to {' and '.join(written)}")
 
@@ -180,13 +186,23 @@ def _load(arguments: argparse.Namespace) -> Answerer:
     return Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=engine)
 
 
-def _answer_all(arguments: argparse.Namespace, examples: Sequence[Example], config: GenerationConfig) -> list[Answer]:
+def _json_line(example: Example, answer: Answer) -> str:
+    return json.dumps({"id": example.id} | answer.to_dict(), ensure_ascii=False)
+
+
+def _answer_all(
+    arguments: argparse.Namespace,
+    examples: Sequence[Example],
+    config: GenerationConfig,
+    on_answer: Callable[[int, Answer], object] | None = None,
+) -> list[Answer]:
     with _load(arguments) as answerer:
         return answerer.answer_batch(
             [example.question for example in examples],
             [example.context for example in examples],
             config=config,
             progress=True,
+            on_answer=on_answer,
         )
 
 
@@ -291,7 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
     calibrate.set_defaults(run=_calibrate)
 
     for command in (predict, calibrate):
-        command.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
+        command.add_argument("--data", required=True, type=Path, metavar="FILE", help=DATA_HELP)
         command.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
         command.add_argument(
             "--batch-size",
@@ -312,7 +328,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generation_options(command)
 
     scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")
-    scores.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
+    scores.add_argument("--data", required=True, type=Path, metavar="FILE", help=DATA_HELP)
     given = scores.add_mutually_exclusive_group(required=True)
     given.add_argument("--predictions", type=Path, metavar="FILE", help="JSON object {id: answer}")
     given.add_argument("--answers", type=Path, metavar="FILE", help="whole answers, from `predict --answers`")

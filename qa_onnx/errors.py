@@ -42,5 +42,6 @@ class ParityError(QAOnnxError):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, as the commands print it; the class's name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message and notes on one line, as the commands print it; the class's name where it has none."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return ". ".join([message, *getattr(error, "__notes__", [])])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from qa_onnx.errors import InvalidInputError
@@ -17,6 +19,7 @@ AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
 """Of Linux's renameat2(2)."""
 MAX_TEXT_BYTES = 2**30
 """Of a file that is read whole."""
+REPLACED_SUFFIX = "-replaced"
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -125,6 +128,51 @@ def write_file(path: Path, content: str | bytes) -> None:
         ) from error
 
 
+@contextmanager
+def keep_lines(target: Path) -> Iterator[Callable[[str], None]]:
+    """Keeps results as they come, in `{target}.partial`, until the whole file has been written.
+
+    Gives a function that appends a line. The partial file is deleted where the block succeeds; where it fails, what was
+    computed is in it, and a note of the error says so. Where the target is a device or a pipe, nothing is kept.
+
+    Raises:
+        InvalidInputError: The partial file is there already, or cannot be written.
+    """
+    if not _is_replaceable(target):
+        yield lambda _: None
+        return
+    path = target.with_name(f"{target.name}.partial")
+    try:
+        file = path.open("x", encoding="utf-8")  # which follows no link
+    except FileExistsError as error:
+        raise InvalidInputError(
+            f"{path}: is there already, and may hold the results of a run that was interrupted. Move or delete it"
+        ) from error
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be written ({error.strerror})") from error
+
+    def append(line: str) -> None:
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            raise InvalidInputError(f"{path}: cannot be written ({error.strerror}); expected room") from error
+
+    try:
+        yield append
+    except BaseException as error:
+        if path.stat().st_size:
+            error.add_note(f"What was computed before is in {path}")
+            raise
+        path.unlink()
+        raise
+    else:
+        path.unlink()
+    finally:
+        with contextlib.suppress(OSError):  # what could not be written was an error before
+            file.close()
+
+
 def set_default_modes(directory: Path) -> None:
     """Gives a directory and all files in it the modes that the umask asks for; some libraries write theirs as 0600."""
     probe = directory / f".mode-{secrets.token_hex(4)}"
@@ -149,7 +197,7 @@ def put_in_place(directory: Path, target: Path, *, replace: bool) -> None:
 
     Args:
         directory: On the same file system as `target`. What was replaced is under its name afterwards, or, where the
-            system cannot exchange two directories, under its name with `-replaced`.
+            system cannot exchange two directories, under its name with `REPLACED_SUFFIX`.
         target: Where it goes.
         replace: Whether a directory that is there may be replaced. The two are exchanged in one step where the system
             can (Linux' renameat2), so that there is the old one or the new one at any time.
@@ -161,7 +209,7 @@ def put_in_place(directory: Path, target: Path, *, replace: bool) -> None:
     sync_tree(directory)
     if replace and target.is_dir():
         if not _rename(directory, target, RENAME_EXCHANGE):
-            replaced = directory.with_name(f"{directory.name}-replaced")
+            replaced = directory.with_name(directory.name + REPLACED_SUFFIX)
             target.rename(replaced)
             try:
                 directory.rename(target)

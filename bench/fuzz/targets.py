@@ -19,7 +19,8 @@ from bench.fuzz.inputs import CONTEXT, QUESTIONS, WAYS, make_odd_input, make_opt
 from bench.fuzz.mutations import mutate_bytes
 from bench.fuzz.runner import Case, WrongResultError, reset_peak
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig, QAOnnxError, cli
-from qa_onnx.evaluation.squad import Example, parse_squad
+from qa_onnx.data.reader import read_examples
+from qa_onnx.data.squad import parse_squad
 from qa_onnx.text.constraint import word_boundaries
 from training.starter.sample import generate
 
@@ -141,26 +142,12 @@ def fuzz_inputs(bundle: Path, directory: Path) -> Case:
 
 def fuzz_data(bundle: Path, directory: Path) -> Case:
     """Data files in each format, read as the commands read them."""
-    from training.sources import load_source  # takes seconds
-
     squad = generate("heldout", questions=6)
     rows = [
         {"id": example.id, "context": example.context, "question": example.question, "answers": example.answers[0].text}
         | {"answer_start": example.answers[0].start}
         for example in parse_squad(squad, source="sample")
     ]
-
-    def read(path: Path, *, skip_bad_rows: bool) -> list[Example]:
-        """Both readers that there are; the examples of the one that takes all formats."""
-        source = load_source(str(path), "eval", skip_bad_rows=skip_bad_rows)
-        absent = sum(
-            not example.context.startswith(answer.text, answer.start) or answer.start < 0
-            for example in source.examples
-            for answer in example.answers
-        )
-        if absent != source.absent:
-            raise WrongResultError(f"{absent} answers do not stand where they should, {source.absent} were reported")
-        return list(source.examples)
 
     def case(random: Random, directory: Path, note: Callable[[str], None]) -> str:
         suffix = random.choice(list(WRITERS))
@@ -178,7 +165,7 @@ def fuzz_data(bundle: Path, directory: Path) -> Case:
             given = [predictions, path] if random.random() < 0.5 else [path, predictions]
             return run_cli(["evaluate", "--data", str(given[0]), "--predictions", str(given[1])])
         try:
-            examples = read(path, skip_bad_rows=random.random() < 0.3)
+            examples = read_examples(path, skipped=[] if random.random() < 0.3 else None)
         except QAOnnxError:
             return "refused"
         for example in examples:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("part", ["training"])
+@pytest.mark.parametrize("part", ["training", "export"])
 def test_a_few_kills_lose_nothing(part):
     command = [sys.executable, "-m", "bench.kills", part, "--count", "2", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)

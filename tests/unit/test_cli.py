@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_json
 
-from qa_onnx import Answer, EngineConfig, cli
+from qa_onnx import Answer, EngineConfig, InvalidInputError, cli
 from qa_onnx.bundle import Bundle, write_manifest
 from qa_onnx.evaluation.predictions import read_answers
 from qa_onnx.files import write_file
+from qa_onnx.progress import Progress
 
 
 @pytest.fixture
@@ -389,3 +390,37 @@ def test_predict_needs_no_gold_answers_and_evaluate_finds_the_ids_again(files, l
     assert predictions == {"7": "Rollo?", place: "Normans?"}
     status, _, err = run(capsys, f"evaluate --data {name} --predictions out.json")
     assert (status, "answers" in err, "Traceback" in err) == (2, True, False)
+
+
+def test_what_predict_has_answered_is_kept_when_the_end_fails(files, loaded, capsys, monkeypatch):
+    def fail(*_):
+        raise InvalidInputError("out.json: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(cli, "write_file", fail)
+    status, _, err = run(capsys, f"{PREDICT} --output out.json")
+    assert status == 2
+    assert err == (
+        "error: out.json: cannot be written (No space left on device). "
+        "What was computed before is in out.json.partial\n"
+    )
+    kept = [json.loads(line) for line in (files / "out.json.partial").read_text().splitlines()]
+    assert sorted((answer["id"], answer["text"]) for answer in kept) == [
+        ("q1", "Who led the Normans?"),
+        ("q2", "Where did they settle?"),
+        ("q3", "Why?"),
+    ]
+    assert not (files / "out.json").exists()
+
+
+def test_what_predict_has_answered_is_kept_when_it_is_interrupted(files, loaded, capsys, monkeypatch):
+    def interrupt(_, index, answer):
+        calls.append((index, answer))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    calls = []
+    monkeypatch.setattr(Progress, "advance", lambda bar, count: interrupt(bar, len(calls), count))
+    status, _, err = run(capsys, f"{PREDICT} --output out.json")
+    assert status == 130
+    assert err == "interrupted. What was computed before is in out.json.partial\n"
+    assert len((files / "out.json.partial").read_text().splitlines()) == 2

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qa_onnx import InvalidInputError
-from qa_onnx.files import check_outputs, public_name, put_in_place, read_text, set_default_modes, write_file
+from qa_onnx.errors import one_line
+from qa_onnx.files import check_outputs, keep_lines, public_name, put_in_place, read_text, set_default_modes, write_file
 
 
 @pytest.fixture(autouse=True)
@@ -231,3 +232,61 @@ def test_the_old_directory_comes_back_where_the_second_of_two_renames_fails(tmp_
     with pytest.raises(KeyboardInterrupt):
         put_in_place(new, target, replace=True)
     assert (target / "file").read_text() == "old"
+
+
+def test_lines_are_kept_as_they_come_until_the_whole_file_is_written(tmp_path):
+    target, partial = tmp_path / "out.json", tmp_path / "out.json.partial"
+    with keep_lines(target) as keep:
+        keep("first")
+        assert partial.read_text() == "first\n"
+        keep("second \u2028")
+        assert partial.read_text(encoding="utf-8") == "first\nsecond \u2028\n"
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("error", [InvalidInputError("no"), KeyboardInterrupt(), SystemExit(3)])
+def test_lines_stay_where_the_end_fails(tmp_path, error):
+    def fail():
+        with keep_lines(tmp_path / "out") as keep:
+            keep("first")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert (tmp_path / "out.partial").read_text() == "first\n"
+    assert one_line(error).endswith(f". What was computed before is in {tmp_path / 'out.partial'}")
+    with pytest.raises(InvalidInputError, match=r"is there already.*Move or delete it"), keep_lines(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out.partial").read_text() == "first\n"
+
+
+def test_without_lines_nothing_stays(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught, keep_lines(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "out.partial").symlink_to("victim")
+    with pytest.raises(InvalidInputError, match="is there already"), keep_lines(tmp_path / "out"):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_of_a_device_no_lines_are_kept(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with keep_lines(tmp_path / "pipe") as keep:
+        keep("first")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_a_line_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode, **how: opened(Path("/dev/full"), "w", **how))
+    monkeypatch.setattr(Path, "unlink", lambda path: None)
+    (tmp_path / "out.partial").touch()
+    with pytest.raises(InvalidInputError, match="No space left"), keep_lines(tmp_path / "out") as keep:
+        keep("first")
