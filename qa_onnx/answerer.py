@@ -27,7 +27,7 @@ from qa_onnx.errors import ClosedError, InvalidInputError
 from qa_onnx.loop import EngineLoop
 from qa_onnx.progress import Progress
 from qa_onnx.request import Request
-from qa_onnx.text.constraint import Spans, TokenBytes
+from qa_onnx.text.constraint import Spans, TokenBytes, check_byte_level
 from qa_onnx.text.windows import encode_windows
 
 INLINE_CHARACTERS = 10_000
@@ -442,6 +442,7 @@ class Answerer:
 
     def _compute_spans(self, context: str) -> Spans:
         if self._token_bytes is None:
+            check_byte_level(self._tokenizer)
             self._token_bytes = TokenBytes(self._tokenizer)
         return Spans(context, self._token_bytes)
 

@@ -20,9 +20,9 @@ from qa_onnx.checkpoint.files import (
     read_file,
     read_json,
 )
-from qa_onnx.errors import InvalidInputError, one_line
+from qa_onnx.errors import InvalidInputError
 from qa_onnx.text.constraint import check_byte_level
-from qa_onnx.text.prompt import prepare_tokenizer
+from qa_onnx.text.prompt import check_cost, errors_of_tokenizers, prepare_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GPT2TokenizerFast
@@ -33,18 +33,11 @@ END_OF_TEXT = "<|endoftext|>"
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """A byte-level BPE, and the options that transformers' class takes with it, `eos_token` among them."""
     text = read_file(folder, TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
-    try:
+    with errors_of_tokenizers(f"{TOKENIZER_NAME} is no tokenizer; copy it again from the model that it is of"):
         bpe = _read_vocabulary(folder) if text is None else Tokenizer.from_str(text)
+        check_cost(bpe)
         prepare_tokenizer(bpe)
         check_byte_level(bpe)
-    except InvalidInputError:
-        raise
-    except BaseException as error:  # `tokenizers` has no error class of its own, and its panics are no Exceptions
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InvalidInputError(
-            f"{TOKENIZER_NAME} is no tokenizer ({one_line(error)}); copy it again from the model that it is of"
-        ) from error
     config = read_json(folder, TOKENIZER_CONFIG_NAME, MAX_INDEX_BYTES) or {}
     named = {**(read_json(folder, SPECIAL_TOKENS_NAME) or {}), **config}
     options: dict[str, Any] = {"add_prefix_space": config.get("add_prefix_space") is True}

@@ -32,7 +32,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     Raises:
         InvalidInputError: It is no tokenizer, or one whose cost has no bound (see `check_cost`).
     """
-    with _errors_of_tokenizers("it cannot be loaded as a tokenizer"):
+    with errors_of_tokenizers("it cannot be loaded as a tokenizer"):
         tokenizer = Tokenizer.from_file(path)
     check_cost(tokenizer)
     prepare_tokenizer(tokenizer)
@@ -75,10 +75,12 @@ def check_cost(tokenizer: Tokenizer) -> None:
 
 
 @contextmanager
-def _errors_of_tokenizers(what: str) -> Iterator[None]:
-    """Turns the errors of `tokenizers` into this package's."""
+def errors_of_tokenizers(what: str) -> Iterator[None]:
+    """Turns the errors of `tokenizers` into `InvalidInputError`, with `what` in front."""
     try:
         yield
+    except InvalidInputError:
+        raise
     except BaseException as error:
         # Errors are plain exceptions; a panic of the library's Rust code is a BaseException of a class of its own.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -128,7 +130,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
     Raises:
         InvalidInputError: The tokenizer fails.
     """
-    with _errors_of_tokenizers("the tokenizer cannot encode the text"):
+    with errors_of_tokenizers("the tokenizer cannot encode the text"):
         encodings: list[Encoding] = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return encodings
 
@@ -139,7 +141,7 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     Raises:
         InvalidInputError: The tokenizer fails.
     """
-    with _errors_of_tokenizers("the tokenizer cannot decode its tokens"):
+    with errors_of_tokenizers("the tokenizer cannot decode its tokens"):
         text: str = tokenizer.decode(token_ids)
     return text
 

@@ -53,6 +53,74 @@ def test_futures_and_tasks_get_what_a_batch_gets(answerer):
     assert asyncio.run(ask()) == expected
 
 
+def test_a_long_context_is_tokenized_outside_of_the_event_loop(answerer):
+    """And by a call that frees the interpreter's lock: the loop ticks meanwhile."""
+    long, threads = CONTEXT * 400, []
+    tokenizer = answerer._tokenizer
+
+    class Spy:
+        def encode_batch(self, texts, **options):
+            threads.append(threading.current_thread())
+            return tokenizer.encode_batch(texts, **options)
+
+        def __getattr__(self, name):
+            assert name != "encode"  # which keeps the interpreter's lock
+            return getattr(tokenizer, name)
+
+    answerer._tokenizer = Spy()
+
+    async def ask(context):
+        return await answerer.answer_async("Who?", context)
+
+    assert asyncio.run(ask(long)).windows > 1
+    assert threading.main_thread() not in threads
+    threads.clear()
+    asyncio.run(ask(CONTEXT))
+    assert set(threads) == {threading.main_thread()}
+
+
+def test_a_task_that_is_cancelled_while_its_context_is_tokenized_frees_its_place(answerer):
+    begun, go_on = threading.Event(), threading.Event()
+    make = answerer._make_requests
+
+    def wait(*arguments):
+        begun.set()
+        assert go_on.wait(10)
+        return make(*arguments)
+
+    answerer._make_requests = wait
+
+    async def cancel():
+        task = asyncio.create_task(answerer.answer_async("Who?", CONTEXT * 400))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+
+    asyncio.run(cancel())
+    until = time.monotonic() + 10
+    while answerer.stats().requests and time.monotonic() < until:
+        time.sleep(0.001)
+    assert answerer.stats().requests == 0
+
+
+def test_errors_of_a_long_context_reach_its_task(answerer):
+    async def ask():
+        await answerer.answer_async("long " * 200, CONTEXT * 400)
+
+    with pytest.raises(PromptTooLongError):
+        asyncio.run(ask())
+
+
+def test_each_answer_of_a_batch_is_told_with_its_index(answerer):
+    questions = [f"Question {index}?" + " long" * (index % 7) for index in range(60)]
+    told = {}
+    answers = answerer.answer_batch(questions, [CONTEXT] * 60, on_answer=told.__setitem__)
+    assert [told[index] for index in range(60)] == answers
+
+
 def test_requests_that_arrive_while_others_run_join_the_batch(held):
     first = held.submit("A question that takes many steps?", CONTEXT)
     assert held.reached.wait(10)

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from fakes import CONTEXT, END_OF_TEXT, SpyTokenizer, small_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.text.prompt import (
     ANSWER_TEMPLATE,
     PROMPT_TEMPLATE,
+    check_cost,
+    decode,
+    encode,
     encode_answers,
     encode_prompts,
     load_tokenizer,
@@ -117,3 +123,66 @@ def test_bad_texts_are_named_by_index_and_way_out(questions, contexts, words):
     with pytest.raises(InvalidInputError) as caught:
         encode_prompts(small_tokenizer(), questions, contexts)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+class PanicException(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [Exception("Missing [UNK] token"), PanicException("index 7"), ValueError()])
+def test_whatever_the_tokenizer_raises_is_an_error_of_this_package(error):
+    class Broken:
+        def encode_batch(self, texts, **options):
+            raise error
+
+        def decode(self, token_ids):
+            raise error
+
+    for call in (lambda: encode(Broken(), ["text"]), lambda: decode(Broken(), [1])):
+        with pytest.raises(InvalidInputError, match=r"the tokenizer cannot (en|de)code .*\(\S.*\)") as caught:
+            call()
+        assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
+def test_what_ends_the_program_is_no_error_of_the_tokenizer(error):
+    def interrupt(*arguments, **options):
+        raise error
+
+    with pytest.raises(type(error)):
+        encode(type("Interrupted", (), {"encode_batch": interrupt})(), ["text"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": {}}, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}],
+    ids=["an error", "a panic of Rust"],
+)
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, changes):
+    content = json.loads(small_tokenizer().to_str()) | changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidInputError, match="cannot be loaded as a tokenizer"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_the_same_text_has_the_same_tokens_though_the_tokenizer_has_a_dropout(tmp_path):
+    content = json.loads(small_tokenizer().to_str())
+    content["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert {tuple(tokenizer.encode(CONTEXT).ids) for _ in range(20)} == {tuple(small_tokenizer().encode(CONTEXT).ids)}
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(x|y)*z", "(?:ab){2,}", "((a)b)+"])
+def test_an_expression_that_may_never_end_is_refused(pattern):
+    tokenizer = Tokenizer.from_str(small_tokenizer().to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    with pytest.raises(InvalidInputError, match="repeats a group without bound"):
+        check_cost(tokenizer)
+
+
+@pytest.mark.parametrize("pattern", [r"\)+", r"(ab)?", r"(ab){2}", r"[()]+", r"\p{N}{1,3}", r"(?i:'s|'t)|\s+(?!\S)"])
+def test_an_expression_whose_time_is_bounded_is_taken(pattern):
+    tokenizer = Tokenizer.from_str(small_tokenizer().to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    check_cost(tokenizer)
