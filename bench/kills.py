@@ -111,16 +111,16 @@ def kill_trainings(count: int, draw: random.Random, directory: Path) -> dict[str
         Counts, and what went wrong under `failures`.
     """
     base = _training_command(directory)
-    reference, started = directory / "reference", time.monotonic()
+    reference, warm = directory / "reference", directory / "warm"
     with redirect_stdout(sys.stderr):  # in this process, so that the forks have all that is imported on first use
-        if finetune.main([*map(str, base), "--output", str(reference)]) != 0:
-            raise RuntimeError("a training that nothing disturbs does not end")
+        finetune.main([*map(str, base), "--output", str(warm)])
     gc.freeze()  # else each fork's collections would copy all of this process's pages
-    longest, failures, done = (
-        time.monotonic() - started,
-        [],
-        {"kills": 0, "while_saving": 0, "runs": 0, "full_disks": 0},
-    )
+    started = time.monotonic()
+    status = Process(finetune.main, [*base, "--output", reference], directory / "reference.log").status()
+    if status != 0 or not _has_equal_results(reference, warm):
+        raise RuntimeError("two trainings that nothing disturbs differ")
+    longest = time.monotonic() - started
+    failures, done = [], {"kills": 0, "while_saving": 0, "runs": 0, "full_disks": 0}
 
     def start(output: Path, **options: int) -> Process:
         return Process(finetune.main, [*base, "--output", output], output.with_suffix(".log"), **options)

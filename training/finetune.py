@@ -402,7 +402,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
     # Trainer would take what it finds there, of a launcher or of an earlier run, over its own False.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     has_accelerator = torch.accelerator.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.output),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
@@ -435,6 +435,9 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
     )
+    if not has_accelerator:  # several processes get cpu:0, which torch.load cannot put a checkpoint's tensors on
+        arguments._setup_devices = torch.device("cpu")
+    return arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
