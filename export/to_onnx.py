@@ -40,9 +40,10 @@ from qa_onnx.bundle import (
     write_manifest,
 )
 from qa_onnx.checkpoint import load_checkpoint
-from qa_onnx.cli import run_command
+from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
+from qa_onnx.data.rows import parse_columns
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.sequence import Prompt
@@ -66,6 +67,7 @@ def export(
     *,
     precision: str = "fp32",
     verify: Path | None = None,
+    columns: Mapping[str, str] | None = None,
     max_f1_drop: float = MAX_F1_DROP,
     force: bool = False,
     keep_optimum: bool = False,
@@ -77,8 +79,9 @@ def export(
         output: The bundle's directory.
         precision: One of `PRECISIONS`. What another one than fp32 loses beside fp32 is measured and written into the
             manifest.
-        verify: A SQuAD file of which the parity gate asks the first questions of `VERIFY_PASSAGES` passages, besides
-            prompts of random tokens; and on which a loss of F1 is measured.
+        verify: A file of questions (see `read_examples`) of which the parity gate asks the first ones of
+            `VERIFY_PASSAGES` passages, besides prompts of random tokens; and on which a loss of F1 is measured.
+        columns: What fields are called in that file, where its rows are flat (see `read_examples`).
         max_f1_drop: The most F1, in points, that the precision may lose on that file.
         force: Replace an existing bundle.
         keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
@@ -99,7 +102,7 @@ def export(
     markers[output] = MANIFEST_NAME
     for path, marker in markers.items():
         _check_replaceable(path, force=force, marker=marker)
-    examples = [] if verify is None else read_examples(verify)
+    examples = [] if verify is None else read_examples(verify, columns=columns)
     model, tokenizer = load_checkpoint(model_name)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with _staging(output, optimum_output, weights=weight_bytes) as (bundle, plain):
@@ -280,7 +283,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="written by training.finetune, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to create")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
-    parser.add_argument("--verify", type=Path, metavar="FILE", help="SQuAD file with more prompts for the parity gate")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="FILE",
+        help="questions, for more prompts of the parity gate; as `predict --data`",
+    )
+    add_columns_option(parser)
     parser.add_argument(
         "--max-f1-drop",
         type=float,
@@ -306,6 +315,7 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
         arguments.output,
         precision=arguments.precision,
         verify=arguments.verify,
+        columns=parse_columns(arguments.columns),
         max_f1_drop=arguments.max_f1_drop,
         force=arguments.force,
         keep_optimum=arguments.keep_optimum,

@@ -20,6 +20,7 @@ from qa_onnx.bundle import Bundle
 from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, EngineConfig, GenerationConfig
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
+from qa_onnx.data.rows import FIELDS, parse_columns
 from qa_onnx.engine.session import PROVIDERS
 from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.evaluation import error_analysis
@@ -101,7 +102,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     outputs = {"--output": arguments.output, "--answers": arguments.answers}
     check_outputs(outputs, {"--data": arguments.data})
     config = _config(arguments)
-    examples = read_examples(arguments.data, needs_answers=False)[: arguments.limit]
+    examples = _read_data(arguments, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:
 
         def keep_answer(index: int, answer: Answer) -> None:
@@ -122,7 +123,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         {"--worst": arguments.worst, "--plot": arguments.plot},
         {"--data": arguments.data, "--predictions": arguments.predictions, "--answers": arguments.answers},
     )
-    examples = read_examples(arguments.data)
+    examples = _read_data(arguments)
     if arguments.answers is not None:
         answers = read_answers(arguments.answers)
     else:
@@ -149,7 +150,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    examples = read_examples(arguments.data)[: arguments.limit]
+    examples = _read_data(arguments)[: arguments.limit]
     unanswerable = sum(not example.answers for example in examples)
     if unanswerable in (0, len(examples)):
         raise InvalidInputError(
@@ -175,6 +176,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     }
     Bundle.open(arguments.model).keep_no_answer(kept)
     _write_json(kept)
+
+
+def _read_data(arguments: argparse.Namespace, *, needs_answers: bool = True) -> list[Example]:
+    return read_examples(arguments.data, columns=parse_columns(arguments.columns), needs_answers=needs_answers)
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
@@ -253,6 +258,22 @@ def positive(text: str) -> int:
     return value
 
 
+def add_columns_option(parser: argparse._ActionsContainer) -> None:
+    """Adds `--columns`, which `qa_onnx.data.rows.parse_columns` reads."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="FIELD=NAME",
+        help=f"names of columns, where rows are flat; fields: {', '.join(FIELDS)}",
+    )
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help=DATA_HELP)
+    add_columns_option(parser)
+
+
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     """The fields of `GenerationConfig` but `max_new_tokens` and `ignore_eos`; it checks them."""
     group = parser.add_argument_group("how to answer")
@@ -307,7 +328,7 @@ def make_parser() -> argparse.ArgumentParser:
     calibrate.set_defaults(run=_calibrate)
 
     for command in (predict, calibrate):
-        command.add_argument("--data", required=True, type=Path, metavar="FILE", help=DATA_HELP)
+        _add_data_options(command)
         command.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
         command.add_argument(
             "--batch-size",
@@ -328,7 +349,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generation_options(command)
 
     scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")
-    scores.add_argument("--data", required=True, type=Path, metavar="FILE", help=DATA_HELP)
+    _add_data_options(scores)
     given = scores.add_mutually_exclusive_group(required=True)
     given.add_argument("--predictions", type=Path, metavar="FILE", help="JSON object {id: answer}")
     given.add_argument("--answers", type=Path, metavar="FILE", help="whole answers, from `predict --answers`")

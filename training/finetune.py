@@ -25,9 +25,9 @@ from transformers import GPT2TokenizerFast, TrainerState, TrainingArguments, set
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qa_onnx.cli import EXIT_INTERRUPTED, run_command
+from qa_onnx.cli import EXIT_INTERRUPTED, add_columns_option, run_command
 from qa_onnx.data.example import Example
-from qa_onnx.data.rows import FIELDS
+from qa_onnx.data.rows import parse_columns
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.predictions import read_predictions
 from qa_onnx.files import write_file
@@ -183,8 +183,7 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
             raise InvalidInputError(
                 f"got {name} {tokens}; the model has {positions} positions, expected at most as many"
             )
-    columns = dict(column.split("=", 1) for column in config.columns)
-    options = {"columns": columns, "skip_bad_rows": config.skip_bad_rows}
+    options = {"columns": parse_columns(config.columns), "skip_bad_rows": config.skip_bad_rows}
     sources = [load_source(name, "train", **options) for name in config.train]
     eval_source = load_source(config.eval, "eval", **options)
     eval_examples = list(eval_source.examples[: config.limit_eval])
@@ -466,12 +465,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="how often an epoch has each source (default: 1 1 ...)"
     )
-    data.add_argument(
-        "--columns",
-        nargs="+",
-        metavar="FIELD=NAME",
-        help=f"names of columns, where rows are flat; fields: {', '.join(FIELDS)}",
-    )
+    add_columns_option(data)
     data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out; the first ends the run else")
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")
     data.add_argument("--limit-eval", type=int, metavar="N", help="use only the first N questions to evaluate")

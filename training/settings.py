@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from qa_onnx.data.rows import FIELDS
+from qa_onnx.data.rows import parse_columns
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import public_name
 from training.data import LOSS_ON, LossOn
@@ -196,11 +196,7 @@ class FinetuneConfig:
             raise InvalidInputError(f"got {len(self.train)} sources and {len(self.weights)} weights; expected as many")
         if not all(0 < weight < math.inf for weight in self.weights):
             raise InvalidInputError(f"got weights {list(self.weights)}; expected numbers above 0")
-        for column in self.columns:
-            if column.partition("=")[0] not in FIELDS or not column.partition("=")[2]:
-                raise InvalidInputError(
-                    f"got column {column!r}; expected FIELD=NAME, with a field of {', '.join(FIELDS)}"
-                )
+        parse_columns(self.columns)
         if self.from_scratch is not None and self.lora_rank is not None:
             raise InvalidInputError("--lora-rank and --from-scratch do not go together: random weights would stay")
         if self.packing and self.pad_to:

@@ -56,6 +56,21 @@ class Row:
     problem: str = ""
 
 
+def parse_columns(columns: Iterable[str]) -> dict[str, str]:
+    """What fields are called, from texts of the form `FIELD=NAME`.
+
+    Raises:
+        InvalidInputError: A text of another form, or a field that is none of `FIELDS`.
+    """
+    names = {}
+    for column in columns:
+        name, _, value = column.partition("=")
+        if name not in FIELDS or not value:
+            raise InvalidInputError(f"got column {column!r}; expected FIELD=NAME, with a field of {', '.join(FIELDS)}")
+        names[name] = value
+    return names
+
+
 def examples_of(
     rows: Iterable[Row], *, source: str, skipped: list[str] | None, needs_answers: bool, unique_ids: bool
 ) -> list[Example]:

@@ -36,7 +36,7 @@ def rows_of_json(data: Any, *, place: str = "", columns: Mapping[str, str] | Non
         columns: What fields are called in flat rows (see `Row`).
     """
     columns = columns or {}
-    if isinstance(data, dict) and ("data" in data or not _is_item(data, columns)):
+    if isinstance(data, dict) and ("data" in data or not (place or _is_item(data, columns))):
         for row in _rows_of_array(data, place, "data"):
             yield from _rows_of_item(row, columns)
     elif isinstance(data, list):

@@ -424,3 +424,30 @@ def test_what_predict_has_answered_is_kept_when_it_is_interrupted(files, loaded,
     assert status == 130
     assert err == "interrupted. What was computed before is in out.json.partial\n"
     assert len((files / "out.json.partial").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl"])
+def test_columns_of_other_names_are_named(files, loaded, capsys, name):
+    row = {"no": "7", "body": CONTEXT, "ask": "Who led the Normans?", "reply": "Rollo"}
+    if name.endswith("jsonl"):
+        (files / name).write_text(json.dumps(row) + "\n")
+    else:
+        separator = "\t" if name.endswith("tsv") else ";"
+        cells = [f'"{cell}"' for cell in row.values()]
+        (files / name).write_text(f"{separator.join(row)}\n{separator.join(cells)}\n")
+    status, _, err = run(capsys, f"predict --model bundle --data {name} --output out.json")
+    assert status == 2
+    assert "no column 'context' among 'no', 'body', 'ask', 'reply'" in err
+    assert "--columns context=NAME" in err
+    columns = "--columns context=body question=ask id=no"
+    assert run(capsys, f"predict --model bundle --data {name} --output out.json {columns}")[0] == 0
+    assert json.loads((files / "out.json").read_text()) == {"7": "Who led the Normans?"}
+    status, out, _ = run(capsys, f"evaluate --data {name} --predictions out.json {columns}")
+    assert (status, json.loads(out.splitlines()[-1])["total"]) == (0, 1)
+
+
+@pytest.mark.parametrize("columns", ["context", "passage=x", "context=", "=x"])
+def test_columns_have_the_form_field_and_name(files, capsys, columns):
+    status, _, err = run(capsys, f"evaluate --data data.json --predictions predictions.json --columns {columns}")
+    assert status == 2
+    assert f"got column {columns!r}; expected FIELD=NAME, with a field of context, question" in err
