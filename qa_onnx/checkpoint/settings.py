@@ -63,7 +63,7 @@ class ModelSettings:
             if name == "n_inner" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise _wrong(name, value, "a whole number of at least 1")
+                raise _wrong(name, value, f"a whole number from 1 to {2**31 - 1:,}")
         for name, least, most in (
             ("layer_norm_epsilon", 1e-12, 1.0),
             ("resid_pdrop", 0.0, 0.99),

@@ -23,8 +23,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """What the fields of a row may be called, in any case; the first name that a row has is taken."""
 FIELDS = tuple(NAMES)
-MISSING_WORDS = frozenset(("nan", "NaN", "NAN", "NaT", "None", "null", "NULL", "<NA>", "NA", "N/A", "n/a", "#N/A"))
-"""What pandas, R and spreadsheets write into a CSV cell that has no value."""
+MISSING_WORDS = frozenset(("nan", "np.nan", "nat", "none", "null", "nil", "<na>", "na", "n/a", "#n/a"))
+"""What Python, pandas, R and spreadsheets write, in any case, where there is no value."""
 REQUIRED = ("context", "question")
 FORMATS = (
     "SQuAD JSON, JSON lines, CSV or TSV (.json, .jsonl, .csv, .tsv), a .parquet file, a folder that `save_to_disk` of "
@@ -32,8 +32,19 @@ FORMATS = (
 )
 """What is read, for messages."""
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+LITERAL = re.compile(
+    r"""
+    \[.*\] | \{.*\}                       # a list, a dict or a set
+  | \((?:['"(\[{].*)?\)                  # a tuple
+  | [bBuUrR]{0,2}(?:'[^']*'|"[^"]*")       # a quoted text
+  | (?:array|set|frozenset|tuple|list|dict|OrderedDict|defaultdict|Series|Index|DataFrame
+      |(?:np|numpy|pd|pandas|collections)\.\w+)\(.*\)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+"""A value of Python, NumPy, pandas or JSON that is written out."""
 LITERAL_BEGINNINGS = ("[", "{", "('", '("', "array(")
-"""Of a list, a dict, a tuple or an array that is written out."""
+"""Of such a value, though its end is missing."""
 MAX_SHOWN, MAX_COLUMNS_SHOWN = 60, 20
 
 
@@ -129,7 +140,7 @@ def _example(row: Row, *, needs_answers: bool) -> Example:
     names = _names(row)
     values = {name: row.values.get(column) for name, column in names.items()}
     for field, value in values.items():
-        is_missing_word = row.is_text and field != "answers" and value in MISSING_WORDS
+        is_missing_word = row.is_text and field != "answers" and str(value).strip().lower() in MISSING_WORDS
         if is_missing_word or (isinstance(value, float) and value != value):
             values[field] = None
     texts = {}
@@ -180,10 +191,8 @@ def _answers(row: Row, names: Mapping[str, str], values: Mapping[str, Any], cont
     _check_column(row, "answers", names)
     place, start_place = inside(row.place, names["answers"]), inside(row.place, names["answer_start"])
     value, start = values["answers"], values["answer_start"]
-    if row.is_text:
-        value, start = _cell_value(value, context, place), _cell_value(start, "", start_place)
-    elif isinstance(value, str):
-        value = _answers_in(value, context)
+    value = _written_out(value, context, place, is_text=row.is_text)
+    start = _written_out(start, "", start_place, is_text=row.is_text)
     if isinstance(value, dict) and "text" in value:
         place, start_place = f"{place}.text", f"{place}.answer_start"
         value, start = value["text"], value.get("answer_start")
@@ -194,20 +203,21 @@ def _answers(row: Row, names: Mapping[str, str], values: Mapping[str, Any], cont
         return (_gold_answer(context, value, start, place, start_place),)
     if not isinstance(value, list):
         fail(place, shown(value), "a text, texts, or objects with text and answer_start")
-    starts = [None] * len(value) if start is None else start if isinstance(start, list) else [start]
+    starts: list[Any] = [None] * len(value) if start is None else start if isinstance(start, list) else [start]
     if len(starts) != len(value):
         fail(start_place, f"{len(starts)} of {len(value)} answers", "one for each answer")
     answers = []
     for index, (item, item_start) in enumerate(zip(value, starts, strict=True)):
+        here, here_start = f"{place}[{index}]", f"{start_place}[{index}]"
+        text = item
         if isinstance(item, dict):
-            here = f"{place}[{index}]"
-            answers.append(
-                _gold_answer(
-                    context, item.get("text"), item.get("answer_start"), f"{here}.text", f"{here}.answer_start"
-                )
-            )
-        else:
-            answers.append(_gold_answer(context, item, item_start, f"{place}[{index}]", f"{start_place}[{index}]"))
+            text, item_start = item.get("text"), item.get("answer_start")
+            here, here_start = f"{here}.text", f"{here}.answer_start"
+        written = _written_out(text, context, here, is_text=row.is_text)
+        if isinstance(written, list | dict):
+            written = text
+        if written is not None or text is None:  # a missing word is none of the answers, nothing at all a bad row
+            answers.append(_gold_answer(context, written, item_start, here, here_start))
     return tuple(answers)
 
 
@@ -219,34 +229,35 @@ def _gold_answer(context: str, value: object, start: object, place: str, start_p
     return GoldAnswer(text=text, start=number)
 
 
-def _cell_value(cell: str | None, context: str, place: str) -> Any:
-    """The value of a CSV cell: what a list or a dict in it holds; None for a missing one.
+def _written_out(value: Any, context: str, place: str, *, is_text: bool) -> Any:
+    """A value, or what a text writes out: a list, a dict or a quoted text; None for a word that says there is nothing.
 
-    What stands in the passage as it is, such as the answer `[1]` or `None`, stays text.
+    What stands in the passage as it is, such as the answer `[1]` or `None`, stays text; so does, where texts have a
+    type of their own, what writes out no answers. In a cell of CSV that is an error.
     """
-    text = (cell or "").strip()
-    if text in MISSING_WORDS:
-        return cell if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context) else None
-    if not text.startswith(LITERAL_BEGINNINGS) or text in context:
-        return cell
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.lower() in MISSING_WORDS:
+        return value if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context) else None
+    if (not text.startswith(LITERAL_BEGINNINGS) and LITERAL.fullmatch(text) is None) or text in context:
+        return value
     try:
-        return parse_literal(text)
+        written = parse_literal(text)
     except ValueError as error:
-        fail(place, shown(cell), f"a text that stands in the passage, or a whole list or dict ({error})")
+        if not is_text:
+            return value
+        fail(place, shown(value), f"a text that stands in the passage, or a whole list or dict ({error})")
+    if not written or written == [None]:
+        return None
+    return written if is_text or _is_answers(written) else value
 
 
-def _answers_in(text: str, context: str) -> Any:
-    """The answers that are written out in a text of JSON or Parquet; the text where it is an answer itself."""
-    if not text.startswith(LITERAL_BEGINNINGS) or text in context:
-        return text
-    try:
-        value = parse_literal(text)
-    except ValueError:
-        return text
-    objects = value if isinstance(value, list) else [value]
-    is_objects = all(isinstance(item, dict) and "text" in item for item in objects)
-    is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return value if value and (is_objects or is_texts) else text
+def _is_answers(value: Any) -> bool:
+    """Whether a value that a text wrote out is a text, texts, or objects with texts."""
+    items = value if isinstance(value, list) else [value]
+    is_texts = all(isinstance(item, str) for item in items)
+    return is_texts or all(isinstance(item, dict) and "text" in item for item in items)
 
 
 def _flag(value: object, place: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qa_onnx.data.example import Example
 from qa_onnx.data.json_text import json_kind
-from qa_onnx.data.rows import NAMES, Row, examples_of, inside, problem_at
+from qa_onnx.data.rows import FORMATS, MAX_COLUMNS_SHOWN, NAMES, Row, examples_of, inside, problem_at, shown
 
 
 def parse_squad(data: Any, *, source: str) -> list[Example]:
@@ -36,7 +36,10 @@ def rows_of_json(data: Any, *, place: str = "", columns: Mapping[str, str] | Non
         columns: What fields are called in flat rows (see `Row`).
     """
     columns = columns or {}
-    if isinstance(data, dict) and ("data" in data or not (place or _is_item(data, columns))):
+    if isinstance(data, dict) and not place and "data" not in data and not _is_item(data, columns):
+        names = ", ".join([shown(name) for name in data][:MAX_COLUMNS_SHOWN]) or "no fields"
+        yield Row(place="", values=None, problem=problem_at("", f"a JSON object of {names}", FORMATS))
+    elif isinstance(data, dict) and "data" in data:
         for row in _rows_of_array(data, place, "data"):
             yield from _rows_of_item(row, columns)
     elif isinstance(data, list):

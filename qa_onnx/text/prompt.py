@@ -97,7 +97,8 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
         contexts: The passage of each question, in the same order.
 
     Raises:
-        InvalidInputError: The two differ in length, or an entry is not a string or has no text in it.
+        InvalidInputError: The two differ in length, an entry is not a string or has no text in it, or the tokenizer
+            fails.
     """
     if len(questions) != len(contexts):
         raise InvalidInputError(
@@ -111,6 +112,10 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
     (label,) = _encode(tokenizer, [QUESTION_LABEL])
     passage_of = {context: ids + label for context, ids in zip(distinct, passages, strict=True)}
     asked = _encode(tokenizer, [QUESTION_TEMPLATE.format(question=question.strip()) for question in questions])
+    if not all(asked) or not all(passages):
+        raise InvalidInputError(
+            "the tokenizer makes no tokens of a text; expected one like GPT-2's, which drops nothing"
+        )
     return [
         Prompt(prefix_ids=passage_of[context], suffix_ids=suffix_ids)
         for context, suffix_ids in zip(contexts, asked, strict=True)

@@ -59,9 +59,9 @@ def test_an_impossible_question_has_no_answers_whatever_is_listed():
     ("path", "value", "place", "given"),
     [
         ((), "text", "the top level", "a JSON string"),
-        ((), {}, "data", "nothing"),
+        ((), {}, "the top level", "a JSON object of no fields"),
         ((), [3], "[0]", "a JSON number"),
-        (("data",), ABSENT, "data", "nothing"),
+        (("data",), ABSENT, "the top level", "a JSON object of 'version'"),
         (("data",), {}, "data", "a JSON object"),
         (("data", 0), 3, "data[0]", "a JSON number"),
         (("data", 0, "title"), [], "data[0].paragraphs[0].qas[0].title", "a JSON array"),
@@ -261,6 +261,15 @@ def test_arrays_as_numpy_prints_them_are_lists(tmp_path):
         "",
         " ",
         "array([], dtype=object)",
+        "()",
+        "np.nan",
+        "none",
+        "NONE",
+        "Nan",
+        "N/A",
+        "['nan']",
+        '["None"]',
+        "''",
     ],
 )
 def test_cells_without_a_value_are_no_answer(cell, tmp_path):
@@ -294,6 +303,10 @@ def test_cells_that_stand_in_their_passage_are_text(cell, context, tmp_path):
         "['211 km'] or so",
         "{'text': 7}",
         "{[1]: 2}",
+        "set()",
+        "OrderedDict([('text', ['211 km'])])",
+        "Series([], dtype: object)",
+        "frozenset({1})",
     ],
 )
 def test_cells_that_look_written_out_and_cannot_be_read_are_refused(cell, tmp_path):
@@ -301,7 +314,18 @@ def test_cells_that_look_written_out_and_cannot_be_read_are_refused(cell, tmp_pa
         cell_read(tmp_path, cell)
 
 
-@pytest.mark.parametrize("text", ["None", "NaN", "[1]", "[]", "{}", "{'a': 1}", "[sic]", "nan", "['cut", "('a')"])
+@pytest.mark.parametrize("text", ["None", "NaN", "[]", "{}", "()", "nan", "NONE", "np.nan", "[None]", "''", "['nan']"])
+def test_a_text_that_says_that_there_is_nothing_is_no_answer_in_json_either(text, tmp_path):
+    (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
+    assert example.answers == ()
+    if text != "['nan']":  # a list in a list is no answer, and what it writes out stays text
+        (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": [text, "211 km"]}]))
+        assert [answer.text for answer in example.answers] == ["211 km"]
+    row = {**ROW, "context": f"It is {text} there.", "answers": text}
+    assert read_examples(write_json(tmp_path / "rows.json", [row]))[0].answers == (GoldAnswer(text=text, start=6),)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{'a': 1}", "[sic]", "['cut", "('a')", "sin(x)", "nanometres", "set theory"])
 def test_text_of_json_stays_text(text, tmp_path):
     (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
     assert [answer.text for answer in example.answers] == [text]
@@ -394,7 +418,11 @@ def test_rows_of_csv_are_named_by_their_first_line(tmp_path):
         ("rows.parquet", b"PAR1", "cannot be read as a Parquet file"),
         ("rows.jsonl", b"", "there are no questions"),
         ("rows.json", b"[]", "there are no questions"),
-        ("rows.json", b'{"Data": [], "Version": 1}', "data: got nothing"),
+        (
+            "rows.json",
+            b'{"Data": [], "Version": 1}',
+            "got a JSON object of 'Data', 'Version'; expected SQuAD JSON, JSON lines, CSV",
+        ),
         ("rows.jsonl", b'{"a": ' * 9_000, "nested too deep"),
         ("rows.json", b'[{"context": "a", "question": "b", "answers": "a", "answer_start": 1e999}]', "got inf"),
         ("rows.json", b'[{"context": "a", "question": "b", "answers": "\\ud800"}]', "lone surrogate"),

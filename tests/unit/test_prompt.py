@@ -6,7 +6,7 @@ import pytest
 from fakes import CONTEXT, END_OF_TEXT, SpyTokenizer, small_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
 
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.text.prompt import (
@@ -171,6 +171,17 @@ def test_the_same_text_has_the_same_tokens_though_the_tokenizer_has_a_dropout(tm
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert {tuple(tokenizer.encode(CONTEXT).ids) for _ in range(20)} == {tuple(small_tokenizer().encode(CONTEXT).ids)}
+
+
+@pytest.mark.parametrize("dropped", ["Context", "Answer"])
+def test_a_tokenizer_that_drops_a_text_is_an_error(dropped):
+    class Dropping:
+        def encode_batch(self, texts, **options):
+            encodings = small_tokenizer().encode_batch(texts, **options)
+            return [Encoding() if dropped in text else one for text, one in zip(texts, encodings, strict=True)]
+
+    with pytest.raises(InvalidInputError, match="makes no tokens of a text"):
+        encode_prompts(Dropping(), ["Who?"], [CONTEXT])
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(x|y)*z", "(?:ab){2,}", "((a)b)+"])
