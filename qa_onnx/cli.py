@@ -99,7 +99,7 @@ def _answer(arguments: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     outputs = {"--output": arguments.output, "--answers": arguments.answers}
-    check_outputs(outputs, {"--data": arguments.data})
+    check_outputs(outputs, {"--data": arguments.data, "--model": arguments.model})
     config = _config(arguments)
     examples = read_examples(arguments.data, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:
