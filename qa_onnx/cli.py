@@ -100,7 +100,7 @@ def _answer(arguments: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     outputs = {"--output": arguments.output, "--answers": arguments.answers}
-    check_outputs(outputs, {"--data": arguments.data})
+    check_outputs(outputs, {"--data": arguments.data, "--model": arguments.model})
     config = _config(arguments)
     examples = _read_data(arguments, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:

@@ -71,7 +71,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
 
     Args:
         outputs: Each option with its file; None where it was not given.
-        inputs: Files that are read, likewise.
+        inputs: Files that are read, likewise; of a directory, such as a bundle, the files in it.
 
     Raises:
         InvalidInputError: An output is a directory, cannot be written, or is the same file as an input or another
@@ -82,8 +82,11 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
         if path is None:
             continue
         for other, given in others.items():
-            if _is_same_file(path, given):
-                raise InvalidInputError(f"{option} {path} is the same file as {other} {given}; expected another file")
+            for file in _files_of(given):
+                if _is_same_file(path, file):
+                    raise InvalidInputError(
+                        f"{option} {path} is the same file as {other} {file}; expected another file"
+                    )
         others[option] = path
         if path.is_dir() or not path.parent.is_dir():
             raise InvalidInputError(f"{option} {path}: cannot be written; expected a file in a directory that exists")
@@ -258,6 +261,13 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
 def _is_replaceable(path: Path) -> bool:
     """Whether a new file may take the path's place: nothing or a regular file is there, no device or pipe."""
     return not path.exists() or path.is_file()
+
+
+def _files_of(given: Path) -> list[Path]:
+    """A file itself, and of a directory the files in it: a bundle, or a data set of some splits."""
+    if not given.is_dir():
+        return [given]
+    return [path for pattern in ("*", "*/*") for path in given.glob(pattern) if path.is_file()]
 
 
 def _is_same_file(first: Path, second: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fakes import manifest_fields, write_json
 
-from qa_onnx.bundle import Bundle, write_manifest
+from qa_onnx.bundle import Bundle, sha256_of, write_manifest
 from qa_onnx.errors import BundleError
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 
@@ -198,6 +198,9 @@ def test_another_format_version_means_to_export_again(bundle, version):
         ({"files": []}, ["files should be dict, got []"]),
         ({"source_model": None}, ["source_model should be str, got None"]),
         ({"heads": 0}, ["heads is 0, not a number from 1 to 4096"]),
+        ({"layers": 1001}, ["layers is 1001, not a number from 1 to 1000"]),
+        ({"max_positions": 2**20 + 1}, ["max_positions is 1048577, not a number from 1 to 1048576"]),
+        ({"vocab_size": 2**24 + 1}, ["vocab_size is 16777217, not a number from 1 to 16777216"]),
         ({"layers": 10**9}, ["layers is 1000000000, not a number from 1 to 1000"]),
         ({"vocab_size": 10**30}, ["vocab_size is 1000000000000000000000000000000, not a number from"]),
         ({"heads": "9" * 10**5}, ["heads should be int, got '99999", "99...."]),
@@ -246,6 +249,35 @@ def test_a_manifest_that_is_no_json_object_is_named(bundle, content, words):
     problem = problem_of(bundle)
     assert f"qa_onnx.json {words}" in problem
     assert "export the bundle again" in problem
+
+
+def test_counts_and_sizes_up_to_the_limits_are_read(bundle):
+    counts = {"layers": 1000, "max_positions": 2**20, "vocab_size": 2**24}
+    edit_manifest(bundle, **counts)
+    path = bundle / "qa_onnx.json"
+    path.write_bytes(path.read_bytes().ljust(2**20))
+    manifest = Bundle.open(bundle).manifest
+    assert {name: getattr(manifest, name) for name in counts} == counts
+
+
+def enlarge(bundle, name, size):
+    """Makes a file larger, of zeros, with its checksum."""
+    with (bundle / name).open("r+b") as file:
+        file.truncate(size)
+    files = json.loads((bundle / "qa_onnx.json").read_text(encoding="utf-8"))["files"]
+    edit_manifest(bundle, files=files | {name: {"bytes": size, "sha256": sha256_of(bundle / name)}})
+
+
+def test_a_configuration_of_more_than_its_limit_is_refused(bundle):
+    enlarge(bundle, "config.json", 2**20 + 1)
+    with pytest.raises(BundleError, match=r"config\.json has 1048577 bytes; expected at most 1048576"):
+        Bundle.open(bundle).check_files()
+
+
+def test_a_tokenizer_of_more_than_its_limit_is_refused(bundle):
+    enlarge(bundle, "tokenizer.json", 64 * 2**20 + 1)
+    with pytest.raises(BundleError, match=r"tokenizer\.json has 67108865 bytes; expected at most 67108864"):
+        Bundle.open(bundle).load_tokenizer()
 
 
 def test_a_byte_order_mark_is_no_part_of_a_manifest(bundle):

@@ -20,6 +20,7 @@ import pytest
 from fakes import CONTEXT, Gate, echo_answerer, small_tokenizer
 
 from qa_onnx import ClosedError, GenerationConfig, InvalidInputError, PromptTooLongError, QueueFullError
+from qa_onnx.text.windows import encode_windows
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,19 @@ def test_a_long_context_is_tokenized_outside_of_the_event_loop(answerer):
     threads.clear()
     asyncio.run(ask(CONTEXT))
     assert set(threads) == {threading.main_thread()}
+
+
+@pytest.mark.parametrize(("characters", "is_elsewhere"), [(9_999, False), (10_000, True)])
+def test_contexts_of_10000_characters_and_more_are_tokenized_in_another_thread(answerer, characters, is_elsewhere):
+    threads, make = [], answerer._make_requests
+
+    def note_thread(*arguments):
+        threads.append(threading.current_thread())
+        return make(*arguments)
+
+    answerer._make_requests = note_thread
+    asyncio.run(answerer.answer_async("Who?", (CONTEXT * 400)[:characters]))
+    assert [thread is not threading.main_thread() for thread in threads] == [is_elsewhere]
 
 
 def test_a_task_that_is_cancelled_while_its_context_is_tokenized_frees_its_place(answerer):
@@ -656,6 +670,32 @@ def test_a_long_document_gives_the_best_window_and_offsets_in_the_whole(answerer
     assert answer.window > 0
     assert document[answer.start : answer.end] == answer.text == "Rollo"
     assert answer.prompt_tokens > 300
+
+
+def test_an_answer_that_is_whole_in_no_window_is_not_found(answerer):
+    document = " ".join(f"word{index}" for index in range(150))
+
+    def ask(question, stride):
+        config = GenerationConfig(extractive=True, max_new_tokens=20, stride=stride)
+        return answerer.answer(question, document, config=config).text
+
+    (windows,) = encode_windows(
+        answerer._tokenizer, ["word10 word11"], [document], max_positions=128, max_new_tokens=20, stride=0
+    )
+    first = len(windows[0].text.split())
+    parted = f"word{first - 1} word{first}"
+    assert parted in document
+    assert not any(parted in window.text for window in windows)
+    assert ask(parted, stride=0) != parted
+    assert ask(parted, stride=30) == parted
+
+
+@pytest.mark.parametrize("num_answers", [1, 2])
+def test_where_no_word_has_so_few_tokens_there_is_no_answer(answerer, num_answers):
+    config = GenerationConfig(extractive=True, max_new_tokens=2, num_answers=num_answers)
+    answer = answerer.answer("Rollo", "Przewalskiczuk Przewalskiczyk", config=config)
+    assert (answer.text, answer.finish_reason, answer.start) == ("", "no_answer", None)
+    assert answerer.answer("Rollo", f"Przewalskiczuk {CONTEXT}", config=config).text in CONTEXT
 
 
 def test_an_answer_tells_its_score_place_and_reason(answerer):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,7 @@ def test_info_prints_the_manifest(files, capsys):
 
 
 ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bundle --data data.json"
+EVALUATE = "evaluate --data data.json --predictions predictions.json"
 
 
 @pytest.mark.parametrize(
@@ -312,16 +314,58 @@ def test_a_context_from_standard_input_a_file_or_the_command_line(files, capsys,
         ("--output link.json", "--output link.json is the same file as --data"),
         ("--output out.json --answers data.json", "--answers data.json is the same file as --data"),
         ("--output out.json --answers ./out.json", "is the same file as --output"),
+        ("--output bundle/config.json", "--output bundle/config.json is the same file as --model bundle/config.json"),
+        ("--output out.json --answers bundle/qa_onnx.json", "is the same file as --model bundle/qa_onnx.json"),
     ],
 )
 def test_an_output_is_not_an_input_or_another_output(files, loaded, capsys, options, words):
     (files / "link.json").symlink_to("data.json")
-    before = (files / "data.json").read_bytes()
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     status, out, err = run(capsys, f"{PREDICT} {options}")
     assert (status, out) == (2, "")
     assert words in err
-    assert (files / "data.json").read_bytes() == before
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
     assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--answers answers.jsonl --worst data.json", "--worst data.json is the same file as --data"),
+        ("--answers answers.jsonl --worst answers.jsonl", "--worst answers.jsonl is the same file as --answers"),
+        ("--predictions predictions.json --worst ./predictions.json", "is the same file as --predictions"),
+        ("--answers answers.jsonl --plot link.json", "--plot link.json is the same file as --data"),
+        ("--answers answers.jsonl --worst out --plot out", "--plot out is the same file as --worst"),
+    ],
+)
+def test_evaluate_writes_over_no_input_and_no_other_output(files, capsys, options, words):
+    (files / "link.json").symlink_to("data.json")
+    (files / "answers.jsonl").write_text("")
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    status, out, err = run(capsys, f"evaluate --data data.json {options}")
+    assert (status, out) == (2, "")
+    assert words in err
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+def test_predict_and_evaluate_follow_links_and_write_to_pipes(files, loaded, capsys):
+    """A link, a pipe and the modes of files stay as they are."""
+    (files / "kept.json").write_text("before")
+    (files / "kept.json").chmod(0o604)
+    (files / "link.json").symlink_to("kept.json")
+    received = []
+    for name, options in (("answers", f"{PREDICT} --output link.json"), ("worst", EVALUATE)):
+        os.mkfifo(files / name)
+        reader = threading.Thread(target=lambda name=name: received.append((files / name).read_text()))
+        reader.start()
+        assert run(capsys, f"{options} --{name} {name}")[0] == 0
+        reader.join(10)
+        assert (files / name).is_fifo()
+    assert [json.loads(line)["id"] for line in received[0].splitlines()] == ["q1", "q2", "q3"]
+    assert json.loads(received[1])["id"] == "q2"
+    assert (files / "link.json").is_symlink()
+    assert list(json.loads((files / "kept.json").read_text())) == ["q1", "q2", "q3"]
+    assert (files / "kept.json").stat().st_mode & 0o777 == 0o604
 
 
 @pytest.mark.parametrize(("redirect", "status"), [(">&-", 2), ("> /dev/full", 2), ("2>&- >&-", 2), ("> /dev/null", 0)])

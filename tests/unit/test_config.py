@@ -71,6 +71,16 @@ def test_options_out_of_range_or_at_odds_are_refused_when_made(options, words):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"num_answers": 100}, {"temperature": 0.001}, {"temperature": 0}, {"no_answer_threshold": 1}, {"top_k": 0}],
+    ids=str,
+)
+def test_options_at_their_limits_are_taken(options):
+    config = GenerationConfig(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
 def test_numpy_numbers_are_taken_and_kept_as_pythons():
     config = GenerationConfig(
         max_new_tokens=np.int64(5),

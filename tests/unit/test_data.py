@@ -7,6 +7,7 @@ import re
 import pytest
 from fakes import CONTEXT, squad_data, write_json
 
+from qa_onnx import files
 from qa_onnx.data.example import GoldAnswer
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
@@ -431,6 +432,15 @@ def test_rows_of_csv_are_named_by_their_first_line(tmp_path):
 def test_what_cannot_be_read_is_refused(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidInputError, match=re.escape(words)):
+        read_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.csv", "data.tsv", "data"])
+def test_a_file_of_text_has_a_gib_at_most(tmp_path, monkeypatch, name):
+    assert files.MAX_TEXT_BYTES == 2**30
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 2**10)
+    (tmp_path / name).write_text(" " * 2**10 + json.dumps(squad_data()))
+    with pytest.raises(InvalidInputError, match=f"{name}: has more than .* GiB"):
         read_examples(tmp_path / name)
 
 

@@ -169,6 +169,20 @@ def test_outputs_are_no_inputs_and_differ(tmp_path):
         check_outputs({"--output": other, "--answers": tmp_path / "." / "other"}, {"--data": data})
 
 
+def test_outputs_are_no_files_of_an_input_directory(tmp_path):
+    """A bundle, also one of links as in the cache of the hub, or a data set of splits."""
+    blob, folder, split = tmp_path / "blobs" / "0a1b", tmp_path / "bundle", tmp_path / "bundle" / "train"
+    for directory in (blob.parent, folder, split):
+        directory.mkdir()
+    for path in (blob, folder / "config.json", split / "data.arrow"):
+        path.write_text("x")
+    (folder / "model.onnx").symlink_to(blob)
+    check_outputs({"--output": folder / "answers.json"}, {"--model": folder})
+    for output in (blob, folder / "config.json", folder / "model.onnx", split / "data.arrow"):
+        with pytest.raises(InvalidInputError, match=f"--output {output} is the same file as --model {folder}/"):
+            check_outputs({"--output": output}, {"--model": folder})
+
+
 def test_outputs_have_a_directory_and_are_none(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "file"):
         with pytest.raises(InvalidInputError, match="cannot be written"):

@@ -337,6 +337,22 @@ def test_the_graph_is_not_fused_further(use, tmp_path, monkeypatch, saturates, l
     assert {"SkipLayerNormFusion", "BiasGeluFusion"} <= set(runtime.disabled_optimizers)
 
 
+@pytest.mark.parametrize(
+    ("flags", "saturates"),
+    [
+        ("flags : fpu avx2 avx512f avx512bw", True),
+        ("flags : avx512f avx512_vnni", False),
+        ("flags : avx2 avx_vnni", False),
+        (None, True),
+    ],
+)
+def test_int8_saturates_on_processors_without_vnni(monkeypatch, tmp_path, flags, saturates):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr(session, "Path", lambda _: tmp_path / "cpuinfo")
+    assert session._int8_saturates.__wrapped__() is saturates
+
+
 def test_cuda_has_no_optimizations_of_the_cpu(use, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "_int8_saturates", lambda: True)
     runtime = use(CUDA, CPU)
