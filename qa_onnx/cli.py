@@ -26,7 +26,7 @@ from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.evaluation import error_analysis
 from qa_onnx.evaluation.metrics import best_thresholds, evaluate
 from qa_onnx.evaluation.predictions import read_answers, read_predictions
-from qa_onnx.files import check_outputs, keep_lines, read_text, write_file
+from qa_onnx.files import check_outputs, keep_lines, partial_of, read_text, write_file
 
 DATA_HELP = "SQuAD JSON, JSON lines, CSV, TSV or Parquet"
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -100,7 +100,8 @@ def _answer(arguments: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     outputs = {"--output": arguments.output, "--answers": arguments.answers}
-    check_outputs(outputs, {"--data": arguments.data, "--model": arguments.model})
+    written = outputs | {"the partial file of --output": partial_of(arguments.output)}
+    check_outputs(written, {"--data": arguments.data, "--model": arguments.model})
     config = _config(arguments)
     examples = _read_data(arguments, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:
@@ -114,8 +115,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         if arguments.answers is not None:
             lines = [_json_line(example, answer) for example, answer in zip(examples, answers, strict=True)]
             write_file(arguments.answers, "".join(f"{line}\n" for line in lines))
-    written = [str(path) for path in outputs.values() if path is not None]
-    _write(f"wrote {len(predictions)} answers to {' and '.join(written)}")
+    names = [str(path) for path in outputs.values() if path is not None]
+    _write(f"wrote {len(predictions)} answers to {' and '.join(names)}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -236,6 +237,8 @@ def _write_json(value: dict[str, Any], *, indent: int | None = None) -> None:
 def _text_or_file(value: str) -> str:
     """`@FILE` is the content of a file, `-` and `@-` of standard input, and `@@TEXT` the text `@TEXT`."""
     if value in ("-", "@-"):
+        if sys.stdin is None:
+            raise InvalidInputError("standard input is closed; expected a text there, or --context TEXT or @FILE")
         try:
             return sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -131,6 +131,11 @@ def write_file(path: Path, content: str | bytes) -> None:
         ) from error
 
 
+def partial_of(target: Path) -> Path:
+    """Where `keep_lines` keeps what is to go to a file."""
+    return target.with_name(f"{target.name}.partial")
+
+
 @contextmanager
 def keep_lines(target: Path) -> Iterator[Callable[[str], None]]:
     """Keeps results as they come, in `{target}.partial`, until the whole file has been written.
@@ -144,7 +149,7 @@ def keep_lines(target: Path) -> Iterator[Callable[[str], None]]:
     if not _is_replaceable(target):
         yield lambda _: None
         return
-    path = target.with_name(f"{target.name}.partial")
+    path = partial_of(target)
     try:
         file = path.open("x", encoding="utf-8")  # which follows no link
     except FileExistsError as error:
@@ -259,8 +264,17 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Whether a new file may take the path's place: nothing or a regular file is there, no device or pipe."""
-    return not path.exists() or path.is_file()
+    """Whether a new file may take the path's place: nothing or a regular file is there, no device or pipe.
+
+    Raises:
+        InvalidInputError: It cannot be seen, as with links that lead to each other.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be written ({error.strerror}); expected another place") from error
 
 
 def _files_of(given: Path) -> list[Path]:

@@ -495,3 +495,21 @@ def test_columns_have_the_form_field_and_name(files, capsys, columns):
     status, _, err = run(capsys, f"evaluate --data data.json --predictions predictions.json --columns {columns}")
     assert status == 2
     assert f"got column {columns!r}; expected FIELD=NAME, with a field of context, question" in err
+
+
+@pytest.mark.parametrize("answers", ["out.json.partial", "./out.json.partial"])
+def test_the_partial_file_is_no_output(files, loaded, capsys, answers):
+    status, _, err = run(capsys, f"{PREDICT} --output out.json --answers {answers}")
+    assert status == 2
+    assert "the partial file of --output out.json.partial is the same file as --answers" in err
+    assert not list(files.glob("out.json*"))
+
+
+@pytest.mark.parametrize("context", ["-", "@-"])
+def test_a_closed_standard_input_is_one_line(files, loaded, capsys, monkeypatch, context):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, err = run(capsys, f"{ANSWER} --context {context}")
+    assert (status, err) == (
+        2,
+        "error: standard input is closed; expected a text there, or --context TEXT or @FILE\n",
+    )

@@ -304,3 +304,13 @@ def test_a_line_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
     (tmp_path / "out.partial").touch()
     with pytest.raises(InvalidInputError, match="No space left"), keep_lines(tmp_path / "out") as keep:
         keep("first")
+
+
+@pytest.mark.parametrize("links", [{"a": "a"}, {"a": "b", "b": "a"}])
+def test_links_that_lead_to_each_other_are_refused_and_stay(tmp_path, links):
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    for call in (lambda path: check_outputs({"--output": path}, {}), lambda path: write_file(path, "text")):
+        with pytest.raises(InvalidInputError, match=r"a: cannot be written \(Too many levels of symbolic links\)"):
+            call(tmp_path / "a")
+    assert {path.name: str(path.readlink()) for path in tmp_path.iterdir()} == links
