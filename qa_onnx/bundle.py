@@ -128,11 +128,14 @@ class Bundle:
         """Reads a bundle's manifest and checks every file against it.
 
         Raises:
-            BundleError: There is no bundle there, it is of another format version, or files are missing, cut short,
-                altered or named so that they lie outside; the message lists all of them.
+            BundleError: There is no bundle there, it is of another format version, or files are missing, unreadable,
+                cut short, altered or named so that they lie outside; the message lists them.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        try:
+            manifest = _read_manifest(directory)
+        except OSError as error:  # such as a directory of another user
+            raise BundleError(f"{directory} cannot be read ({error.strerror}); expected read permission") from error
         problems = [problem for name in sorted(manifest.files) for problem in _file_problems(directory, name, manifest)]
         problems += [f"{name}: not listed in the manifest" for name in REQUIRED_FILES if name not in manifest.files]
         if problems:

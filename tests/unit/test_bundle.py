@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -278,6 +281,26 @@ def test_a_tokenizer_of_more_than_its_limit_is_refused(bundle):
     enlarge(bundle, "tokenizer.json", 64 * 2**20 + 1)
     with pytest.raises(BundleError, match=r"tokenizer\.json has 67108865 bytes; expected at most 67108864"):
         Bundle.open(bundle).load_tokenizer()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+@pytest.mark.parametrize(
+    ("mode", "name"), [(0o700, "."), (0o600, "."), (0o600, "qa_onnx.json"), (0o600, "model.onnx_data")]
+)
+def test_what_another_user_may_not_read_is_named(bundle, mode, name):
+    for parent in (bundle, *bundle.parents):
+        if parent.owner() == "root" and parent.name and parent != Path("/tmp"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    (bundle / name).chmod(mode)
+    code = (
+        "import encodings.utf_8_sig, os, sys; from qa_onnx.bundle import Bundle\nos.setgid(65534); os.setuid(65534)\n"
+        "try: Bundle.open(sys.argv[1])\nexcept Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("BundleError ")
+    assert "cannot be read" in done.stdout
+    assert "Permission denied" in done.stdout
+    assert name == "." or name in done.stdout
 
 
 def test_a_byte_order_mark_is_no_part_of_a_manifest(bundle):
