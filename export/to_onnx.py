@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -57,6 +58,8 @@ PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokeniz
 VERIFY_PASSAGES, LOSS_QUESTIONS, CALIBRATION_PROMPTS = 64, 256, 32
 VERIFY_CACHE_BYTES = 64 * 2**20
 MAX_F1_DROP = 0.5
+STAGING_MARK = ".qa_onnx_export"
+"""In a staging directory, which may be deleted for it."""
 DISK_SPACE_FACTOR = 4
 """Free disk an export needs, in sizes of the weights: Optimum's graph, the fp32 one, the bundle's, some room."""
 
@@ -230,6 +233,7 @@ def _staging(*outputs: Path, weights: int) -> Iterator[list[Path]]:
         try:
             _clear(staging, dict(zip(parts, outputs, strict=True)))
             staging.mkdir()
+            (staging / STAGING_MARK).touch()
         except OSError as error:
             raise InvalidInputError(f"{staging} cannot be made ({error.strerror}); choose another --output") from error
         with _told_of_full_disk(output.parent):
@@ -245,13 +249,23 @@ def _clear(staging: Path, targets: Mapping[Path, Path]) -> None:
     Args:
         staging: Need not exist.
         targets: The place of each directory that is made in it.
+
+    Raises:
+        InvalidInputError: Somebody else made it.
     """
+    if not os.path.lexists(staging):
+        return
+    if not (staging / STAGING_MARK).is_file() and (
+        not staging.is_dir() or staging.is_symlink() or any(staging.iterdir())
+    ):
+        raise InvalidInputError(
+            f"{staging} is there and was not made by an export; move it, or choose another --output"
+        )
     for part, target in targets.items():
         replaced = part.with_name(part.name + REPLACED_SUFFIX)
         if replaced.is_dir() and not target.exists():
             replaced.rename(target)
-    if staging.is_dir():
-        shutil.rmtree(staging)
+    shutil.rmtree(staging)
 
 
 @contextmanager

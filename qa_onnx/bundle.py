@@ -21,7 +21,7 @@ from qa_onnx.engine.session import Session, Signature
 from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
 from qa_onnx.errors import BundleError, InvalidInputError
 from qa_onnx.files import write_file
-from qa_onnx.graph_file import GraphFile
+from qa_onnx.graph_file import INT8_OPERATOR, GraphFile
 from qa_onnx.text.prompt import PROMPT_TEMPLATE, load_tokenizer
 
 FORMAT_VERSION = 4
@@ -200,6 +200,13 @@ class Bundle:
                 problems.append(f"{name} in {MODEL_NAME} is {decoder.shapes.get(name)}, the manifest says {shape}")
         if decoder.constants.get("eos_token_id") != manifest.eos_token_id.to_bytes(8, "little"):
             problems.append(f"{MODEL_NAME} has another eos_token_id than the manifest's {manifest.eos_token_id}")
+        if (INT8_OPERATOR in decoder.operators) != (manifest.precision == "int8"):
+            problems.append(f"{MODEL_NAME} is not of the manifest's precision, {manifest.precision}")
+        for name in sorted(decoder.data_files & manifest.files.keys()):
+            if (self.directory / name).resolve().parent != self.model_path.resolve().parent:
+                problems.append(
+                    f"{MODEL_NAME} and {name} are links to different directories, and ONNX Runtime reads them from one"
+                )
         unlisted = sorted((decoder.data_files | copier.data_files) - manifest.files.keys())
         problems += [f"{_short(name)}, which a graph reads, is not listed in the manifest" for name in unlisted]
         self._raise(problems)
@@ -212,8 +219,14 @@ class Bundle:
         """
         manifest, layout = self.manifest, self.manifest.cache_layout
         outputs = decoder_outputs(layout, manifest.vocab_size)
+        listed = (("inputs", manifest.inputs, decoder.inputs), ("outputs", manifest.outputs, decoder.outputs))
         self._raise(
             [
+                *[
+                    f"the manifest lists other {what} than {MODEL_NAME} has"
+                    for what, one, other in listed
+                    if one != [*other]
+                ],
                 *_differences(f"{MODEL_NAME} input", decoder.inputs, decoder_inputs(layout)),
                 *_differences(f"{MODEL_NAME} output", decoder.outputs, outputs),
                 *_differences(f"{CACHE_COPY_NAME} input", copier.inputs, copier_inputs(layout)),

@@ -25,6 +25,7 @@ OPERATORS = frozenset(
     }
 )
 """The operators that `export.decoder` uses."""
+INT8_OPERATOR = "com.microsoft.MatMulIntegerToFloat"
 _MODEL_GRAPH = 7
 _MODEL_REFUSED = {20: "training steps", 25: "functions"}
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
@@ -40,11 +41,13 @@ class GraphFile:
     """What an ONNX file holds.
 
     Attributes:
+        operators: The names of the operators, with their domains.
         shapes: The shape of each weight.
         constants: The bytes of each weight that is in the file itself.
         data_files: The names of the files that hold the other weights.
     """
 
+    operators: set[str] = field(default_factory=set)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, bytes] = field(default_factory=dict)
     data_files: set[str] = field(default_factory=set)
@@ -82,7 +85,7 @@ class GraphFile:
             if number in _GRAPH_REFUSED:
                 raise ValueError(f"it has {_GRAPH_REFUSED[number]}")
             if number == _GRAPH_NODE:
-                _check_node(_message(value))
+                self.operators.add(_operator(_message(value)))
             elif number == _GRAPH_INITIALIZER:
                 self._read_tensor(_message(value))
 
@@ -108,7 +111,8 @@ class GraphFile:
             self.constants[name] = raw
 
 
-def _check_node(data: memoryview) -> None:
+def _operator(data: memoryview) -> str:
+    """The operator of a node, which is one of `OPERATORS`."""
     operator, domain = "", ""
     for number, value in _fields(data):
         if number == _NODE_OPERATOR:
@@ -122,6 +126,7 @@ def _check_node(data: memoryview) -> None:
     name = f"{domain}.{operator}" if domain not in ("", "ai.onnx") else operator
     if name not in OPERATORS:
         raise ValueError(f"it has a node {name!r}")
+    return name
 
 
 def _message(value: int | memoryview) -> memoryview:

@@ -19,6 +19,8 @@ from qa_onnx.bundle import CACHE_COPY_NAME, CONFIG_NAME, MANIFEST_NAME, MODEL_NA
 
 WEIGHTS_NAME = "model.onnx_data"
 OUTSIDE_NAME = "outside.bin"
+UNLISTED_NAMES = ("unlisted.bin", "link.bin")
+"""Files that a graph may name and the manifest does not."""
 """A file next to the bundle, as large as its weights: nothing may read it."""
 MAX_READ_BYTES = 2**26
 
@@ -89,7 +91,7 @@ def mutate_bundle(random: Random, bundle: MutableBundle) -> str:
     """
     chosen = random.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=random.choice((1, 1, 1, 2)))
     done = [mutation(random, bundle) for mutation in chosen if mutation is not _manifest]
-    changes = bundle.changes()
+    changes = {name: listed for name, listed in bundle.changes().items() if name not in UNLISTED_NAMES}
     if random.random() < _CORRECTED:
         try:
             values = bundle.manifest()

@@ -22,6 +22,7 @@ from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import write_manifest
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session
+from qa_onnx.lock import folder_lock
 from training import finetune
 
 
@@ -219,7 +220,7 @@ def test_a_graph_of_other_inputs_than_the_manifest_says_is_refused(tiny_bundle, 
     manifest = json.loads((bundle / "qa_onnx.json").read_text())
     manifest["outputs"] = manifest["outputs"][::-1]
     (bundle / "qa_onnx.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="the manifest says"):
+    with pytest.raises(BundleError, match=r"the manifest lists other outputs than model\.onnx has"):
         Answerer.from_pretrained(bundle, provider="cpu")
 
 
@@ -254,3 +255,42 @@ def test_the_gates_batches_are_bounded_in_rows_and_tokens_and_hold_every_prompt_
     assert [len(row.prompt) for batch in batches for row in batch] == [3, 900, 40, 1017, 5, 6]
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert [len(batch) for batch in parity._batches(references, 1)] == [1] * 6
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "file"])
+def test_a_staging_directory_of_somebody_else_is_kept(tiny_model_dir, tmp_path, capsys, kind):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    staging = tmp_path / ".bundle.staging"
+    if kind == "directory":
+        (tmp_path / "precious").rename(staging)
+    elif kind == "link":
+        staging.symlink_to("precious")
+    else:
+        staging.write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
+    assert ".bundle.staging is there and was not made by an export; move it" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_export_left_is_cleared_and_what_it_replaced_is_put_back(tiny_model_dir, tmp_path, monkeypatch):
+    staging = tmp_path / ".bundle.staging"
+    (staging / "bundle-replaced").mkdir(parents=True)
+    (staging / to_onnx.STAGING_MARK).touch()
+    (staging / "bundle-replaced" / "qa_onnx.json").write_text("old")
+    (tmp_path / ".bundle.lock").write_text("1234\n")
+
+    def fail(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(to_onnx, "verify_parity", fail)
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 130
+    assert (tmp_path / "bundle" / "qa_onnx.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_two_exports_to_one_place_are_refused(tiny_model_dir, tmp_path, capsys):
+    with folder_lock(tmp_path / ".bundle.lock", what="a test"):
+        assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
+    assert f"is already running, in process {os.getpid()}" in capsys.readouterr().err

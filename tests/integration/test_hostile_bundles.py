@@ -56,6 +56,10 @@ def problem_of(bundle):
         {"vocab_size": 2**24},
         {"eos_token_id": 1},
         {"precision": "fp16"},
+        {"precision": "int8"},
+        {"inputs": []},
+        {"outputs": ["logprobs"]},
+        {"inputs": [["input_ids"]]},
     ],
     ids=str,
 )
@@ -98,8 +102,23 @@ def test_external_data_that_the_manifest_does_not_list_is_refused(bundle, locati
     assert "which a graph reads, is not listed in the manifest" in problem_of(bundle)
 
 
-def rename_first(values):
-    values[0].name = "renamed"
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data"])
+def test_a_link_of_one_of_graph_and_weights_to_elsewhere_is_refused_with_the_reason(bundle, name):
+    (bundle.parent / "elsewhere").mkdir()
+    (bundle / name).rename(bundle.parent / "elsewhere" / name)
+    (bundle / name).symlink_to(f"../elsewhere/{name}")
+    assert "model.onnx and model.onnx_data are links to different directories" in problem_of(bundle)
+
+
+def test_links_of_graph_and_weights_to_one_directory_are_followed(bundle):
+    for layout in ("blobs", "..data"):
+        (bundle.parent / layout).mkdir()
+        for path in [path for path in bundle.iterdir() if path.name != layout]:
+            shutil.move(path.resolve(), bundle.parent / layout / path.name)
+            path.unlink(missing_ok=True)
+            path.symlink_to(f"../{layout}/{path.name}")
+        with Answerer.from_pretrained(bundle, provider="cpu") as answerer:
+            assert answerer.answer("When?", CONTEXT, max_new_tokens=4).new_tokens
 
 
 @pytest.mark.parametrize(
