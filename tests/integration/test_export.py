@@ -22,6 +22,7 @@ from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import write_manifest
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session
+from qa_onnx.lock import folder_lock
 from training import finetune
 
 
@@ -147,6 +148,15 @@ def test_what_appears_at_the_output_meanwhile_is_kept(tiny_model_dir, tmp_path, 
     assert str(output) in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_one_export_at_a_time_writes_to_a_place(tiny_model_dir, tmp_path, capsys):
+    with folder_lock(tmp_path / ".bundle.lock", what="an export"):
+        assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle", "--force") == 2
+    said = capsys.readouterr().err
+    assert f"an export to {tmp_path / 'bundle'} is already running, in process {os.getpid()} " in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_path, monkeypatch, capsys):
