@@ -500,14 +500,12 @@ def _as_list(name: str, texts: Iterable[str]) -> list[str]:
     Raises:
         InvalidInputError: It is one text, or nothing with an order.
     """
-    if not isinstance(texts, str | bytes | Mapping | Set) and isinstance(texts, Iterable):
-        try:
-            return list(texts)
-        except TypeError:  # such as a NumPy array of no dimensions
-            pass
+    dimensions = getattr(texts, "ndim", 1)  # of NumPy and pandas: a DataFrame yields the names of its columns
+    if dimensions == 1 and isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set):
+        return list(texts)
     raise InvalidInputError(
-        f"got {name} of type {type(texts).__name__}; expected a list of strings. For a single question call "
-        "answer(question, context)"
+        f"got {name} of type {type(texts).__name__}; expected a list of strings, or a column of a table. For a single "
+        "question call answer(question, context)"
     )
 
 

@@ -194,7 +194,9 @@ def _set_whole_number(config: object, name: str, least: int, more: str = "") -> 
     """
     value = getattr(config, name)
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool | np.bool_) else -1
-    if not least <= number < MAX_WHOLE_NUMBER:
+    if number >= MAX_WHOLE_NUMBER:
+        raise InvalidInputError(f"got {name} {_short(value)}; expected a whole number of less than 2^63")
+    if number < least:
         raise InvalidInputError(f"got {name} {_short(value)}; expected a whole number of at least {least}{more}")
     object.__setattr__(config, name, number)
 

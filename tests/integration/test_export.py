@@ -150,6 +150,15 @@ def test_what_appears_at_the_output_meanwhile_is_kept(tiny_model_dir, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_one_export_at_a_time_writes_to_a_place(tiny_model_dir, tmp_path, capsys):
+    with folder_lock(tmp_path / ".bundle.lock", what="an export"):
+        assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle", "--force") == 2
+    said = capsys.readouterr().err
+    assert f"an export to {tmp_path / 'bundle'} is already running, in process {os.getpid()} " in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2

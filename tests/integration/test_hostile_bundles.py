@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shutil
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -12,7 +16,7 @@ from onnx import helper, numpy_helper
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from export.decoder import ACTIVATIONS
-from qa_onnx import Answerer, BundleError, EngineError
+from qa_onnx import Answerer, BundleError, EngineError, GenerationConfig
 from qa_onnx.bundle import MANIFEST_NAME, Bundle, sha256_of
 from qa_onnx.graph_file import OPERATORS
 
@@ -119,6 +123,43 @@ def test_links_of_graph_and_weights_to_one_directory_are_followed(bundle):
             path.symlink_to(f"../{layout}/{path.name}")
         with Answerer.from_pretrained(bundle, provider="cpu") as answerer:
             assert answerer.answer("When?", CONTEXT, max_new_tokens=4).new_tokens
+
+
+IN_OPEN, IN_NONBLOCK = 0x20, 0x800
+"""Of Linux's inotify(7)."""
+
+
+@contextmanager
+def opened_in(directory):
+    """Gives a set that has the names of the files of a directory that were opened in the block, by whatever library."""
+    names, libc = set(), ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(IN_NONBLOCK)
+    assert libc.inotify_add_watch(watch, os.fsencode(directory), IN_OPEN) > 0
+    try:
+        yield names
+        events = os.read(watch, 2**16)
+        while events:  # int wd; uint32_t mask, cookie, len; char name[len]
+            length = int.from_bytes(events[12:16], sys.byteorder)
+            names.add(events[16 : 16 + length].rstrip(b"\0").decode())
+            events = events[16 + length :]
+    finally:
+        os.close(watch)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux's inotify")
+def test_no_file_is_opened_that_the_manifest_does_not_list(bundle):
+    for name in (
+        *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+        *("generation_config.json", "adapter_config.json", "model.onnx.data", "pytorch_model.bin", "modeling.py"),
+    ):
+        (bundle / name).write_bytes((bundle / "config.json").read_bytes())
+    with opened_in(bundle) as names, Answerer.from_pretrained(bundle, provider="cpu") as answerer:
+        answerer.answer("When?", CONTEXT, config=GenerationConfig(max_new_tokens=4, extractive=True))
+    assert names - {""} == {MANIFEST_NAME, *answerer.manifest.files}
+
+
+def rename_first(values):
+    values[0].name = "renamed"
 
 
 @pytest.mark.parametrize(

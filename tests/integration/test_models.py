@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import socket
 
 import pytest
 import torch
@@ -42,6 +44,31 @@ def train(model, data, output, *options):
     return finetune.main([str(one) for one in (*arguments, "--batch-size", 2, "--max-new-tokens", 4, *options)])
 
 
+@pytest.fixture
+def refusing(monkeypatch):
+    """Fails the test where something reaches for another machine, or unpickles; and the hub is not switched off."""
+    calls = []
+
+    def refuse(*arguments, **options):
+        calls.append(arguments)  # the libraries catch what is raised
+        raise OSError("refused")
+
+    for owner, *names in (
+        (socket.socket, "connect", "connect_ex", "sendto"),
+        (socket, "getaddrinfo", "gethostbyname", "create_connection"),
+        (pickle, "load", "loads", "Unpickler"),
+        (torch, "load"),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, refuse)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield
+    assert calls == []
+
+
+@pytest.mark.usefixtures("refusing")
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
@@ -52,7 +79,12 @@ def train(model, data, output, *options):
     ],
 )
 def test_a_small_model_is_trained_exported_and_answers(data, tmp_path, sizes, options):
+    """By themselves: nobody is asked on the network, and nothing is unpickled that others may have made."""
     model = make_model(tmp_path / "model", **sizes)
+    (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((model / name).read_text()) if (model / name).exists() else {}
+        (model / name).write_text(json.dumps(values | {"_name_or_path": "a/b", "name_or_path": "a/b"}))
     assert train(model, data, tmp_path / "trained", *options) == 0
     assert to_onnx.main(["--model", str(tmp_path / "trained"), "--output", str(tmp_path / "bundle")]) == 0
     with Answerer.from_pretrained(tmp_path / "bundle", provider="cpu") as answerer:

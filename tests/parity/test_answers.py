@@ -64,6 +64,18 @@ def test_a_question_gets_the_same_answer_alone_and_in_any_batch(tiny_answerer, a
     assert together == alone
 
 
+def test_questions_of_up_to_200_tokens_get_the_same_bits_alone_and_in_a_batch(starter_bundle, heldout_file):
+    """With heads of 64, as GPT-2's are: products of other sizes are added up in other orders."""
+    examples = read_examples(heldout_file)
+    words = " ".join(example.context for example in examples).split()
+    pairs = [(e.question, " ".join(words[index : index + 9 * index + 10])) for index, e in enumerate(examples[:12])]
+    config = EngineConfig(prefix_cache_bytes=0)
+    with Answerer.from_pretrained(starter_bundle, provider="cpu", config=config) as answerer:
+        together = answerer.answer_batch(*zip(*pairs, strict=True), max_new_tokens=6)
+        assert 150 < max(answer.prompt_tokens for answer in together) + 6 <= 200
+        assert [answerer.answer(*pair, max_new_tokens=6) for pair in pairs] == together
+
+
 def test_threads_share_an_answerer(tiny_answerer):
     examples = parse_squad(generate("heldout", questions=24), source="sample")
     expected = tiny_answerer.answer_batch([e.question for e in examples], [e.context for e in examples])

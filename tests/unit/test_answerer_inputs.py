@@ -12,6 +12,15 @@ from fakes import CONTEXT, echo_answerer, small_tokenizer
 from qa_onnx import Answerer, BundleError, ClosedError, InvalidInputError
 
 
+class Table:
+    """As a DataFrame of pandas: it yields the names of its columns."""
+
+    ndim = 2
+
+    def __iter__(self):
+        return iter(["Who?"])
+
+
 @pytest.fixture
 def answerer():
     return echo_answerer()
@@ -57,7 +66,8 @@ def test_nothing_asked_is_nothing_answered(answerer):
         ({"Who?": 1}, ["context"], "got questions of type dict"),
         (b"Who?", ["context"], "got questions of type bytes"),
         (np.array("Who?"), ["context"], "got questions of type ndarray; expected a list of strings"),
-        (np.array([["Who?"]]), ["context"], "question 0 is of type ndarray; expected a string"),
+        (np.array([["Who?"]]), ["context"], "got questions of type ndarray; expected a list of strings, or a column"),
+        (Table(), ["context"], "got questions of type Table; expected a list of strings, or a column of a table"),
         (np.array([1.5]), ["context"], "question 0 is of type float64; expected a string"),
         ([b"Who?"], ["context"], "question 0 is of type bytes; expected a string"),
         (["Who?"], [], "got 1 questions and 0 contexts"),

@@ -38,7 +38,10 @@ MANY = {
         ({"temperature": np.array([1.0])}, "got temperature array([1.])"),
         ({"max_new_tokens": 10**400}, "got max_new_tokens a number of 1329 bits"),
         ({"max_new_tokens": 10**5000}, "got max_new_tokens a number of"),
-        ({"max_new_tokens": 2**63}, "got max_new_tokens 9223372036854775808"),
+        (
+            {"max_new_tokens": 2**63},
+            "got max_new_tokens 9223372036854775808; expected a whole number of less than 2^63",
+        ),
         ({"max_new_tokens": np.float32(2)}, "got max_new_tokens np.float32(2.0)"),
         ({"max_new_tokens": "x" * 10**6}, "got max_new_tokens 'xxx"),
         ({"num_answers": 101}, "got num_answers 101; expected at most 100"),
