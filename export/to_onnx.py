@@ -99,7 +99,9 @@ def export(
         raise InvalidInputError(f"got max_f1_drop {max_f1_drop}; expected points of F1, at least 0")
     versions = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
     versions |= {name: version(name) for name in PACKAGES}
-    output = output.absolute()
+    output = Path(os.path.realpath(output))  # where a link leads to
+    if not output.name:
+        raise InvalidInputError(f"got --output {output}; expected a directory to create")
     optimum_output = output.with_name(output.name + "-optimum")
     markers = {optimum_output: MODEL_NAME} if keep_optimum else {}
     markers[output] = MANIFEST_NAME
@@ -203,6 +205,8 @@ def _fitting(examples: list[Example], bpe: Tokenizer, *, longest: int) -> tuple[
 
 
 def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:
+    if path.is_symlink():
+        raise InvalidInputError(f"{path} is a link that leads nowhere; remove it, or choose another --output")
     if not path.exists():
         return
     if not force:

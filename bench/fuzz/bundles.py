@@ -97,7 +97,7 @@ def mutate_bundle(random: Random, bundle: MutableBundle) -> str:
             values = bundle.manifest()
             values["files"] |= changes
             bundle.write(MANIFEST_NAME, json.dumps(values).encode())
-        except ValueError:
+        except (ValueError, RecursionError):
             done.append("no manifest")
     elif bundle.listed.keys() & changes.keys():
         bundle.must_be_refused = True
@@ -118,7 +118,7 @@ def _json(random: Random, bundle: MutableBundle) -> str:
     name = random.choice((TOKENIZER_NAME, TOKENIZER_NAME, CONFIG_NAME))
     try:
         value = json.loads(bundle.read(name))
-    except ValueError:
+    except (ValueError, RecursionError):
         return "nothing"
     done = [mutate_json(random, value) for _ in range(random.choice((1, 1, 3)))]
     bundle.write(name, dump_json(random, value))
@@ -131,7 +131,7 @@ def _tokenizer_part(random: Random, bundle: MutableBundle) -> str:
         values = json.loads(bundle.read(TOKENIZER_NAME))
         model = values["model"]
         vocabulary = list(model["vocab"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "nothing"
     name, text = random.choice(_TOKENIZER_PARTS).split(" ", 1)
     choices = {
@@ -523,7 +523,7 @@ def _manifest(random: Random, bundle: MutableBundle) -> str:
     """Changes the manifest: its bytes, any entry, or a field to what contradicts the other files."""
     try:
         values = bundle.manifest()
-    except ValueError:
+    except (ValueError, RecursionError):
         return "nothing"
     match random.randrange(5):
         case 0:

@@ -19,7 +19,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from bench import accuracy
 from export import parity, to_onnx
 from qa_onnx import Answerer, BundleError, cli
-from qa_onnx.bundle import write_manifest
+from qa_onnx.bundle import Bundle, write_manifest
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session
 from qa_onnx.lock import folder_lock
@@ -173,6 +173,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_
         (["--precision", "int8", "--max-f1-drop", "nan"], "max_f1_drop nan"),
         (["--model", "{nowhere}"], "no model could be loaded"),
         (["--output", "{nowhere}/bundle"], "is not a directory; create it"),
+        (["--output", "/"], "got --output /; expected a directory to create"),
         (["--model", "{pickled}"], "safetensors"),
         (["--model", "{remote}"], "no model could be loaded"),
         (["--model", "{cut}"], "no model could be loaded"),
@@ -303,3 +304,22 @@ def test_two_exports_to_one_place_are_refused(tiny_model_dir, tmp_path, capsys):
     with folder_lock(tmp_path / ".bundle.lock", what="a test"):
         assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
     assert f"is already running, in process {os.getpid()}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_export_to_a_link_goes_where_it_leads(tiny_model_dir, tmp_path, exists):
+    if exists:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "qa_onnx.json").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    assert run_export("--model", tiny_model_dir, "--output", tmp_path / "link", *(["--force"] if exists else [])) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "real"}
+    Bundle.open(tmp_path / "real")
+
+
+def test_a_link_to_itself_is_refused_at_the_start(tmp_path, capsys):
+    (tmp_path / "link").symlink_to("link")
+    assert run_export("--model", "nowhere", "--output", tmp_path / "link", "--force") == 2
+    assert "link is a link that leads nowhere" in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink()
