@@ -101,8 +101,11 @@ def test_an_int8_bundle_answers_the_same_alone_and_in_any_batch(int8_bundle):
         for paragraph in article["paragraphs"]
         for question in paragraph["qas"]
     ]
+    words = " ".join(context for _, context in pairs).split()
+    pairs += [(question, " ".join(words[: 5 * index + 8])) for index, (question, _) in enumerate(pairs)]
     with Answerer.from_pretrained(int8_bundle, provider="cpu", config=EngineConfig(prefix_cache_bytes=0)) as answerer:
         alone = [answerer.answer(*pair, max_new_tokens=6) for pair in pairs]
+    assert 150 < max(answer.prompt_tokens for answer in alone) <= 200
     for batch_size in (3, 64):
         config = EngineConfig(batch_size=batch_size, prefix_cache_bytes=0)
         with Answerer.from_pretrained(int8_bundle, provider="cpu", config=config) as answerer:

@@ -307,6 +307,14 @@ def test_a_context_from_standard_input_a_file_or_the_command_line(files, capsys,
     assert asked == [context]
 
 
+def test_offsets_refer_to_the_text_as_decoded(files, loaded, capsys):
+    (files / "crlf.txt").write_bytes("\ufeffÉlan.\r\nThe Normans were led by\r\nRollo.\r\n".encode())
+    status, out, _ = run(capsys, "answer --model bundle --question Rollo --context @crlf.txt --extractive --json")
+    answer = json.loads(out)
+    assert (status, answer["text"]) == (0, "Rollo")
+    assert "Élan.\r\nThe Normans were led by\r\nRollo.\r\n"[answer["start"] : answer["end"]] == "Rollo"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
