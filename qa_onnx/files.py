@@ -9,6 +9,7 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
 """Of Linux's renameat2(2)."""
 MAX_TEXT_BYTES = 2**30
 """Of a file that is read whole."""
+PIPE_SECONDS = 10.0
+"""How long a pipe that is to be written may have no reader."""
 REPLACED_SUFFIX = "-replaced"
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
@@ -101,7 +104,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all.
 
     A link stays a link, and the file that it leads to is written. An existing file keeps its mode. A device or a pipe
-    is written to. Text is written in UTF-8.
+    is written to; nobody has to read the pipe yet, but `PIPE_SECONDS` later. Text is written in UTF-8.
 
     Raises:
         InvalidInputError: The file cannot be written; what was there is unchanged.
@@ -109,7 +112,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     try:
         if not _is_replaceable(path):  # opened by its own name: /dev/stdout is a link to a pipe that has no path
-            with path.open("wb") as device:
+            with os.fdopen(_open_device(path), "wb") as device:
                 device.write(data)
             return
         target = Path(os.path.realpath(path))
@@ -141,12 +144,12 @@ def keep_lines(target: Path) -> Iterator[Callable[[str], None]]:
     """Keeps results as they come, in `{target}.partial`, until the whole file has been written.
 
     Gives a function that appends a line. The partial file is deleted where the block succeeds; where it fails, what was
-    computed is in it, and a note of the error says so. Where the target is a device or a pipe, nothing is kept.
+    computed is in it, and a note of the error says so. Where the target is a device, nothing is kept.
 
     Raises:
         InvalidInputError: The partial file is there already, or cannot be written.
     """
-    if not _is_replaceable(target):
+    if not _is_replaceable(target) and not target.is_fifo():
         yield lambda _: None
         return
     path = partial_of(target)
@@ -282,6 +285,23 @@ def _files_of(given: Path) -> list[Path]:
     if not given.is_dir():
         return [given]
     return [path for pattern in ("*", "*/*") for path in given.glob(pattern) if path.is_file()]
+
+
+def _open_device(path: Path) -> int:
+    """Opens a device or a pipe to be written to; returns its descriptor."""
+    until = time.monotonic() + PIPE_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > until:
+                raise OSError(error.errno, "nobody reads the pipe", str(path)) from error
+            time.sleep(0.01)
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
 
 
 def _is_same_file(first: Path, second: Path) -> bool:

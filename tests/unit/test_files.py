@@ -289,11 +289,35 @@ def test_a_planted_link_is_not_followed(tmp_path):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-def test_of_a_device_no_lines_are_kept(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with keep_lines(tmp_path / "pipe") as keep:
+def test_of_a_device_no_lines_are_kept():
+    with keep_lines(Path(os.devnull)) as keep:
         keep("first")
-    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert not Path(f"{os.devnull}.partial").exists()
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_and_its_lines_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("qa_onnx.files.PIPE_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+
+    def write():
+        with keep_lines(tmp_path / "pipe") as keep:
+            keep("first")
+            write_file(tmp_path / "pipe", "all")
+
+    with pytest.raises(InvalidInputError, match=r"pipe: cannot be written \(nobody reads the pipe\)"):
+        write()
+    assert (tmp_path / "pipe.partial").read_text() == "first\n"
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_pipe_may_be_read_a_little_later(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Timer(0.2, lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_file(tmp_path / "pipe", "all" * 100_000)  # more than a pipe holds
+    reader.join()
+    assert read == ["all" * 100_000]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")

@@ -3,12 +3,13 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from qa_onnx.errors import BundleError
 from qa_onnx.graph_file import MAX_GRAPH_BYTES, GraphFile
+
+onnx = pytest.importorskip("onnx", reason="comes with the extra export")
+TensorProto, helper, numpy_helper = onnx.TensorProto, onnx.helper, onnx.numpy_helper
 
 
 def model_of(nodes, initializers=(), **model_fields):

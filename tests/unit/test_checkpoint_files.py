@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qa_onnx.checkpoint import load_checkpoint
@@ -22,6 +21,8 @@ from qa_onnx.checkpoint.weights import check_weights, weight_files
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.text.constraint import check_byte_level
 
+safetensors = pytest.importorskip("safetensors.numpy", reason="comes with the extras train and export")
+load_file, save_file = safetensors.load_file, safetensors.save_file
 STARTER = Path(__file__).parents[2] / "training" / "starter" / "model"
 CONFIG = {
     "model_type": "gpt2",
