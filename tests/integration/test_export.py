@@ -220,7 +220,7 @@ def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_p
     manifest = json.loads((bundle / "qa_onnx.json").read_text())
     derived = ("format_version", "prompt_template", "no_answer", "files")
     write_manifest(bundle, {name: value for name, value in manifest.items() if name not in derived})
-    with pytest.raises(BundleError, match="cannot be loaded"):
+    with pytest.raises(BundleError, match="which a graph reads, is not listed in the manifest"):
         Answerer.from_pretrained(bundle, provider="cpu")
 
 
@@ -298,12 +298,6 @@ def test_what_a_killed_export_left_is_cleared_and_what_it_replaced_is_put_back(t
     assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 130
     assert (tmp_path / "bundle" / "qa_onnx.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_two_exports_to_one_place_are_refused(tiny_model_dir, tmp_path, capsys):
-    with folder_lock(tmp_path / ".bundle.lock", what="a test"):
-        assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
-    assert f"is already running, in process {os.getpid()}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("exists", [True, False])
