@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ class Bundle:
             BundleError: There is no bundle there, it is of another format version, or files are missing, unreadable,
                 cut short, altered or named so that they lie outside; the message lists them.
         """
+        if not isinstance(directory, str | os.PathLike):
+            raise BundleError(f"got a bundle of type {type(directory).__name__}; expected the path of its directory")
         directory = Path(directory)
         try:
             manifest = _read_manifest(directory)
@@ -205,7 +208,8 @@ class Bundle:
         for name in sorted(decoder.data_files & manifest.files.keys()):
             if (self.directory / name).resolve().parent != self.model_path.resolve().parent:
                 problems.append(
-                    f"{MODEL_NAME} and {name} are links to different directories, and ONNX Runtime reads them from one"
+                    f"{MODEL_NAME} and {name} are links to different directories, and ONNX Runtime wants one; "
+                    "copy the files themselves into the bundle"
                 )
         unlisted = sorted((decoder.data_files | copier.data_files) - manifest.files.keys())
         problems += [f"{_short(name)}, which a graph reads, is not listed in the manifest" for name in unlisted]

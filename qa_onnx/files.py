@@ -84,20 +84,25 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
     for option, path in outputs.items():
         if path is None:
             continue
-        for other, given in others.items():
-            for file in _files_of(given):
-                if _is_same_file(path, file):
-                    raise InvalidInputError(
-                        f"{option} {path} is the same file as {other} {file}; expected another file"
-                    )
+        try:
+            _check_output(option, path, others)
+        except OSError as error:  # such as a directory of another user, or a name that is too long
+            raise InvalidInputError(f"{option} {path}: cannot be written ({error.strerror})") from error
         others[option] = path
-        if path.is_dir() or not path.parent.is_dir():
-            raise InvalidInputError(f"{option} {path}: cannot be written; expected a file in a directory that exists")
-        places = [path] if path.exists() else []
-        if _is_replaceable(path):
-            places.append(Path(os.path.realpath(path)).parent)
-        if not all(os.access(place, os.W_OK) for place in places):
-            raise InvalidInputError(f"{option} {path}: cannot be written; expected a place with write permission")
+
+
+def _check_output(option: str, path: Path, others: Mapping[str, Path]) -> None:
+    for other, given in others.items():
+        for file in _files_of(given):
+            if _is_same_file(path, file):
+                raise InvalidInputError(f"{option} {path} is the same file as {other} {file}; expected another file")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InvalidInputError(f"{option} {path}: cannot be written; expected a file in a directory that exists")
+    places = [path] if path.exists() else []
+    if _is_replaceable(path):
+        places.append(Path(os.path.realpath(path)).parent)
+    if not all(os.access(place, os.W_OK) for place in places):
+        raise InvalidInputError(f"{option} {path}: cannot be written; expected a place with write permission")
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -154,6 +159,8 @@ def keep_lines(target: Path) -> Iterator[Callable[[str], None]]:
         return
     path = partial_of(target)
     try:
+        if not path.is_symlink() and path.is_file() and not path.stat().st_size:
+            path.unlink()  # of a run that was killed before its first line
         file = path.open("x", encoding="utf-8")  # which follows no link
     except FileExistsError as error:
         raise InvalidInputError(

@@ -57,6 +57,8 @@ def read_examples(
         raise
     except ValueError as error:
         raise InvalidInputError(f"{name}: {error}") from error
+    except OSError as error:  # such as a directory of another user
+        raise InvalidInputError(f"{name}: cannot be read ({error.strerror}); expected {FORMATS}") from error
 
 
 def _rows(name: str, split: Split, columns: Mapping[str, str]) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 
 from qa_onnx.errors import InvalidInputError
 
-_SAMPLE = " The 7 words,\n Zoë's"
+_SAMPLE = " The 7 words,\n Zoë's \ufb01\u00b2"
 _BYTES_OF_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}
 
 

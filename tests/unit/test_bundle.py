@@ -333,3 +333,9 @@ def test_a_manifest_that_cannot_be_written_is_named_and_unchanged(bundle, monkey
     with pytest.raises(BundleError, match=r"qa_onnx.json: cannot be written \(No space left"):
         Bundle.open(bundle).keep_no_answer({"threshold": 0.25})
     assert (bundle / "qa_onnx.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("path", [None, 5, b"bundle", ["bundle"]])
+def test_a_path_has_to_be_one(path):
+    with pytest.raises(BundleError, match=f"got a bundle of type {type(path).__name__}; expected the path"):
+        Bundle.open(path)

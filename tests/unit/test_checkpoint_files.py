@@ -501,6 +501,7 @@ OTHERS = {
     "no decoder": lambda: bpe(BYTES, pre_tokenizer=BYTE_LEVEL["pre_tokenizer"]),
     "lower case": lambda: bpe(BYTES, normalizer=normalizers.Lowercase(), **BYTE_LEVEL),
     "stripped": lambda: bpe(BYTES, normalizer=normalizers.Strip(), **BYTE_LEVEL),
+    "compatibility": lambda: bpe(BYTES, normalizer=normalizers.NFKC(), **BYTE_LEVEL),
     "without accents": lambda: bpe(
         BYTES, normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), **BYTE_LEVEL
     ),

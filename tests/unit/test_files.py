@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qa_onnx import InvalidInputError
+from qa_onnx.data.reader import read_examples
 from qa_onnx.errors import one_line
 from qa_onnx.files import check_outputs, keep_lines, public_name, put_in_place, read_text, set_default_modes, write_file
 
@@ -338,3 +339,28 @@ def test_links_that_lead_to_each_other_are_refused_and_stay(tmp_path, links):
         with pytest.raises(InvalidInputError, match=r"a: cannot be written \(Too many levels of symbolic links\)"):
             call(tmp_path / "a")
     assert {path.name: str(path.readlink()) for path in tmp_path.iterdir()} == links
+
+
+def test_an_empty_partial_file_of_a_killed_run_is_used_again(tmp_path):
+    (tmp_path / "out.partial").touch()
+    with keep_lines(tmp_path / "out") as keep:
+        keep("first")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_even_be_seen_is_named_with_its_option(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(InvalidInputError, match=r"--output .*out: cannot be written \(Permission denied\)"):
+        check_outputs({"--output": tmp_path / "out"}, {})
+    with pytest.raises(InvalidInputError, match=r"data: cannot be read \(Permission denied\); expected SQuAD JSON"):
+        read_examples(tmp_path / "data")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match=r"cannot be (written|read) \(File name too long\)"):
+        check_outputs({"--output": tmp_path / ("x" * 300)}, {})
+    with pytest.raises(InvalidInputError, match=r"cannot be read \(File name too long\)"):
+        read_examples("x" * 300)
