@@ -186,17 +186,13 @@ def add_line(random, bundle):
 
 
 def test_an_answer_that_was_no_text_is_found(tiny_bundle, tmp_path, monkeypatch):
-    import training.sources
-
-    load_source = training.sources.load_source
-
     def with_nan(*arguments, **options):
-        source = load_source(*arguments, **options)
-        answers = tuple(replace(answer, text="nan", start=0) for answer in source.examples[0].answers)
-        examples = (replace(source.examples[0], context="nan", answers=answers),)
-        return replace(source, examples=examples, absent=0)
+        example, *others = read_examples(*arguments, **options)
+        answers = tuple(replace(answer, text="nan", start=0) for answer in example.answers)
+        return [replace(example, answers=answers), *others]
 
-    monkeypatch.setattr(training.sources, "load_source", with_nan)
+    read_examples = targets.read_examples
+    monkeypatch.setattr(targets, "read_examples", with_nan)
     assert "is read as an answer" in first_finding(targets.fuzz_data, tiny_bundle, tmp_path, 50)
 
 
