@@ -8,6 +8,7 @@ Kubernetes: its SHA-256 decides.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -343,7 +344,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
     _check_size(path, MAX_JSON_BYTES)
     try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=refuse)
+        values = json.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as JSON ({error}). Copy or export the bundle again") from error
     if not isinstance(values, dict):

@@ -240,7 +240,7 @@ def _text_or_file(value: str) -> str:
         if sys.stdin is None:
             raise InvalidInputError("standard input is closed; expected a text there, or --context TEXT or @FILE")
         try:
-            return sys.stdin.buffer.read().decode("utf-8-sig")
+            return sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8).decode()
         except UnicodeDecodeError as error:
             raise InvalidInputError(f"standard input: byte {error.start} is not UTF-8; expected UTF-8") from error
     if value.startswith("@@"):

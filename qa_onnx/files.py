@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -43,7 +44,7 @@ def read_text(path: str | Path, *, expected: str) -> str:
             raise InvalidInputError(
                 f"{path}: has more than {MAX_TEXT_BYTES / 2**30:.3g} GiB; expected {expected} of at most that. Split it"
             )
-        return data.decode("utf-8-sig")
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
     except UnicodeDecodeError as error:

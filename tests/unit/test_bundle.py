@@ -293,7 +293,7 @@ def test_what_another_user_may_not_read_is_named(bundle, mode, name):
             parent.chmod(parent.stat().st_mode | 0o055)
     (bundle / name).chmod(mode)
     code = (
-        "import encodings.utf_8_sig, os, sys; from qa_onnx.bundle import Bundle\nos.setgid(65534); os.setuid(65534)\n"
+        "import os, sys; from qa_onnx.bundle import Bundle\nos.setgid(65534); os.setuid(65534)\n"
         "try: Bundle.open(sys.argv[1])\nexcept Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True, text=True)
