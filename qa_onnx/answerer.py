@@ -442,8 +442,7 @@ class Answerer:
 
     def _compute_spans(self, context: str) -> Spans:
         if self._token_bytes is None:
-            check_byte_level(self._tokenizer)
-            self._token_bytes = TokenBytes(self._tokenizer)
+            self._token_bytes = check_byte_level(self._tokenizer)
         return Spans(context, self._token_bytes)
 
 

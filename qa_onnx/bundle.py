@@ -21,10 +21,10 @@ from tokenizers import Tokenizer
 from qa_onnx.engine.kv_cache import ALIGNMENT, CacheLayout, aligned
 from qa_onnx.engine.session import Session, Signature
 from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
-from qa_onnx.errors import BundleError, InvalidInputError
+from qa_onnx.errors import BundleError, InvalidInputError, short_repr
 from qa_onnx.files import write_file
 from qa_onnx.graph_file import INT8_OPERATOR, GraphFile
-from qa_onnx.text.prompt import PROMPT_TEMPLATE, load_tokenizer
+from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, PROMPT_TEMPLATE, load_tokenizer
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "qa_onnx.json"
@@ -36,8 +36,6 @@ REQUIRED_FILES = (MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME)
 PRECISIONS = ("fp32", "fp16", "int8")
 MAX_JSON_BYTES = 2**20
 """Of the manifest, and of the model's configuration."""
-MAX_TOKENIZER_BYTES = 64 * 2**20
-"""Of the tokenizer. One of 50,000 tokens has 2 to 4 MB."""
 MAX_COUNTS = {"max_positions": 2**20, "layers": 1000, "heads": 2**12, "head_size": 2**16, "vocab_size": 2**24}
 """Upper limits of a model's dimensions."""
 SHOWN_PROBLEMS = 10
@@ -189,7 +187,7 @@ class Bundle:
             "vocab_size": manifest.vocab_size,
         }
         problems = [
-            f"{CONFIG_NAME} has {name} {_short(config.get(name))}, the manifest says {value}"
+            f"{CONFIG_NAME} has {name} {short_repr(config.get(name))}, the manifest says {value}"
             for name, value in expected.items()
             if type(config.get(name)) is not type(value) or config[name] != value
         ]
@@ -213,7 +211,7 @@ class Bundle:
                     "copy the files themselves into the bundle"
                 )
         unlisted = sorted((decoder.data_files | copier.data_files) - manifest.files.keys())
-        problems += [f"{_short(name)}, which a graph reads, is not listed in the manifest" for name in unlisted]
+        problems += [f"{short_repr(name)}, which a graph reads, is not listed in the manifest" for name in unlisted]
         self._raise(problems)
 
     def check_graphs(self, decoder: Session, copier: Session) -> None:
@@ -297,11 +295,11 @@ def _read_manifest(directory: Path) -> Manifest:
     version = values.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format_version {_short(version)}; this version of qa_onnx reads {FORMAT_VERSION}. "
+            f"{path} has format_version {short_repr(version)}; this version of qa_onnx reads {FORMAT_VERSION}. "
             "Export the model again with the qa_onnx that will load it"
         )
     problems = [
-        f"{field.name} should be {expected.__name__}, got {_short(values[field.name])}"
+        f"{field.name} should be {expected.__name__}, got {short_repr(values[field.name])}"
         if field.name in values
         else f"{field.name} is missing"
         for field in fields(Manifest)
@@ -309,24 +307,24 @@ def _read_manifest(directory: Path) -> Manifest:
         if type(values.get(field.name)) is not expected  # a bool is an int to isinstance
     ]
     unknown = values.keys() - {field.name for field in fields(Manifest)}
-    problems += [f"{_short(name, quote=False)} is not a known field" for name in sorted(unknown)]
+    problems += [f"{short_repr(name, quote=False)} is not a known field" for name in sorted(unknown)]
     if not problems and values["prompt_template"] != PROMPT_TEMPLATE:
-        problems.append(f"prompt_template is {_short(values['prompt_template'])}, not {PROMPT_TEMPLATE!r}")
+        problems.append(f"prompt_template is {short_repr(values['prompt_template'])}, not {PROMPT_TEMPLATE!r}")
     if not problems and values["precision"] not in PRECISIONS:
-        problems.append(f"precision {_short(values['precision'])} is not one of {', '.join(PRECISIONS)}")
+        problems.append(f"precision {short_repr(values['precision'])} is not one of {', '.join(PRECISIONS)}")
     if not problems:
         problems += [
-            f"{name} is {_short(values[name])}, not a number from 1 to {limit}"
+            f"{name} is {short_repr(values[name])}, not a number from 1 to {limit}"
             for name, limit in MAX_COUNTS.items()
             if not 1 <= values[name] <= limit
         ]
         if not 0 <= values["eos_token_id"] < values["vocab_size"]:
             problems.append(
-                f"eos_token_id {_short(values['eos_token_id'])} is not one of {values['vocab_size']} tokens"
+                f"eos_token_id {short_repr(values['eos_token_id'])} is not one of {values['vocab_size']} tokens"
             )
         threshold = values["no_answer"].get("threshold")
         if threshold is not None and (not isinstance(threshold, int | float) or not 0 <= threshold <= 1):
-            problems.append(f"no_answer.threshold is {_short(threshold)}, not a probability")
+            problems.append(f"no_answer.threshold is {short_repr(threshold)}, not a probability")
     if problems:
         raise BundleError(f"{path} is not a valid manifest: {_listed(problems)}. Export the model again")
     return Manifest(**values)
@@ -362,16 +360,16 @@ def _file_problems(directory: Path, name: str, manifest: Manifest) -> list[str]:
     """Checks one file: inside the directory, there, of its size, with its checksum."""
     path = directory / name
     listed = manifest.files[name]
-    shown = _short(name, quote=False)
+    shown = short_repr(name, quote=False)
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-        return [f"{_short(name)}: not a plain file name"]
+        return [f"{short_repr(name)}: not a plain file name"]
     if not isinstance(listed, dict):
         listed = {"bytes": listed}
     try:
         if not path.is_file():
             return [f"{shown}: missing"]
         if path.stat().st_size != listed.get("bytes"):
-            return [f"{shown}: {path.stat().st_size} bytes instead of {_short(listed.get('bytes'))}"]
+            return [f"{shown}: {path.stat().st_size} bytes instead of {short_repr(listed.get('bytes'))}"]
         if sha256_of(path) != listed.get("sha256"):
             return [f"{shown}: wrong SHA-256, the content was altered"]
     except OSError as error:  # such as a file that belongs to another user, or a name that is too long
@@ -381,12 +379,12 @@ def _file_problems(directory: Path, name: str, manifest: Manifest) -> list[str]:
 
 def _differences(what: str, got: Signature, expected: Signature) -> list[str]:
     """How a signature differs from the one that the manifest implies."""
-    problems = [f"{what} {_short(name)} is not expected" for name in got if name not in expected]
+    problems = [f"{what} {short_repr(name)} is not expected" for name in got if name not in expected]
     for name, kind in expected.items():
         if name not in got:
             problems.append(f"{what} {name} is missing")
         elif not kind.matches(got[name]):
-            problems.append(f"{what} {name} is {_short(str(got[name]), quote=False)}, the manifest says {kind}")
+            problems.append(f"{what} {name} is {short_repr(str(got[name]), quote=False)}, the manifest says {kind}")
     if not problems and list(got) != list(expected):
         problems.append(f"{what}s are in another order")
     return problems
@@ -396,9 +394,3 @@ def _listed(problems: list[str]) -> str:
     """The first problems, and how many more there are."""
     more = len(problems) - SHOWN_PROBLEMS
     return "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _short(value: object, *, quote: bool = True) -> str:
-    """A value as it is shown in a message."""
-    text = repr(value) if quote else str(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from qa_onnx.errors import InvalidInputError
+from qa_onnx.errors import InvalidInputError, short_repr
 
 MAX_NUM_ANSWERS = 100
 MIN_TEMPERATURE = 0.001
@@ -195,9 +195,9 @@ def _set_whole_number(config: object, name: str, least: int, more: str = "") -> 
     value = getattr(config, name)
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool | np.bool_) else -1
     if number >= MAX_WHOLE_NUMBER:
-        raise InvalidInputError(f"got {name} {_short(value)}; expected a whole number of less than 2^63")
+        raise InvalidInputError(f"got {name} {short_repr(value)}; expected a whole number of less than 2^63")
     if number < least:
-        raise InvalidInputError(f"got {name} {_short(value)}; expected a whole number of at least {least}{more}")
+        raise InvalidInputError(f"got {name} {short_repr(value)}; expected a whole number of at least {least}{more}")
     object.__setattr__(config, name, number)
 
 
@@ -209,23 +209,15 @@ def _set_number(config: object, name: str, expected: str) -> None:
     """
     value = getattr(config, name)
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise InvalidInputError(f"got {name} {_short(value)}; expected {expected}")
+        raise InvalidInputError(f"got {name} {short_repr(value)}; expected {expected}")
     try:
         object.__setattr__(config, name, float(value))
     except OverflowError as error:
-        raise InvalidInputError(f"got {name} {_short(value)}; expected {expected}") from error
+        raise InvalidInputError(f"got {name} {short_repr(value)}; expected {expected}") from error
 
 
 def _set_bool(config: object, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, bool | np.bool_):
-        raise InvalidInputError(f"got {name} {_short(value)}; expected True or False")
+        raise InvalidInputError(f"got {name} {short_repr(value)}; expected True or False")
     object.__setattr__(config, name, bool(value))
-
-
-def _short(value: object) -> str:
-    """A value as it is shown in a message; a huge number by its size, as Python does not write it out."""
-    if isinstance(value, int) and abs(value) >= 10**100:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -45,3 +45,16 @@ def one_line(error: BaseException) -> str:
     """An error's message and notes on one line, as the commands print it; the class's name where it has none."""
     message = " ".join(str(error).split()) or type(error).__name__
     return ". ".join([message, *getattr(error, "__notes__", [])])
+
+
+def short_repr(value: object, *, quote: bool = True) -> str:
+    """A value as messages show it: its first 100 characters; of a huge number, which Python does not write, the size.
+
+    Args:
+        value: Whatever was given.
+        quote: Put a string in quotes.
+    """
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value) if quote else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

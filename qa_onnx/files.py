@@ -182,8 +182,8 @@ def keep_lines(target: Path) -> Iterator[Callable[[str], None]]:
     except BaseException as error:
         if path.stat().st_size:
             error.add_note(f"What was computed before is in {path}")
-            raise
-        path.unlink()
+        else:
+            path.unlink()
         raise
     else:
         path.unlink()

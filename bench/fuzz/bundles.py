@@ -19,6 +19,8 @@ from qa_onnx.bundle import CACHE_COPY_NAME, CONFIG_NAME, MANIFEST_NAME, MODEL_NA
 
 WEIGHTS_NAME = "model.onnx_data"
 OUTSIDE_NAME = "outside.bin"
+ELEMENT_TYPES = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 14, 16, 17, 20, 23, 99)
+"""Of tensors, by their numbers in ONNX; the last is none."""
 UNLISTED_NAMES = ("unlisted.bin", "link.bin")
 """Files that a graph may name and the manifest does not."""
 """A file next to the bundle, as large as its weights: nothing may read it."""
@@ -275,7 +277,7 @@ def _value(random: Random, model: onnx.ModelProto, bundle: MutableBundle) -> str
             del values[place]
             return what
         case 1:
-            tensor.elem_type = random.choice((0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 14, 16, 17, 20, 23, 99))
+            tensor.elem_type = random.choice(ELEMENT_TYPES)
             return f"{value.name} of type {tensor.elem_type}"
         case 2 if tensor.shape.dim:
             dim = random.choice(tensor.shape.dim)
@@ -307,7 +309,7 @@ def _initializer(random: Random, model: onnx.ModelProto, bundle: MutableBundle) 
             del initializers[place]
             return what
         case 1:
-            tensor.data_type = random.choice((0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 14, 16, 17, 20, 23, 99))
+            tensor.data_type = random.choice(ELEMENT_TYPES)
             return f"{tensor.name} of type {tensor.data_type}"
         case 2 if tensor.dims:
             index = random.randrange(len(tensor.dims))

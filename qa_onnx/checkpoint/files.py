@@ -23,7 +23,7 @@ DOWNLOADED += [VOCABULARY_NAME, MERGES_NAME, ADDED_TOKENS_NAME]
 """What is fetched of a repository of the hub: no pickles and no code."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
-MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_TOKENIZER_BYTES = 2**20, 16 * 2**20, 64 * 2**20
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 2**20, 16 * 2**20
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 NAMES_SHOWN, MAX_NAME_LENGTH = 3, 100
 

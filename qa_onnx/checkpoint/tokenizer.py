@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from qa_onnx.checkpoint.files import (
     ADDED_TOKENS_NAME,
     MAX_INDEX_BYTES,
-    MAX_TOKENIZER_BYTES,
     MERGES_NAME,
     SPECIAL_TOKENS_NAME,
     TOKENIZER_CONFIG_NAME,
@@ -22,7 +21,7 @@ from qa_onnx.checkpoint.files import (
 )
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.text.constraint import check_byte_level
-from qa_onnx.text.prompt import check_cost, errors_of_tokenizers, prepare_tokenizer
+from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, check_cost, errors_of_tokenizers, prepare_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GPT2TokenizerFast

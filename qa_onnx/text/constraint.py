@@ -21,15 +21,19 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from qa_onnx.errors import InvalidInputError
+from qa_onnx.text.prompt import decode, encode
 
 _SAMPLE = " The 7 words,\n Zoë's \ufb01\u00b2"
 _BYTES_OF_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}
 
 
-def check_byte_level(tokenizer: Tokenizer) -> None:
+def check_byte_level(tokenizer: Tokenizer) -> TokenBytes:
     """Checks that a tokenizer spells text byte by byte, as GPT-2's does: extractive answers follow these bytes.
 
     Tokens of a SentencePiece, WordPiece or Unigram tokenizer are no bytes, and could not spell a span of a context.
+
+    Returns:
+        The bytes of its tokens.
 
     Raises:
         InvalidInputError: It is not a byte-level BPE, has no tokens for some bytes, or changes the text that it reads.
@@ -46,10 +50,11 @@ def check_byte_level(tokenizer: Tokenizer) -> None:
             f"{given} has no token for {len(missing)} of the 256 bytes, such as {min(missing):#04x}, and would drop "
             f"them from a text; {expected}"
         )
-    ids = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
-    spelled, decoded = b"".join(tokens.bytes_of.get(token_id, b"") for token_id in ids), tokenizer.decode(ids)
+    ids = encode(tokenizer, [_SAMPLE])[0].ids
+    spelled, decoded = b"".join(tokens.bytes_of.get(token_id, b"") for token_id in ids), decode(tokenizer, ids)
     if (spelled, decoded) != (_SAMPLE.encode(), _SAMPLE):
         raise InvalidInputError(f"{given} reads {_SAMPLE!r} as {decoded!r}; {expected}")
+    return tokens
 
 
 class TokenBytes:

@@ -22,6 +22,8 @@ PASSAGE_TEMPLATE = "Context: {context}"
 QUESTION_LABEL = "\nQuestion:"
 QUESTION_TEMPLATE = " {question}\nAnswer:"
 ANSWER_TEMPLATE = " {answer}"
+MAX_TOKENIZER_BYTES = 64 * 2**20
+"""Of a tokenizer's file. One of 50,000 tokens has 2 to 4 MB."""
 REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[+*]|\{\d*,\})")
 PROMPT_TEMPLATE = PASSAGE_TEMPLATE + QUESTION_LABEL + QUESTION_TEMPLATE
 

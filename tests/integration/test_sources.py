@@ -115,25 +115,12 @@ def test_columns_of_other_names_are_named(tmp_path):
 
 
 def test_the_hub_is_read_as_a_file_is(monkeypatch):
-    """The hub cannot be reached here: a local data set of the same columns stands in for it."""
-    rows = [
-        {
-            "id": row["id"],
-            "title": "",
-            "context": CONTEXT,
-            "question": row["question"],
-            "answers": {
-                "text": [row["text"]] if row["text"] else [],
-                "answer_start": [row["start"]] if row["text"] else [],
-            },
-        }
-        for row in ROWS
-    ]
+    """The hub cannot be reached here: a local data set of the same columns replaces it."""
     asked = []
 
     def load_dataset(name, split):
         asked.append((name, split))
-        return datasets.Dataset.from_list(rows)
+        return datasets.Dataset.from_list(HUB_ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name, part in (("squad", "train"), ("squad", "eval"), ("squad_v2", "train"), ("owner/some-set", "eval")):
