@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     written = outputs | {"the partial file of --output": partial_of(arguments.output)}
     check_outputs(written, {"--data": arguments.data, "--model": arguments.model})
     config = _config(arguments)
-    examples = _read_data(arguments, needs_answers=False)[: arguments.limit]
+    examples = read_data(arguments, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:
 
         def keep_answer(index: int, answer: Answer) -> None:
@@ -147,7 +147,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         {"--worst": arguments.worst, "--plot": arguments.plot},
         {"--data": arguments.data, "--predictions": arguments.predictions, "--answers": arguments.answers},
     )
-    examples = _read_data(arguments)
+    examples = read_data(arguments)
     if arguments.answers is not None:
         answers = read_answers(arguments.answers)
     else:
@@ -190,7 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    examples = _read_data(arguments)[: arguments.limit]
+    examples = read_data(arguments)[: arguments.limit]
     unanswerable = sum(not example.answers for example in examples)
     if unanswerable in (0, len(examples)):
         raise InvalidInputError(
@@ -218,32 +218,20 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     _write_json(kept)
 
 
-def _read_data(arguments: argparse.Namespace, *, needs_answers: bool = True) -> list[Example]:
-    return read_data(
-        arguments.data,
-        columns=parse_columns(arguments.columns),
-        skip_bad_rows=arguments.skip_bad_rows,
-        needs_answers=needs_answers,
-    )
-
-
-def read_data(
-    sources: Sequence[str | Path], *, columns: Mapping[str, str], skip_bad_rows: bool, needs_answers: bool = True
-) -> list[Example]:
-    """Reads questions for a command, which tells on standard error of bad rows that it skips.
+def read_data(arguments: argparse.Namespace, *, needs_answers: bool = True) -> list[Example]:
+    """Reads the questions of a command, and tells on standard error of bad rows that are skipped.
 
     Args:
-        sources: See `qa_onnx.data.reader.read_sources`.
-        columns: What fields are called (see `qa_onnx.data.columns.parse_columns`).
-        skip_bad_rows: Leave bad rows out, instead of ending with the first.
+        arguments: With the options of `add_data_options`.
         needs_answers: False leaves gold answers aside.
 
     Raises:
-        InvalidInputError: A bad row that is not to be skipped, or as of `read_sources`.
+        InvalidInputError: A bad row that is not to be skipped, or as of `qa_onnx.data.reader.read_sources`.
     """
     skipped: list[str] = []
-    examples = read_sources(sources, columns=columns, skipped=skipped, needs_answers=needs_answers)
-    if not skip_bad_rows:
+    columns = parse_columns(arguments.columns)
+    examples = read_sources(arguments.data, columns=columns, skipped=skipped, needs_answers=needs_answers)
+    if not arguments.skip_bad_rows:
         check_skipped(skipped, len(examples))
     for line in skipped_lines(skipped):
         sys.stderr.write(f"{_on_one_line(line)}\n")
@@ -389,7 +377,7 @@ def add_columns_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--data`, `--columns` and `--skip-bad-rows`, whose values `read_data` takes."""
+    """Adds `--data`, `--columns` and `--skip-bad-rows`, which `read_data` reads."""
     parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help=DATA_HELP)
     add_columns_option(parser)
     parser.add_argument(

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
-from functools import cache
+from functools import lru_cache
 
 from qa_onnx.data.json_text import shown
 from qa_onnx.errors import InvalidInputError
@@ -56,7 +56,7 @@ def parse_columns(columns: Iterable[str]) -> dict[str, str]:
     return names
 
 
-@cache
+@lru_cache(maxsize=1024)
 def column_key(name: str) -> str:
     """A column's name as it is compared: in lower case, without spaces, hyphens and underscores."""
     return re.sub(r"[\s_-]+", "", name).lower()
@@ -81,8 +81,8 @@ def find_columns(
         The column of each field; a field without a column is left out.
 
     Raises:
-        InvalidInputError: A required field, or one of `columns`, has no column, or several columns fit one field. The
-            message says which `--columns` to give.
+        InvalidInputError: A required field has no column, or several columns fit one field. The message says which
+            `--columns` to give.
     """
     given = columns or {}
     found: dict[str, str] = {}
@@ -105,7 +105,7 @@ def find_columns(
             )
         if fitting:
             found[field] = fitting[0]
-    for field in dict.fromkeys((*given, *required)):
+    for field in required:
         if found.get(field) not in header:
             raise InvalidInputError(missing_column(field, header, columns=columns, found=found, required=required))
     return found

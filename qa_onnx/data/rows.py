@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from qa_onnx.data.columns import FIELDS, GOLD_FIELDS, REQUIRED, find_columns, missing_column
@@ -164,18 +166,30 @@ def _example(row: Row, *, needs_answers: bool, source: str, label: str) -> Examp
     )
 
 
-def _names(row: Row, *, needs_answers: bool) -> dict[str, str]:
+def _names(row: Row, *, needs_answers: bool) -> Mapping[str, str]:
     """What each field is called in a row; a field that it lacks has its own name."""
     if row.problem:
         raise InvalidInputError(row.problem)
     if not isinstance(row.values, dict):
         fail(row.place, f"a JSON {json_kind(row.values)}", "an object with context, question and answers")
-    fields = [field for field in FIELDS if needs_answers or field not in GOLD_FIELDS or field in (row.columns or {})]
+    columns = None if row.columns is None else tuple(row.columns.items())
     try:
-        found = find_columns(row.values, columns=row.columns, fields=fields)
+        names = _names_in(tuple(row.values), columns, needs_answers)
     except InvalidInputError as error:
         raise InvalidInputError(f"{row.place or 'the top level'}: {error}") from error
-    return {field: found.get(field, field) for field in FIELDS}
+    for field in row.columns or {}:
+        _check_column(row, field, names, needs_answers=needs_answers)
+    return names
+
+
+@lru_cache(maxsize=64)  # the rows of a file mostly have the same columns
+def _names_in(
+    header: tuple[str, ...], columns: tuple[tuple[str, str], ...] | None, needs_answers: bool
+) -> Mapping[str, str]:
+    given = None if columns is None else dict(columns)
+    fields = [field for field in FIELDS if needs_answers or field not in GOLD_FIELDS or field in (given or {})]
+    found = find_columns(header, columns=given, fields=fields)
+    return MappingProxyType({field: found.get(field, field) for field in FIELDS})
 
 
 def _check_column(row: Row, name: str, names: Mapping[str, str], *, needs_answers: bool) -> None:
