@@ -15,10 +15,10 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     """
     width = manifest.heads * manifest.head_size
     size = sum(file["bytes"] for file in manifest.files.values())
-    versions = [f"{name} {_value(version)}" for name, version in manifest.package_versions.items()]
+    versions = [f"{_value(name)} {_value(version)}" for name, version in manifest.package_versions.items()]
     lines = [
         ("model", f"GPT-2, {manifest.layers} layers of {manifest.heads} heads, width {width:,}"),
-        ("exported from", manifest.source_model),
+        ("exported from", _value(manifest.source_model)),
         ("precision", manifest.precision),
         ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files, all checksums right"),
         ("context window", f"{manifest.max_positions:,} tokens; longer contexts are read in windows"),
@@ -37,11 +37,10 @@ def _parity(report: dict[str, Any]) -> str:
         return ""
     differences = report.get("max_logprob_difference")
     numbers = [value for value in (differences.values() if isinstance(differences, dict) else ()) if _is_number(value)]
-    most = f", log-probabilities by at most {max(numbers):.1e}" if numbers else ""
-    return (
-        f"{_value(report.get('tokens_differing'))} tokens differ from PyTorch's in fp32 after "
-        f"{_value(report.get('prompts'))} prompts ({_value(report.get('source'))}){most}"
-    )
+    most = f"; log-probabilities differ by at most {max(numbers):.1e}" if numbers else ""
+    differing = report.get("tokens_differing")
+    equal = "every token equals PyTorch's" if differing == 0 else f"{_value(differing)} tokens differ from PyTorch's"
+    return f"{equal} in fp32 on {_value(report.get('prompts'))} prompts, {_value(report.get('source'))}{most}"
 
 
 def _precision_loss(report: dict[str, Any]) -> str:

@@ -99,7 +99,8 @@ def examples_of(
             ids[example.id] = (source, row.place)
         examples.append(example)
     if not examples and bad_rows:
-        raise InvalidInputError(f"{source}: all {len(bad_rows)} rows are bad, the first: {bad_rows[0]}")
+        which = f"all {len(bad_rows):,} rows are bad, the first" if len(bad_rows) > 1 else "its only row is bad"
+        raise InvalidInputError(f"{source}: {which}: {bad_rows[0]}")
     if not examples:
         raise InvalidInputError(f"{source}: there are no questions; expected at least one")
     if skipped is not None:

@@ -258,7 +258,7 @@ def test_a_file_of_bad_rows_only_and_an_empty_one_are_refused(tmp_path, name):
     }
     empty = {"rows.csv": "", "rows.jsonl": "\n", "squad.json": '{"data": []}'}
     (tmp_path / name).write_text(bad[name])
-    with pytest.raises(InvalidInputError, match="all 1 rows are bad, the first: "):
+    with pytest.raises(InvalidInputError, match="its only row is bad: "):
         load_source(str(tmp_path / name), "train", skip_bad_rows=True)
     (tmp_path / name).write_text(empty[name])
     with pytest.raises(InvalidInputError, match="no questions"):

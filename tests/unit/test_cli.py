@@ -212,6 +212,47 @@ def test_info_prints_a_page_or_the_manifest(files, capsys):
     assert json.loads(out) == json.loads((files / "bundle" / "qa_onnx.json").read_text("utf-8"))
 
 
+def info_lines(directory, capsys, **changes):
+    """The page of a bundle whose manifest was changed, by label."""
+    values = json.loads((directory / "bundle" / "qa_onnx.json").read_text("utf-8"))
+    write_json(directory / "bundle" / "qa_onnx.json", values | changes)
+    status, page, err = run(capsys, "info --model bundle")
+    assert (status, err) == (0, "")
+    return {line[2:20].strip(): line[20:] for line in page.splitlines()[1:]}
+
+
+def test_info_tells_what_was_measured(files, capsys):
+    parity = {"source": "2 of random tokens", "prompts": 87, "tokens_differing": 0}
+    parity["max_logprob_difference"] = {"alone": 2e-5, "batched": 9.5e-5}
+    loss = {"equal_answers_percent": 96.25, "f1_drop": 0.125, "questions": 200}
+    kept = {"threshold": 0.0161234, "source": "dev.json", "questions": 1400, "without_answer": 131}
+    shown = info_lines(files, capsys, parity=parity, precision_loss=loss, no_answer=kept, precision="int8")
+    assert shown["precision"] == "int8"
+    assert shown["parity"].startswith("every token equals PyTorch's in fp32 on 87 prompts, 2 of random tokens; ")
+    assert shown["parity"].endswith("differ by at most 9.5e-05")
+    assert (
+        shown["precision loss"] == "96.25 % of answers equal those of fp32; F1 falls by 0.125 points on 200 questions"
+    )
+    assert shown["no answer"] == (
+        "above a probability of 0.016, found on dev.json (1,400 questions, 131 without an answer)"
+    )
+    assert "precision loss" not in info_lines(files, capsys, precision_loss={}, precision="fp32")
+    loss = info_lines(files, capsys, precision_loss={"equal_answers_percent": 50})["precision loss"]
+    assert loss == "50 % of answers equal those of fp32; loss of F1 not measured"
+
+
+@pytest.mark.parametrize("value", [None, "two\nlines", 10**400, [1], {"a": None}, True, "x" * 10_000, 1e300])
+def test_info_shows_reports_whatever_is_in_them(files, capsys, value):
+    parity = dict.fromkeys(("source", "prompts", "tokens_differing"), value)
+    for differences in (value, {"alone": value}):
+        loss = dict.fromkeys(("equal_answers_percent", "f1_drop", "questions"), value)
+        kept = {"threshold": 0.5, "source": value, "questions": value, "without_answer": value}
+        report = parity | {"max_logprob_difference": differences}
+        changes = {"parity": report, "precision_loss": loss, "no_answer": kept, "package_versions": {str(value): value}}
+        changes["source_model"] = str(value)
+        assert max(map(len, info_lines(files, capsys, **changes).values())) < 1_000
+
+
 ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bundle --data data.json"
 EVALUATE = "evaluate --data data.json --predictions predictions.json"
 

@@ -652,7 +652,7 @@ def test_one_file_is_not_read_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("", "file is empty"), ("context,question,answers\n,,\n", "all 1 rows are bad")]
+    ("content", "words"), [("", "file is empty"), ("context,question,answers\n,,\n", "its only row is bad")]
 )
 def test_each_of_several_files_must_have_questions(content, words, tmp_path):
     (tmp_path / "b.csv").write_text(content)
