@@ -17,7 +17,7 @@ from qa_onnx.data.text_files import find_separator
 
 
 def main(bundle: str, source: str, target: str) -> None:
-    """Adds `answer`, `score`, `start` and `end` to each row."""
+    """Adds `answer`, `score`, `start` and `end` to each row, or replaces what it has under these names."""
     with (
         open(source, newline="", encoding="utf-8-sig") as questions,
         open(target, "w", newline="", encoding="utf-8") as answers,
@@ -28,7 +28,8 @@ def main(bundle: str, source: str, target: str) -> None:
         reader = csv.DictReader(questions, delimiter=separator)
         header = list(reader.fieldnames or [])
         column_of = find_columns(header, required=REQUIRED, fields=REQUIRED)
-        writer = csv.DictWriter(answers, [*header, "answer", "score", "start", "end"], delimiter=separator)
+        columns = dict.fromkeys([*header, "answer", "score", "start", "end"])
+        writer = csv.DictWriter(answers, columns, delimiter=separator)
         writer.writeheader()
         waiting: deque[dict[str, str]] = deque()
 
