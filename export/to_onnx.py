@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tokenizers import Tokenizer
 from export.decoder import QuantizedWeight, build_cache_copy, build_decoder, save_decoder, weights_of
 from export.parity import NEW_TOKENS, random_prompts, verify_parity
 from export.quantize import measure_loss, quantize_weights
-from qa_onnx import __version__
+from qa_onnx import Answerer, __version__
 from qa_onnx.bundle import (
     CACHE_COPY_NAME,
     CONFIG_NAME,
@@ -40,11 +41,13 @@ from qa_onnx.bundle import (
     Manifest,
     write_manifest,
 )
+from qa_onnx.calibration import calibrate, choose_windows
 from qa_onnx.checkpoint import load_checkpoint
+from qa_onnx.checkpoint.windows import read_windows
 from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.data.example import Example
-from qa_onnx.data.reader import read_examples
+from qa_onnx.data.reader import read_sources
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.sequence import Prompt
@@ -53,6 +56,7 @@ from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.files import REPLACED_SUFFIX, public_name, put_in_place, set_default_modes
 from qa_onnx.lock import folder_lock
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
+from qa_onnx.text.windows import WindowSettings
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
 VERIFY_PASSAGES, LOSS_QUESTIONS, CALIBRATION_PROMPTS = 64, 256, 32
@@ -69,7 +73,7 @@ def export(
     output: Path,
     *,
     precision: str = "fp32",
-    verify: Path | None = None,
+    verify: Sequence[str | Path] = (),
     columns: Mapping[str, str] | None = None,
     max_f1_drop: float = MAX_F1_DROP,
     force: bool = False,
@@ -82,9 +86,10 @@ def export(
         output: The bundle's directory.
         precision: One of `PRECISIONS`. What another one than fp32 loses beside fp32 is measured and written into the
             manifest.
-        verify: A file of questions (see `read_examples`) of which the parity gate asks the first ones of
-            `VERIFY_PASSAGES` passages, besides prompts of random tokens; and on which a loss of F1 is measured.
-        columns: What fields are called in that file, where its rows are flat (see `read_examples`).
+        verify: Sources of questions (see `read_sources`) of which the parity gate asks the first ones of
+            `VERIFY_PASSAGES` passages, besides prompts of random tokens; on which a loss of F1 is measured; and on
+            which no-answer threshold, scores and windows are calibrated (see `qa_onnx.calibration`).
+        columns: What fields are called in them, where rows are flat.
         max_f1_drop: The most F1, in points, that the precision may lose on that file.
         force: Replace an existing bundle.
         keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
@@ -107,8 +112,11 @@ def export(
     markers[output] = MANIFEST_NAME
     for path, marker in markers.items():
         _check_replaceable(path, force=force, marker=marker)
-    examples = [] if verify is None else read_examples(verify, columns=columns)
+    examples = read_sources(verify, columns=columns) if verify else []
+    source = ", ".join(Path(name).name for name in verify)
     model, tokenizer = load_checkpoint(model_name)
+    windows = read_windows(model_name)
+    windows.check_fit(model.config.n_positions)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with _staging(output, optimum_output, weights=weight_bytes) as (bundle, plain):
         staging = bundle.parent
@@ -147,11 +155,11 @@ def export(
         prompts = random_prompts(config.vocab_size, config.n_positions)
         sources = [f"{len(prompts)} of random tokens"]
         bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
-        examples, asked = _fitting(examples, bpe, longest=config.n_positions - NEW_TOKENS + 1)
-        if verify is not None:
+        fitting, asked = _fitting(examples, bpe, longest=config.n_positions - NEW_TOKENS + 1)
+        if verify:
             first_on_passage = list({tuple(prompt.prefix_ids): prompt for prompt in reversed(asked)}.values())[::-1]
             prompts += first_on_passage
-            sources.append(f"{len(first_on_passage)} of {verify.name}")
+            sources.append(f"{len(first_on_passage)} of {source}")
         parity = verify_parity(model, engine, prompts, source=", ".join(sources))
         precision_loss: dict[str, Any] = {}
         if precision != "fp32":
@@ -162,11 +170,11 @@ def export(
             else:
                 save_decoder(build(half=True), bundle / MODEL_NAME)
             session, narrow_engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
-            precision_loss = measure_loss(engine, narrow_engine, asked or prompts, examples, bpe)
+            precision_loss = measure_loss(engine, narrow_engine, asked or prompts, fitting, bpe)
             precision_loss["products_kept_in_fp32"] = kept
             if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
                 raise ParityError(
-                    f"{precision} loses {precision_loss['f1_drop']:.2f} points of F1 on {verify}; at most "
+                    f"{precision} loses {precision_loss['f1_drop']:.2f} points of F1 on {source}; at most "
                     f"{max_f1_drop:g} are allowed (--max-f1-drop). The bundle was not written; use --precision fp32, "
                     "or allow more"
                 )
@@ -183,16 +191,30 @@ def export(
                 "package_versions": versions,
                 "parity": parity,
                 "precision_loss": precision_loss,
+                "windows": asdict(windows),
                 **shape,
             },
         )
-        Bundle.open(bundle).check_files()
+        written = Bundle.open(bundle)
+        written.check_files()
+        if examples:
+            manifest = written.keep(_calibrate(bundle, examples, windows, source=source)).manifest
         for path, marker in markers.items():
             _check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
             directory = bundle if path == output else plain
             set_default_modes(directory)
             put_in_place(directory, path, replace=force)
     return manifest
+
+
+def _calibrate(
+    bundle: Path, examples: Sequence[Example], windows: WindowSettings, *, source: str
+) -> dict[str, dict[str, Any]]:
+    """The manifest's fields that are calibrated on the questions of `--verify`."""
+    with Answerer.from_pretrained(bundle) as answerer:
+        found = calibrate(answerer, examples, source=source)
+        max_positions = answerer.manifest.max_positions
+        return {**found, "windows": choose_windows(answerer, examples, windows, max_positions=max_positions)}
 
 
 def _fitting(examples: list[Example], bpe: Tokenizer, *, longest: int) -> tuple[list[Example], list[Prompt]]:
@@ -303,9 +325,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     parser.add_argument(
         "--verify",
-        type=Path,
-        metavar="FILE",
-        help="questions, for more prompts of the parity gate; as `predict --data`",
+        nargs="+",
+        default=(),
+        metavar="SOURCE",
+        help="questions that the model was not trained on, for more prompts of the parity gate, and to calibrate "
+        "threshold, scores and windows; as `predict --data`",
     )
     add_columns_option(parser)
     parser.add_argument(
@@ -344,7 +368,7 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
     if manifest.precision_loss:
         print(f"{manifest.precision} beside fp32:")
         print(json.dumps(manifest.precision_loss))
-        if arguments.verify is None:
+        if not arguments.verify:
             print("loss of F1 not measured: pass --verify FILE")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from qa_onnx.answer import Answer
 from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import Bundle
+from qa_onnx.calibration import calibrate
 from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, EngineConfig, GenerationConfig
 from qa_onnx.data.columns import FIELDS, parse_columns
 from qa_onnx.data.example import Example
@@ -191,31 +192,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     examples = read_data(arguments)[: arguments.limit]
-    unanswerable = sum(not example.answers for example in examples)
-    if unanswerable in (0, len(examples)):
+    if not any(example.answers for example in examples):
         raise InvalidInputError(
-            f"{_names(arguments.data)}: {unanswerable} of {len(examples)} questions have no answer; expected some with "
-            "and some without one (SQuAD v2.0), or there is nothing to tell apart"
+            f"{_names(arguments.data)}: none of {len(examples)} questions has an answer; expected some with one, or "
+            "there is nothing to tell apart"
         )
-    config = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens, extractive=arguments.extractive, no_answer_threshold=1.0
-    )
-    answers = _answer_all(arguments, examples, config)
-    found = best_thresholds(
-        examples,
-        {example.id: answer.text for example, answer in zip(examples, answers, strict=True)},
-        {example.id: answer.no_answer_probability for example, answer in zip(examples, answers, strict=True)},
-    )
-    kept = {
-        "threshold": found["best_f1_thresh"],
-        **found,
-        "questions": len(examples),
-        "without_answer": unanswerable,
-        "extractive": arguments.extractive,
-        "source": ", ".join(path.name for path in arguments.data),
-    }
-    Bundle.open(arguments.model).keep_no_answer(kept)
-    _write_json(kept)
+    with _load(arguments) as answerer:
+        found = calibrate(
+            answerer,
+            examples,
+            source=", ".join(path.name for path in arguments.data),
+            extractive=arguments.extractive,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    Bundle.open(arguments.model).keep(found)
+    _write_json(found)
 
 
 def read_data(arguments: argparse.Namespace, *, needs_answers: bool = True) -> list[Example]:

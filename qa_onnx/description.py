@@ -21,11 +21,12 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("exported from", _value(manifest.source_model)),
         ("precision", manifest.precision),
         ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files, all checksums right"),
-        ("context window", f"{manifest.max_positions:,} tokens; longer contexts are read in windows"),
+        ("context window", _windows(manifest)),
         ("vocabulary", f"{manifest.vocab_size:,} tokens"),
         ("parity", _parity(manifest.parity)),
         ("precision loss", _precision_loss(manifest.precision_loss)),
         ("no answer", _no_answer(manifest.no_answer)),
+        ("scores", _scores(manifest.scores)),
         ("bundle format", str(manifest.format_version)),
         ("made with", ", ".join(versions)),
     ]
@@ -53,12 +54,32 @@ def _precision_loss(report: dict[str, Any]) -> str:
     return f"{equal}; F1 falls by {_value(report['f1_drop'])} points on {_value(report.get('questions'))} questions"
 
 
+def _windows(manifest: Manifest) -> str:
+    settings = manifest.window_settings
+    size = settings.window or manifest.max_positions
+    return (
+        f"{size:,} tokens of a context at once, of {manifest.max_positions:,} positions; longer contexts are read in "
+        f"windows that share {settings.stride:,} tokens"
+    )
+
+
+def _scores(found: dict[str, Any]) -> str:
+    if "slope" not in found:
+        return "probabilities under the model, not calibrated"
+    return (
+        f"calibrated on {_value(found.get('questions'))} questions of {_value(found.get('source'))}; expected "
+        f"calibration error {_value(found.get('ece_after'))}, before {_value(found.get('ece_before'))}"
+    )
+
+
 def _no_answer(found: dict[str, Any]) -> str:
     if "threshold" not in found:
         return "no threshold; `python -m qa_onnx calibrate` finds one"
     return (
         f"above a probability of {_value(found['threshold'])}, found on {_value(found.get('source'))} "
-        f"({_value(found.get('questions'))} questions, {_value(found.get('without_answer'))} without an answer)"
+        f"({_value(found.get('questions'))} questions, {_value(found.get('without_answer'))} without an answer"
+        f"{', made of the others' if found.get('pairs_made') is True else ''}), where "
+        f"{_value(found.get('no_answer_percent'))} % of those without one get none"
     )
 
 

@@ -16,10 +16,10 @@ CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "mod
 ADAPTER_CONFIG_NAME, ADAPTER_NAME = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_NAME, VOCABULARY_NAME, MERGES_NAME = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME = "tokenizer_config.json", "special_tokens_map.json"
-ADDED_TOKENS_NAME = "added_tokens.json"
+ADDED_TOKENS_NAME, WINDOWS_NAME = "added_tokens.json", "windows.json"
 DOWNLOADED = [CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME]
 DOWNLOADED += [TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME]
-DOWNLOADED += [VOCABULARY_NAME, MERGES_NAME, ADDED_TOKENS_NAME]
+DOWNLOADED += [VOCABULARY_NAME, MERGES_NAME, ADDED_TOKENS_NAME, WINDOWS_NAME]
 """What is fetched of a repository of the hub: no pickles and no code."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 

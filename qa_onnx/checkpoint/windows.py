@@ -6,21 +6,19 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from qa_onnx.checkpoint.files import read_json
+from qa_onnx.checkpoint.files import WINDOWS_NAME, locate, read_json
 from qa_onnx.errors import InvalidInputError, short_repr
 from qa_onnx.files import write_file
 from qa_onnx.text.windows import WindowSettings
 
-WINDOWS_NAME = "windows.json"
 
-
-def read_windows(directory: Path) -> WindowSettings:
-    """The window settings of a model's directory; the defaults where it has none.
+def read_windows(name: str | Path) -> WindowSettings:
+    """The window settings of a model, a directory or a hub id; the defaults where it has none.
 
     Raises:
         InvalidInputError: The file is not what `write_windows` writes.
     """
-    values = read_json(directory, WINDOWS_NAME)
+    values = read_json(locate(name), WINDOWS_NAME)
     if values is None:
         return WindowSettings()
     if values.keys() != {"window", "stride"}:
