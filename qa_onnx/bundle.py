@@ -15,7 +15,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -268,7 +268,7 @@ class Bundle:
         Raises:
             BundleError: The manifest cannot be written.
         """
-        manifest = replace(self.manifest, **found)
+        manifest = replace(self.manifest, **cast(dict[str, Any], found))
         try:
             _save(manifest, self.directory)
         except InvalidInputError as error:

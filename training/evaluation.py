@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast, LogitsProcessor, LogitsProcessorList
 
 from qa_onnx.data.example import Example
-from qa_onnx.text.windows import Window, WindowSettings, encode_windows
+from qa_onnx.request import CERTAIN
+from qa_onnx.text.windows import Window, WindowSettings, answer_logprobs, encode_windows
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 
 
@@ -40,6 +42,8 @@ def generate_answers(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     max_length: int | None = None,
+    windows: WindowSettings | None = None,
+    no_answer_threshold: float | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """Answers questions with transformers' `generate`, in batches of like length, padded on the left.
@@ -48,9 +52,11 @@ def generate_answers(
         model: In any mode; it is left in the mode it came in.
         tokenizer: The model's, from `training.model.load_tokenizer`.
         examples: Their gold answers are not looked at.
-        max_new_tokens: The most tokens of an answer, its end-of-text included.
-        batch_size: The most questions in a batch.
-        max_length: The most tokens of a prompt with its answer; None is what the model has positions for.
+        max_new_tokens: Maximum number of tokens of an answer.
+        batch_size: Maximum number of questions in a batch.
+        max_length: Maximum number of tokens of a prompt with its answer; None is what the model has positions for.
+        windows: How long contexts are read; None is `WindowSettings()`.
+        no_answer_threshold: As of `qa_onnx.GenerationConfig`; None leaves an answer empty where that is most probable.
         progress: Show a progress bar where standard error is a terminal.
 
     Returns:
@@ -60,22 +66,25 @@ def generate_answers(
         PromptTooLongError: A question leaves no room for a part of its passage.
     """
     positions = max_length or model.config.n_positions
-    windows = windows_of(examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens)
-    asked = [(example, window) for example, parts in zip(examples, windows, strict=True) for window in parts]
-    has_windows = {example.id: len(parts) > 1 for example, parts in zip(examples, windows, strict=True)}
+    parted = windows_of(examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens, settings=windows)
+    asked = [(example, window) for example, parts in zip(examples, parted, strict=True) for window in parts]
+    has_windows = {example.id: len(parts) > 1 for example, parts in zip(examples, parted, strict=True)}
     prompts = [window.prompt for _, window in asked]
     lengths = [len(prompt) for prompt in prompts]
     # A row that can run out of positions runs alone, so that it stops where it would stop in any other batch.
     crowded = [index for index, length in enumerate(lengths) if length + max_new_tokens > positions]
     roomy = [index for index, length in enumerate(lengths) if length + max_new_tokens <= positions]
     batches = plan_batches([lengths[index] for index in roomy], max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS)
-    best: dict[str, tuple[bool, float, str]] = {}
+    found: dict[str, list[tuple[Window, str, float]]] = {example.id: [] for example in examples}
+    no_answer = dict.fromkeys(found, 0.0)
     was_training = model.training
     model.eval()
     with tqdm(total=len(prompts), desc="answering", disable=None if progress else True) as bar:
         for batch in [[roomy[place] for place in places] for places in batches] + [[index] for index in crowded]:
             input_ids, attention_mask = pad_left([prompts[index].ids for index in batch], tokenizer.eos_token_id)
-            is_scored = any(has_windows[asked[index][0].id] for index in batch)
+            several = torch.tensor([has_windows[asked[index][0].id] for index in batch], device=model.device)
+            is_scored = no_answer_threshold is not None or bool(several.any())
+            decision = NoAnswerDecision(no_answer_threshold, several, tokenizer.eos_token_id)
             config = GenerationConfig(
                 do_sample=False,
                 max_new_tokens=min(max_new_tokens, positions - input_ids.shape[1] + 1),
@@ -89,6 +98,7 @@ def generate_answers(
                     torch.from_numpy(input_ids).to(model.device),
                     attention_mask=torch.from_numpy(attention_mask).to(model.device),
                     generation_config=config,
+                    logits_processor=LogitsProcessorList([decision]),
                 )
             new_ids = generated.sequences[:, input_ids.shape[1] :]
             logprobs = torch.zeros(new_ids.shape)
@@ -98,10 +108,48 @@ def generate_answers(
             for index, row, row_logprobs in zip(batch, new_ids.tolist(), logprobs, strict=True):
                 end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
                 text = tokenizer.backend_tokenizer.decode(row[:end]).strip()
-                # Of several windows' answers the most probable one, as `qa_onnx` chooses.
-                found = (text != "", float(row_logprobs[: end + 1].sum()), text)
-                name = asked[index][0].id
-                best[name] = max(best.get(name, found), found)
+                example, window = asked[index]
+                found[example.id].append((window, text, float(row_logprobs[: end + 1].sum())))
+            for index, probability in zip(batch, decision.probabilities.tolist(), strict=True):
+                example, window = asked[index]
+                no_answer[example.id] += math.exp(window.log_prior) * probability
             bar.update(len(batch))
     model.train(was_training)
-    return {name: text for name, (_, _, text) in best.items()}
+    return {name: _best(parts, no_answer[name], no_answer_threshold) for name, parts in found.items()}
+
+
+def _best(parts: list[tuple[Window, str, float]], no_answer: float, threshold: float | None) -> str:
+    """The text that `qa_onnx` chooses, of the texts of all windows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    if threshold is not None and no_answer > threshold:
+        return ""
+    logprobs = answer_logprobs(parts)
+    return max(logprobs, key=lambda text: (text != "", logprobs[text]))
+
+
+class NoAnswerDecision(LogitsProcessor):
+    """At the first new token, takes the end-of-text where its probability is above a threshold, and only there.
+
+    Attributes:
+        probabilities: float32 [B], of the end-of-text in place of a first token; empty before that.
+    """
+
+    def __init__(self, threshold: float | None, several: torch.Tensor, eos_token_id: int) -> None:
+        """Takes the threshold, which of the batch are windows of several (bool [B]), and the end-of-text."""
+        self._threshold = threshold
+        self._several = several
+        self._eos = eos_token_id
+        self.probabilities = torch.zeros(0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Takes the tokens so far, int64 [B, T], and logits, float32 [B, V]; returns the logits to choose from."""
+        if len(self.probabilities):
+            return scores
+        self.probabilities = scores.float().softmax(dim=-1)[:, self._eos]
+        if self._threshold is None:
+            return scores
+        limits = torch.where(self._several, max(self._threshold, CERTAIN), self._threshold)
+        decided = scores.clone()
+        decided[:, self._eos] = torch.where(self.probabilities > limits, torch.inf, -torch.inf)
+        return decided
