@@ -32,6 +32,8 @@ HELDOUT, ACCURACY, PASSAGE = DIRECTORY / "heldout.json", DIRECTORY / "accuracy.j
 OUTPUTS = (MODEL, BUNDLE, HELDOUT, ACCURACY, PASSAGE)
 RECORD = DIRECTORY / "demo.json"
 """The SHA-256 of each file that the demo wrote, by its path: what the next demo may delete."""
+PASS_ON_SECONDS = 1.0
+"""Time for a command to end by itself after a signal; then it gets SIGTERM."""
 TRAIN_QUESTIONS = 8_000
 SHOWN = 6
 
@@ -126,9 +128,21 @@ def write_record() -> None:
 
 
 def run(command: str) -> int:
-    """Prints a command as a user would type it, runs it, and returns its exit status."""
+    """Prints a command as a user would type it, runs it, and returns its exit status.
+
+    After Ctrl-C or SIGTERM it waits for the command, which may write a checkpoint.
+    """
     print(f"\n$ {PYTHON} {command}", flush=True)
-    return subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode
+    process = subprocess.Popen([sys.executable, *shlex.split(command)])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(PASS_ON_SECONDS)  # Ctrl-C reaches both processes
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
 
 
 def show_answers() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 
 import onnx
@@ -19,6 +22,7 @@ from qa_onnx import cli
 from qa_onnx.bundle import Bundle
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
+from tests.conftest import ROOT
 from training import finetune
 from training.starter.sample import generate
 
@@ -374,6 +378,32 @@ def test_an_interrupted_training_of_the_demo_goes_on(demo_ran, monkeypatch):
     assert demo.main([]) == 3
     assert (demo_ran / "model" / "checkpoint-8").is_dir()
     assert not (demo_ran / "bundle").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+def test_the_demo_waits_for_the_command_that_it_interrupts(tmp_path):
+    """A training writes a checkpoint then."""
+    (tmp_path / "command.py").write_text(
+        "import signal, time\n"
+        "def stop(*signal):\n    time.sleep(0.5)\n    print('wrote a checkpoint')\n    raise SystemExit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\nprint('began', flush=True)\ntime.sleep(60)\n"
+    )
+    program = "import sys; from bench import demo; demo.COMMANDS = ('command.py',); sys.exit(demo.main([]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.stdout.readline() != "began\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "wrote a checkpoint" in output
+    assert "goes on with the training" in output
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--quick"], 2)])
