@@ -93,20 +93,18 @@ def desk(tmp_path_factory):
     return directory
 
 
-def start(desk, *arguments, log=subprocess.PIPE):
+def options(desk, output):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=desk, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
-    )
+    return {"cwd": desk, "env": environment, "stdout": output, "stderr": subprocess.STDOUT, "text": True}
 
 
 def run(desk, *arguments, statuses=(0,)):
     """Runs a command in the directory; returns what it wrote, to standard error too."""
-    process = start(desk, *arguments)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode in statuses, output
-    assert "Traceback" not in output
-    return output
+    given = options(desk, subprocess.PIPE)
+    done = subprocess.run([sys.executable, *arguments], **given, check=False, timeout=600)
+    assert done.returncode in statuses, done.stdout
+    assert "Traceback" not in done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +120,11 @@ def model(desk, dry_run):
     """The model of a training that was interrupted after its first checkpoint, and started again."""
     directory = desk / "model"
     with (desk / "training.log").open("w", encoding="utf-8") as log:
-        process = start(desk, *TRAINING, log=log)
-        deadline = time.monotonic() + 200
-        while process.poll() is None and not list(directory.glob("checkpoint-*")) and time.monotonic() < deadline:
+        process = subprocess.Popen([sys.executable, *TRAINING], **options(desk, log))
+        while process.poll() is None and not list(directory.glob("checkpoint-*")):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        status = process.wait(100)
+        status = process.wait(600)
     said = (desk / "training.log").read_text(encoding="utf-8")
     assert status == 130, said
     assert "the same command goes on" in said
@@ -139,8 +136,8 @@ def model(desk, dry_run):
 @pytest.fixture(scope="module")
 def bundle(desk, model):
     """Exported in int8, calibrated and checked on the own questions; 20 are too few to limit a loss of F1."""
-    options = ("--precision", "int8", "--verify", "own.csv", "--max-f1-drop", "100")
-    run(desk, "-m", "export.to_onnx", "--model", "model", "--output", "bundle", *options)
+    checks = ("--verify", "own.csv", "--max-f1-drop", "100")
+    run(desk, "-m", "export.to_onnx", "--model", "model", "--output", "bundle", "--precision", "int8", *checks)
     return desk / "bundle"
 
 
