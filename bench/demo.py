@@ -95,7 +95,7 @@ def clear_earlier() -> None:
     outputs = [path for path in OUTPUTS if not (path == MODEL and is_unfinished)]
     written = read_record()
     for file in (file for path in outputs for file in files_of(path)):
-        if file.is_symlink() or written.get(str(file)) != sha256_of(file):
+        if file.is_symlink() or not file.is_file() or written.get(str(file)) != sha256_of(file):
             raise InvalidInputError(
                 f"{file} was not written by an earlier demo, or was changed since; nothing was deleted. Move it to "
                 "another place, or delete it, and start the demo again"

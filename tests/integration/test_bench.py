@@ -368,6 +368,22 @@ def test_the_demo_deletes_nothing_through_links(demo_ran, tmp_path, monkeypatch,
     assert contents(tmp_path) == before
 
 
+def test_the_demo_does_not_wait_for_a_pipe(demo_ran, capsys):
+    os.mkfifo(demo_ran / "model" / "pipe")
+    assert demo.main([]) == 2
+    assert "model/pipe was not written by an earlier demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", "{cut", '{"written": 5}', '{"written": ["a"]}', "\x00"])
+def test_a_record_of_no_demo_is_left_alone(demo_ran, monkeypatch, capsys, record):
+    monkeypatch.setattr(demo, "run", lambda command: pytest.fail("the demo began"))
+    demo.RECORD.write_text(record)
+    before = contents(demo_ran)
+    assert demo.main([]) == 2
+    assert "demo.json was not written by an earlier demo" in capsys.readouterr().err
+    assert contents(demo_ran) == before
+
+
 def test_an_interrupted_training_of_the_demo_goes_on(demo_ran, monkeypatch):
     """Its files are in no record yet; `training.finetune` itself refuses those of another run."""
     shutil.rmtree(demo_ran / "model")
