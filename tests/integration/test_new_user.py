@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,8 +143,12 @@ def bundle(desk, model):
 
 
 def test_a_dry_run_counts_the_rows_of_the_csv_file(dry_run):
-    assert "20" in dry_run
-    assert "own.csv" in dry_run
+    counts = re.findall(r"^(own\.csv|20% of the passages, held out): (\d+) questions on (\d) passages", dry_run, re.M)
+    assert [(name, passages) for name, _, passages in counts] == [
+        ("own.csv", "2"),
+        ("20% of the passages, held out", "1"),
+    ]
+    assert sum(int(questions) for _, questions, _ in counts) == 20
 
 
 def test_training_holds_out_whole_passages_and_keeps_them(desk, model):
