@@ -32,6 +32,7 @@ HELDOUT, ACCURACY, PASSAGE = DIRECTORY / "heldout.json", DIRECTORY / "accuracy.j
 OUTPUTS = (MODEL, BUNDLE, HELDOUT, ACCURACY, PASSAGE)
 RECORD = DIRECTORY / "demo.json"
 """The SHA-256 of each file that the demo wrote, by its path: what the next demo may delete."""
+INTERRUPTED = "interrupted; the same command begins again, and goes on with a training that was interrupted"
 PASS_ON_SECONDS = 1.0
 """Time for a command to end by itself after a signal; then it gets SIGTERM."""
 TRAIN_QUESTIONS = 8_000
@@ -209,7 +210,7 @@ def demo() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status (see `qa_onnx.cli.run_command`)."""
     argparse.ArgumentParser(prog="python -m bench.demo", description=DESCRIPTION).parse_args(argv)
-    return run_command(demo, interrupted="interrupted; the same command goes on with the training")
+    return run_command(demo, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":
