@@ -74,7 +74,7 @@ With questions of your own, in a CSV file with the columns context, question and
 
   {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --output runs/own/model --dry-run
   {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --output runs/own/model
-  {PYTHON} -m export.to_onnx --model runs/own/model --output runs/own/bundle --verify own.csv --precision int8
+  {PYTHON} -m export.to_onnx --model runs/own/model --output runs/own/bundle --verify runs/own/model/heldout.jsonl
   {PYTHON} -m qa_onnx answer --model runs/own/bundle --context @FILE --question "..."
 """
 
