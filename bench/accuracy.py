@@ -58,7 +58,7 @@ def compare(
 
     Args:
         bundle: Written by `export.to_onnx` from `torch_model`.
-        torch_model: The fine-tuned model's directory.
+        torch_model: The model, as `--model` of the export names it.
         examples: The questions.
         threads: CPU threads of either side.
         batch_size: Maximum number of questions in a batch, on either side.
@@ -143,7 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
         description="Answer questions of files with PyTorch and with the bundle, and compare answer by answer.",
     )
     parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
-    parser.add_argument("--torch", required=True, metavar="DIR", help="the model that the bundle was exported from")
+    parser.add_argument(
+        "--torch",
+        required=True,
+        metavar="starter|DIR",
+        help="the model that the bundle is of, as export.to_onnx --model",
+    )
     add_data_options(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")

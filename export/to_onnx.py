@@ -82,7 +82,7 @@ def export(
     """Writes the bundle of a model.
 
     Args:
-        model_name: A directory that `training.finetune` wrote, or a hub id, of a GPT-2.
+        model_name: `starter`, a directory that `training.finetune` wrote, or a hub id, of a GPT-2.
         output: The bundle's directory.
         precision: One of `PRECISIONS`. What another one than fp32 loses beside fp32 is measured and written into the
             manifest.
@@ -320,7 +320,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m export.to_onnx",
         description="Export a fine-tuned GPT-2 to a bundle for qa_onnx, and check it against PyTorch.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="written by training.finetune, or a hub id")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="starter|DIR",
+        help="the embedded model, what training.finetune wrote, or a hub id",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to create")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     parser.add_argument(

@@ -163,7 +163,7 @@ class Answerer:
     def answer_batch(
         self,
         questions: Iterable[str],
-        contexts: Iterable[str],
+        contexts: Iterable[str] | str,
         *,
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
@@ -174,8 +174,9 @@ class Answerer:
 
         Args:
             questions: The questions: a list, a NumPy array, a pandas Series or anything else that yields strings.
-            contexts: The context of each question, in the same order. It may be of any length: what does not fit into
-                the model's positions is read in overlapping windows, and the best answer of all windows is taken.
+            contexts: The context of each question, in the same order; or one string, the context of all of them. A
+                context may be of any length: what does not fit into the model's positions is read in overlapping
+                windows, and the best answer of all windows is taken.
             config: How to answer; None is `GenerationConfig()`.
             max_new_tokens: Replaces the one in `config`.
             progress: Draw a progress line on standard error where that is a terminal.
@@ -192,9 +193,9 @@ class Answerer:
             ClosedError: The answerer was closed, or belongs to the process that this one was forked from.
         """
         self._check_open()
-        requests = self._make_requests(
-            _as_list("questions", questions), _as_list("contexts", contexts), self._resolve(config, max_new_tokens)
-        )
+        asked = _as_list("questions", questions)
+        given = [contexts] * len(asked) if isinstance(contexts, str) else _as_list("contexts", contexts)
+        requests = self._make_requests(asked, given, self._resolve(config, max_new_tokens))
         return self._wait_for(requests, is_bulk=True, progress=progress, on_answer=on_answer)
 
     def answer_iter(

@@ -76,8 +76,7 @@ def tiny_bundle(tiny_model_dir, tmp_path_factory) -> Path:
 def starter_bundle(tmp_path_factory, heldout_file) -> Path:
     """The bundle of the trained starter, as it is before any fine-tuning."""
     from export.to_onnx import export
-    from training.model import STARTER
 
     path = tmp_path_factory.mktemp("starter-bundle") / "bundle"
-    export(str(STARTER), path, verify=heldout_file)
+    export("starter", path, verify=heldout_file)
     return path

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from qa_onnx.checkpoint import load_checkpoint, load_tokenizer
 
-STARTER = Path(__file__).parent / "starter" / "model"
 ARCHITECTURES = {"gpt2": GPT2Config()}
 IGNORED = -100
 """Label of a token that does not count in the loss (PyTorch's `ignore_index`)."""
@@ -104,7 +103,7 @@ def load_model(name: str, *, dropout: float | None = None) -> tuple[GPT2LMHeadMo
     Raises:
         InvalidInputError: As from `qa_onnx.checkpoint.load_checkpoint`.
     """
-    return load_checkpoint(STARTER if name == "starter" else name, model_class=GPT2LMHeadModel, dropout=dropout)
+    return load_checkpoint(name, model_class=GPT2LMHeadModel, dropout=dropout)
 
 
 def build_model(

@@ -1,10 +1,10 @@
 """A GPT-2 checkpoint on disk, checked before it is loaded: the only place that reads a model of others for PyTorch.
 
 A checkpoint is a directory, or a repository of the hub, with `config.json`, `model.safetensors` (or shards and their
-index) and `tokenizer.json`; or a LoRA adapter of PEFT, which is merged into its base. All of it is data: JSON of
-bounded size, and tensors of safetensors files inside the directory. Of the configuration only the fields of
-`ModelSettings` are used, so that no other field reaches transformers, which fetches and runs code for some of them
-(CVE-2026-4372).
+index) and `tokenizer.json`; or a LoRA adapter of PEFT, which is merged into its base. `starter` is the embedded model.
+All of it is data: JSON of bounded size, and tensors of safetensors files inside the directory. Of the configuration
+only the fields of `ModelSettings` are used, so that no other field reaches transformers, which fetches and runs code
+for some of them (CVE-2026-4372).
 
 Importing this module imports neither PyTorch nor transformers; `load_checkpoint` does.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from qa_onnx.checkpoint.adapter import locate_base, merge, read_adapter
-from qa_onnx.checkpoint.files import TOKENIZER_NAME, file_in, locate
+from qa_onnx.checkpoint.files import STARTER, STARTER_DIRECTORY, TOKENIZER_NAME, file_in, locate
 from qa_onnx.checkpoint.settings import ModelSettings, read_settings
 from qa_onnx.checkpoint.tokenizer import read_tokenizer, wrap
 from qa_onnx.checkpoint.weights import build, check_weights, read_weights, weight_files
@@ -29,6 +29,8 @@ from qa_onnx.text.prompt import encode_prompts
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
+__all__ = ["STARTER", "STARTER_DIRECTORY", "load_checkpoint", "load_tokenizer"]
+
 
 def load_checkpoint(
     name: str | Path, *, model_class: type[GPT2LMHeadModel] | None = None, dropout: float | None = None
@@ -36,7 +38,7 @@ def load_checkpoint(
     """Loads a GPT-2, and its tokenizer set up for `qa_onnx.text.prompt`.
 
     Args:
-        name: A directory, or a hub id such as `gpt2`. Of a LoRA adapter of PEFT the merged model is loaded.
+        name: `starter`, a directory, or a hub id such as `gpt2`. Of a LoRA adapter of PEFT the merged model is loaded.
         model_class: A class with the weights of transformers' `GPT2LMHeadModel`, which None is.
         dropout: Of embeddings, attention and residuals; None leaves the model's own.
 
@@ -64,7 +66,7 @@ def load_checkpoint(
 
 
 def load_tokenizer(name: str | Path) -> GPT2TokenizerFast:
-    """Loads the tokenizer of a directory or of a hub id, set up for `qa_onnx.text.prompt`.
+    """Loads the tokenizer of `starter`, a directory or a hub id, set up for `qa_onnx.text.prompt`.
 
     Raises:
         InvalidInputError: There is none, or it is not a byte-level BPE.

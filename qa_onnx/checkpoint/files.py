@@ -11,7 +11,12 @@ from typing import Any
 
 from qa_onnx.errors import InvalidInputError, one_line
 from qa_onnx.files import read_text
+from qa_onnx.hub import problem_of_hub
 
+STARTER = "starter"
+"""The name of the embedded model, wherever a model's name is taken. A directory of that name is `./starter`."""
+STARTER_DIRECTORY = Path(__file__).parents[2] / "training" / "starter" / "model"
+"""Where it is in a checkout. The wheel does not have it."""
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG_NAME, ADAPTER_NAME = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_NAME, VOCABULARY_NAME, MERGES_NAME = "tokenizer.json", "vocab.json", "merges.txt"
@@ -29,7 +34,18 @@ NAMES_SHOWN, MAX_NAME_LENGTH = 3, 100
 
 
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: itself, or the snapshot of a hub id, fetched where the hub's cache lacks it."""
+    """The directory of a checkpoint: that of `STARTER`, itself, or the snapshot of a hub id.
+
+    A snapshot is fetched where the hub's cache lacks it; where the hub does not reply, the cache alone is asked.
+    """
+    if name == STARTER:
+        if not STARTER_DIRECTORY.is_dir():
+            raise InvalidInputError(
+                f"the embedded model is not in {STARTER_DIRECTORY}: it comes with a checkout of the project, and not "
+                f"with the installed package. Run the command in a checkout, or give a directory (./{STARTER} for one "
+                "of that name)"
+            )
+        return STARTER_DIRECTORY
     path = Path(name)
     if path.is_dir():
         return path
@@ -39,12 +55,15 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
         raise InvalidInputError(f"there is no such directory; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     from huggingface_hub import snapshot_download
 
+    problem = problem_of_hub()
+    options = {} if problem is None else {"local_files_only": True}
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=DOWNLOADED))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=DOWNLOADED, **options))
     except (OSError, ValueError) as error:  # the hub's own errors and those of the connection are OSErrors
         raise InvalidInputError(
-            f"there is no such directory, and the hub gave no model of that name ({one_line(error)}). Expected a "
-            f"directory with {CONFIG_NAME} and {WEIGHTS_NAME}, or a hub id and a connection to the hub"
+            f"there is no such directory, and the hub gave no model of that name ({problem or one_line(error)}). "
+            f"Expected a directory with {CONFIG_NAME} and {WEIGHTS_NAME}, a hub id and a connection to the hub, or "
+            f"{STARTER}, the embedded model"
         ) from error
 
 

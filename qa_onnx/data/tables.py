@@ -10,6 +10,7 @@ from typing import Any
 
 from qa_onnx.data.rows import FORMATS, Row
 from qa_onnx.errors import InvalidInputError, one_line
+from qa_onnx.hub import problem_of_hub
 
 HUB_DATASETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 ARROW_ERRORS = (OSError, ValueError, RuntimeError, TypeError, LookupError, NotImplementedError)
@@ -62,16 +63,25 @@ def rows_of_directory(path: Path, *, split: str, columns: Mapping[str, str]) -> 
 
 
 def rows_of_hub(name: str, *, split: str, columns: Mapping[str, str]) -> Iterator[Row]:
-    """The rows of a split of a data set of the hub.
+    """The rows of a split of a data set of the hub; where the hub does not reply, of its cache.
 
     Raises:
         InvalidInputError: The data set cannot be loaded, or datasets is not installed.
     """
     problem = f"{name!r} is no file, and its split {split!r} could not be loaded from the hub"
-    with _read_with("datasets", problem, f"check the name and the connection, or give {FORMATS}"):
+    expected = f"check the name and the connection, or give {FORMATS}. Training also takes sample, generated questions"
+    with _read_with("datasets", problem, expected):
         import datasets
 
-        yield from _numbered(datasets.load_dataset(HUB_DATASETS.get(name, name), split=split), columns)
+        unreachable, offline = problem_of_hub(), datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = offline or unreachable is not None  # else the client tries for half a minute
+        try:
+            rows = datasets.load_dataset(HUB_DATASETS.get(name, name), split=split)
+        except ConnectionError as error:
+            raise ConnectionError(unreachable or one_line(error)) from error
+        finally:
+            datasets.config.HF_HUB_OFFLINE = offline
+        yield from _numbered(rows, columns)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import pytest
 from export.to_onnx import export
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, OutOfMemoryError, ProviderError
 from qa_onnx.data.reader import read_examples
-from training.model import STARTER
 
 pytestmark = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
@@ -34,7 +33,7 @@ def expected(starter_bundle, texts):
 @pytest.fixture(scope="module")
 def fp16_bundle(heldout_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("fp16") / "bundle"
-    export(str(STARTER), path, precision="fp16", verify=heldout_file, max_f1_drop=5)
+    export("starter", path, precision="fp16", verify=heldout_file, max_f1_drop=5)
     return path
 
 

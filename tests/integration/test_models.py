@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from export import to_onnx
 from qa_onnx import Answerer, GenerationConfig, PromptTooLongError
+from qa_onnx.checkpoint import STARTER_DIRECTORY
 from training import finetune
-from training.model import STARTER
 
 CONTEXT, QUESTION = "Mara founded Tolvik in 1803.", "Who?"
 
@@ -35,7 +35,7 @@ def make_model(path, **sizes):
     sizes = {"vocab_size": 8192, "n_positions": 64, "n_embd": 4, "n_layer": 1, "n_head": 2, **sizes}
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3)).save_pretrained(path)
-    shutil.copy(STARTER / "tokenizer.json", path)
+    shutil.copy(STARTER_DIRECTORY / "tokenizer.json", path)
     return path
 
 

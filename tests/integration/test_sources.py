@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 
 import datasets
 import pytest
@@ -122,6 +123,7 @@ def test_the_hub_is_read_as_a_file_is(monkeypatch):
         asked.append((name, split))
         return datasets.Dataset.from_list(HUB_ROWS)
 
+    monkeypatch.setattr("qa_onnx.data.tables.problem_of_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name, part in (("squad", "train"), ("squad", "eval"), ("squad_v2", "train"), ("owner/some-set", "eval")):
         assert load_source(name, part).examples == EXAMPLES
@@ -137,9 +139,22 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("no route")
 
+    monkeypatch.setattr("qa_onnx.data.tables.problem_of_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InvalidInputError, match=r"no route.*SQuAD JSON"):
+    with pytest.raises(InvalidInputError, match=r"no route.*SQuAD JSON.*takes sample"):
         load_source("squad", "train")
+
+
+@pytest.mark.parametrize("name", ["squad", "owner/some-set"])
+def test_a_hub_that_does_not_reply_is_asked_once(monkeypatch, name):
+    """The client of datasets would try for half a minute."""
+    monkeypatch.setattr("qa_onnx.data.tables.problem_of_hub", lambda: "it cannot be reached: unplugged")
+    is_offline = datasets.config.HF_HUB_OFFLINE
+    started = time.monotonic()
+    with pytest.raises(InvalidInputError, match=r"hub \(it cannot be reached: unplugged\).*takes sample"):
+        load_source(name, "train")
+    assert time.monotonic() - started < 5
+    assert is_offline == datasets.config.HF_HUB_OFFLINE
 
 
 BAD_ROWS = {

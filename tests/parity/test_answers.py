@@ -20,7 +20,7 @@ from qa_onnx.data.squad import parse_squad
 from qa_onnx.engine.sequence import Prompt
 from tests.parity.engines import load_engine, prefill, save_graphs
 from training.evaluation import generate_answers
-from training.model import STARTER, load_model
+from training.model import load_model
 from training.starter.sample import generate
 
 WORDS = "The river Tolvik is 40 metres wide, and Mara founded a town on it in 1803. Who? Where? Élan 東京 🙂".split()
@@ -86,7 +86,7 @@ def test_threads_share_an_answerer(tiny_answerer):
 
 def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_file):
     examples = read_examples(heldout_file)
-    model, tokenizer = load_model(str(STARTER))
+    model, tokenizer = load_model("starter")
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
     with Answerer.from_pretrained(starter_bundle, provider="cpu", config=EngineConfig(batch_size=7)) as answerer:
         answers = answerer.answer_batch(
@@ -97,7 +97,7 @@ def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_fil
 
 def test_real_questions_get_pytorchs_answers(starter_bundle, real_data):
     examples = read_examples(real_data / "squad" / "dev.json")[::50]
-    model, tokenizer = load_model(str(STARTER))
+    model, tokenizer = load_model("starter")
     expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
     with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:
         answers = answerer.answer_batch(

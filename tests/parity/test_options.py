@@ -16,7 +16,7 @@ from qa_onnx.engine.sampling import sampling_probabilities
 from qa_onnx.text.constraint import SpanConstraint, Spans, TokenBytes
 from qa_onnx.text.prompt import encode_answers, encode_prompts, load_tokenizer
 from tests.conftest import ROOT
-from training.model import STARTER, load_model
+from training.model import load_model
 from training.padding import pad_left
 
 GPT2_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "gpt2" / "tokenizer.json"
@@ -24,7 +24,7 @@ GPT2_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "gpt2" / "tokenizer.json
 
 @pytest.fixture(scope="module")
 def starter():
-    model, tokenizer = load_model(str(STARTER))
+    model, tokenizer = load_model("starter")
     return model.eval(), tokenizer
 
 

@@ -56,11 +56,26 @@ def test_nothing_asked_is_nothing_answered(answerer):
     assert answerer.answer_batch([], []) == []
 
 
+@pytest.mark.parametrize("context", [CONTEXT, np.str_(CONTEXT)])
+@pytest.mark.parametrize("questions", [["Who?", "When?", "Who?"], ("Who?",), np.array(["Who?", "When?"]), []])
+def test_one_context_is_that_of_all_questions(answerer, questions, context):
+    expected = answerer.answer_batch(questions, [CONTEXT] * len(questions))
+    assert answerer.answer_batch(questions, context) == expected
+    assert answerer.answer_batch((question for question in questions), context) == expected
+    assert len(expected) == len(questions)
+
+
 @pytest.mark.parametrize(
     ("questions", "contexts", "words"),
     [
         ("Who?", ["context"], "got questions of type str; expected a list of strings.*answer"),
-        (["Who?"], "context", "got contexts of type str"),
+        ("Who?", "context", "got questions of type str"),
+        (np.str_("Who?"), ["context"], "got questions of type str_; expected a list of strings"),
+        (["Who?"], b"context", "got contexts of type bytes"),
+        (["Who?"], np.array("context"), "got contexts of type ndarray"),
+        (["Who?"], {"context"}, "got contexts of type set"),
+        (["Who?"], " ", "context 0 "),
+        (["Who?", "When?"], "", "context 0 "),
         (None, ["context"], "got questions of type NoneType"),
         ({"Who?"}, ["context"], "got questions of type set"),
         ({"Who?": 1}, ["context"], "got questions of type dict"),

@@ -7,13 +7,12 @@ import os
 import pickle
 import shutil
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qa_onnx.checkpoint import load_checkpoint
+from qa_onnx.checkpoint import STARTER_DIRECTORY, load_checkpoint
 from qa_onnx.checkpoint.files import file_in
 from qa_onnx.checkpoint.settings import ModelSettings, read_settings
 from qa_onnx.checkpoint.tokenizer import read_tokenizer
@@ -23,7 +22,6 @@ from qa_onnx.text.constraint import check_byte_level
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="comes with the extras train and export")
 load_file, save_file = safetensors.load_file, safetensors.save_file
-STARTER = Path(__file__).parents[2] / "training" / "starter" / "model"
 CONFIG = {
     "model_type": "gpt2",
     "architectures": ["GPT2LMHeadModel"],
@@ -48,7 +46,7 @@ def folder(tmp_path):
     (path / "config.json").write_text(json.dumps(CONFIG))
     save_file(tensors(), path / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(STARTER / name, path)
+        shutil.copy(STARTER_DIRECTORY / name, path)
     return path
 
 
@@ -561,8 +559,8 @@ def test_a_folder_from_before_tokenizer_json_has_the_same_tokenizer(tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(STARTER / name, old)
-    (found, options), (expected, _) = read_tokenizer(old), read_tokenizer(STARTER)
+        shutil.copy(STARTER_DIRECTORY / name, old)
+    (found, options), (expected, _) = read_tokenizer(old), read_tokenizer(STARTER_DIRECTORY)
     text = " Zoë's 7 words,\n<|endoftext|> 東京\t."
     assert found.encode(text).ids == expected.encode(text).ids
     assert found.decode(found.encode(text).ids) == text
@@ -582,7 +580,7 @@ def test_a_folder_from_before_tokenizer_json_has_the_same_tokenizer(tmp_path):
 )
 def test_added_tokens_have_the_ids_that_they_were_trained_with(tmp_path, added, message):
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(STARTER / name, tmp_path)
+        shutil.copy(STARTER_DIRECTORY / name, tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     if message is None:
         found, _ = read_tokenizer(tmp_path)

@@ -61,7 +61,11 @@ def test_the_runtime_is_imported_without_the_training_stack(module):
 @pytest.mark.parametrize("path", files_of("qa_onnx"), ids=module_name)
 def test_the_runtime_imports_only_its_few_dependencies(path):
     roots = {name.partition(".")[0] for name in imports_of(path)}
-    optional = {"error_analysis.py": {"matplotlib"}, "tables.py": {"datasets", "pyarrow"}}.get(path.name, set())
+    optional = {
+        "error_analysis.py": {"matplotlib"},
+        "tables.py": {"datasets", "pyarrow"},
+        "hub.py": {"huggingface_hub"},
+    }.get(path.name, set())
     if path.parent.name == "checkpoint":  # which training and export load models with
         roots -= {"torch", "transformers", "safetensors", "huggingface_hub"}
     assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == optional
