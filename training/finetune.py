@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, add_columns_option, run_command
 from qa_onnx.data.example import Example
+from qa_onnx.data.pairs import normalized
 from qa_onnx.data.rows import parse_columns
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.predictions import read_predictions
@@ -44,6 +45,7 @@ from training.checkpoints import (
 )
 from training.data import LOSS_ON, RowSettings, cached_rows, too_long
 from training.evaluation import windows_of
+from training.holdout import DEFAULT_EVAL, HELDOUT_NAME, Overlap, hold_out, json_lines_of, overlap_of, share_of
 from training.model import ARCHITECTURES, GPT2LMHeadModel, PeftModel, build_model, load_model, with_lora
 from training.overview import Overview, describe, overview_of
 from training.report import METRICS_NAME, history_of, worst_examples, write_json, write_report
@@ -99,9 +101,16 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
     if arguments.should_save:
         for warning in data.warnings():
             sys.stderr.write(f"warning: {warning}\n")
+        if data.is_held_out:
+            figures = data.eval_source.to_dict()
+            sys.stderr.write(
+                f"evaluating on {data.eval_source.name}: {figures['questions']} questions about "
+                f"{figures['passages']} passages\n"
+            )
     if dry_run:
         if arguments.should_save:
             print(describe([*data.sources, data.eval_source], data.rows, overview, tokenizer))
+            print(data.overlap)
         return None
     settings = {
         **config.to_dict(),
@@ -133,6 +142,9 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
             "train_questions": data.train_questions,
             "questions_that_do_not_fit": len(data.too_long),
             "eval_questions": len(data.eval_examples),
+            "eval_passages": len({normalized(example.context) for example in data.eval_examples}),
+            "eval_questions_trained_on": data.overlap.same_question,
+            "eval_questions_on_passages_trained_on": data.overlap.same_passage,
             "steps": trainer.state.global_step,
             "best_step": best["step"],
             "losses": [[row["step"], row["loss"]] for row in history if "loss" in row],
@@ -159,6 +171,8 @@ class Data:
         rows: Tokenised training rows.
         train_questions: How many questions are in them.
         too_long: What is wrong with each that was skipped because it fits into no window.
+        is_held_out: Whether the questions to evaluate are the sources' own, held out.
+        overlap: What the questions to evaluate share with those trained on.
     """
 
     sources: list[Source]
@@ -167,12 +181,16 @@ class Data:
     rows: datasets.Dataset
     train_questions: int
     too_long: list[str]
+    is_held_out: bool
+    overlap: Overlap
 
     def warnings(self) -> list[str]:
         """What a user has to know, a line each."""
         lines = [line for source in (*self.sources, self.eval_source) for line in source.warnings()]
         if self.too_long:
             lines.append(f"skipped {len(self.too_long)} questions that do not fit, the first: {self.too_long[0]}")
+        if self.overlap:
+            lines.append(f"{self.overlap} Scores are too high by that; --eval {DEFAULT_EVAL} holds out by passage")
         return lines
 
 
@@ -185,7 +203,11 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
             )
     options = {"columns": parse_columns(config.columns), "skip_bad_rows": config.skip_bad_rows}
     sources = [load_source(name, "train", **options) for name in config.train]
-    eval_source = load_source(config.eval, "eval", **options)
+    is_held_out = share_of(config.eval) is not None
+    if is_held_out:
+        sources, eval_source = hold_out(sources, config.eval, seed=config.seed)
+    else:
+        eval_source = load_source(config.eval, "eval", **options)
     eval_examples = list(eval_source.examples[: config.limit_eval])
     _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
     weights = config.weights or (1.0,) * len(sources)
@@ -221,6 +243,8 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         rows=rows,
         train_questions=len(examples),
         too_long=[problem for problem in problems if problem is not None],
+        is_held_out=is_held_out,
+        overlap=overlap_of(examples, eval_examples),
     )
 
 
@@ -314,11 +338,14 @@ def _finish(
         if path.name != CHECKSUMS_NAME:
             write_file(config.output / path.name, path.read_bytes())
     answers = read_predictions(config.output / PREDICTIONS_NAME)
+    if data.is_held_out:
+        write_file(config.output / HELDOUT_NAME, json_lines_of(data.eval_source.examples))
     write_report(
         config.output,
         config=config,
         sources=data.sources,
         eval_source=data.eval_source,
+        overlap=data.overlap,
         overview=overview,
         metrics=metrics,
         history=history,
@@ -441,7 +468,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line. What is not given is left out of the result, for a recipe or a default to fill in."""
-    default = FinetuneConfig(model="starter", train=("",), eval="", output=Path())
+    default = FinetuneConfig(model="starter", train=("",), output=Path())
     parser = argparse.ArgumentParser(
         prog="python -m training.finetune",
         description="Fine-tune a GPT-2 to answer questions about passages. The same command, started again, goes on "
@@ -461,7 +488,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="squad, squad_v2 or an id of the hub; a SQuAD .json, .jsonl, .csv, .tsv or .parquet file; a folder of "
         "save_to_disk; sample or sample_v2",
     )
-    data.add_argument("--eval", required=True, metavar="SOURCE", help="as --train; scored at the end of each epoch")
+    data.add_argument(
+        "--eval",
+        metavar="SHARE|SOURCE",
+        help="scored at the end of each epoch: a percentage of the training passages, whose questions are held out, "
+        f"or a source as of --train (default: {default.eval}; a file of such a name: ./{default.eval})".replace(
+            "%", "%%"
+        ),
+    )
     data.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="how often an epoch has each source (default: 1 1 ...)"
     )

@@ -15,6 +15,7 @@ from qa_onnx.data.rows import parse_columns
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import public_name
 from training.data import LOSS_ON, LossOn
+from training.holdout import DEFAULT_EVAL, share_of
 from training.model import ARCHITECTURES
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -82,7 +83,8 @@ class FinetuneConfig:
         tokenizer: The tokenizer's directory or hub id, with `from_scratch`.
         train: Sources of training questions (`training.sources.load_source`).
         weights: How many times an epoch has the questions of each source, fractions allowed; empty is once each.
-        eval: One source; answered and scored at the end of each epoch, or every `eval_steps`.
+        eval: A percentage of the training passages, whose questions are held out (`training.holdout`), or one source;
+            answered and scored at the end of each epoch, or every `eval_steps`.
         columns: `FIELD=NAME` of `qa_onnx.data.rows.FIELDS`, where JSONL, CSV or hub columns have other names.
         skip_bad_rows: Leave bad rows out and count them, instead of ending with the first.
         limit_train: Use only the first so many training questions.
@@ -127,7 +129,7 @@ class FinetuneConfig:
     tokenizer: str | None = None
     train: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    eval: str
+    eval: str = DEFAULT_EVAL
     columns: tuple[str, ...] = ()
     skip_bad_rows: bool = False
     limit_train: int | None = None
@@ -197,6 +199,7 @@ class FinetuneConfig:
         if not all(0 < weight < math.inf for weight in self.weights):
             raise InvalidInputError(f"got weights {list(self.weights)}; expected numbers above 0")
         parse_columns(self.columns)
+        share_of(self.eval)
         if self.from_scratch is not None and self.lora_rank is not None:
             raise InvalidInputError("--lora-rank and --from-scratch do not go together: random weights would stay")
         if self.packing and self.pad_to:

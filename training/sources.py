@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -99,17 +99,22 @@ def load_source(
         raise InvalidInputError(f"{bad_rows[0]}{others}. Mend it, or leave such rows out with --skip-bad-rows")
     checked = [_checked(example) for example in examples]
     kept = tuple(example for example, _, _ in checked)
-    digest = hashlib.sha256()
-    for example in kept:
-        digest.update(json.dumps(asdict(example)).encode())
     return Source(
         name=name,
         examples=kept,
-        sha256=digest.hexdigest(),
+        sha256=sha256_of(kept),
         bad_rows=tuple(bad_rows),
         repaired=sum(repaired for _, repaired, _ in checked),
         absent=sum(absent for _, _, absent in checked),
     )
+
+
+def sha256_of(examples: Iterable[Example]) -> str:
+    """The SHA-256 of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(asdict(example)).encode())
+    return digest.hexdigest()
 
 
 def weighted(source: Source, weight: float, seed: int) -> list[Example]:

@@ -47,7 +47,7 @@ def unanswerable_pairs(examples: Sequence[Example], count: int, *, seed: int) ->
         for example in drawn:
             if len(pairs) == count:
                 break
-            question = _normalized(example.question)
+            question = normalized(example.question)
             for context in passages.others(example, draw):
                 if (question, context) not in used:
                     used.add((question, context))
@@ -74,14 +74,14 @@ class _Passages:
             if example.context not in self.titles:
                 self.titles[example.context] = example.title
                 self._by_title.setdefault(example.title, []).append(example.context)
-            self._asked.setdefault(example.context, set()).add(_normalized(example.question))
+            self._asked.setdefault(example.context, set()).add(normalized(example.question))
         self._all = list(self.titles)
-        self._normalized = {context: _normalized(context) for context in self._all}
+        self._normalized = {context: normalized(context) for context in self._all}
 
     def others(self, example: Example, draw: random.Random) -> Iterator[str]:
         """The passages that do not answer a question, those of its article first, each group from a drawn place on."""
-        answers = [_normalized(answer.text) for answer in example.answers]
-        question, own = _normalized(example.question), self._normalized[example.context]
+        answers = [normalized(answer.text) for answer in example.answers]
+        question, own = normalized(example.question), self._normalized[example.context]
         article = self._by_title.get(example.title, []) if example.title.strip() else []
         for group in (article, self._all):
             first = draw.randrange(len(group)) if group else 0
@@ -102,5 +102,6 @@ def _pair(example: Example, context: str, title: str, ids: set[str]) -> Example:
     return replace(example, id=name, title=title, context=context, answers=())
 
 
-def _normalized(text: str) -> str:
+def normalized(text: str) -> str:
+    """A text in the form in which passages and questions are compared: one case, and single spaces."""
     return " ".join(text.split()).casefold()

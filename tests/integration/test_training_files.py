@@ -67,9 +67,11 @@ def plots():
 @pytest.fixture(scope="module")
 def arguments(tiny_model_dir, tmp_path_factory):
     """Two epochs of 4 steps, each ended by an evaluation; a checkpoint every 2 steps."""
-    data = tmp_path_factory.mktemp("data") / "data.json"
+    directory = tmp_path_factory.mktemp("data")
+    data, heldout = directory / "data.json", directory / "heldout.json"
     data.write_text(json.dumps(generate("train", questions=16)))
-    sources = ["--model", tiny_model_dir, "--train", data, "--eval", data, "--limit-eval", 1, "--max-new-tokens", 2]
+    heldout.write_text(json.dumps(generate("heldout", questions=4)))
+    sources = ["--model", tiny_model_dir, "--train", data, "--eval", heldout, "--limit-eval", 1, "--max-new-tokens", 2]
     return [*sources, "--eval-at-start", "--epochs", 2, "--batch-size", 4, "--save-steps", 2, "--keep", 3]
 
 
