@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -62,6 +63,7 @@ from training.settings import (
 )
 from training.sources import Source, load_source, weighted
 from training.trainer import BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME, GenerationTrainer
+from training.unanswerable import make_unanswerable
 
 CONFIG_NAME, LOCK_NAME = "training_config.json", "training.lock"
 PARTIAL_PATTERN = ".*.partial"
@@ -110,6 +112,10 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
     if dry_run:
         if arguments.should_save:
             print(describe([*data.sources, data.eval_source], data.rows, overview, tokenizer))
+            print(
+                f"trained on: {data.train_questions} questions, {data.without_answer} of them without an answer, and "
+                f"{data.made_without_answer} more without an answer, which were made of them"
+            )
             print(data.overlap)
         return None
     settings = {
@@ -140,6 +146,8 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         best, history = trainer.best(), history_of(trainer.state.log_history)
         metrics = {
             "train_questions": data.train_questions,
+            "train_questions_without_answer": data.without_answer,
+            "questions_made_without_answer": data.made_without_answer,
             "questions_that_do_not_fit": len(data.too_long),
             "eval_questions": len(data.eval_examples),
             "eval_passages": len({normalized(example.context) for example in data.eval_examples}),
@@ -169,7 +177,9 @@ class Data:
         eval_source: Of questions to evaluate with.
         eval_examples: These, as many as are wanted.
         rows: Tokenised training rows.
-        train_questions: How many questions are in them.
+        train_questions: How many questions of the sources are in them.
+        without_answer: How many of these have no answer.
+        made_without_answer: How many further questions without an answer are in the rows, made of the others.
         too_long: What is wrong with each that was skipped because it fits into no window.
         is_held_out: Whether the questions to evaluate are the sources' own, held out.
         overlap: What the questions to evaluate share with those trained on.
@@ -180,6 +190,8 @@ class Data:
     eval_examples: list[Example]
     rows: datasets.Dataset
     train_questions: int
+    without_answer: int
+    made_without_answer: int
     too_long: list[str]
     is_held_out: bool
     overlap: Overlap
@@ -211,10 +223,9 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
     eval_examples = list(eval_source.examples[: config.limit_eval])
     _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
     weights = config.weights or (1.0,) * len(sources)
-    pairs = zip(sources, weights, strict=True)
-    examples = [example for source, weight in pairs for example in weighted(source, weight, config.seed)]
-    examples = examples[: config.limit_train]
-    if not examples:
+    parts = [weighted(source, weight, config.seed) for source, weight in zip(sources, weights, strict=True)]
+    parts = _limited(parts, config.limit_train)
+    if not any(parts):
         raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
     settings = RowSettings(
         loss_on=config.loss_on,
@@ -222,30 +233,48 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         max_positions=max_length,
         packing=config.packing,
     )
-    problems: list[str | None] = []
+
+    made = make_unanswerable(parts, config.no_answer_share, seed=config.seed)
+    problems: list[str] = []
     try:
-        rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
+        rows = cached_rows([*chain(*parts), *made], tokenizer, settings, cache_dir=config.cache_dir)
     except PromptTooLongError as error:
-        problems = [too_long(example, tokenizer, settings) for example in examples]
-        if all(problems):
+        checked = [[(example, too_long(example, tokenizer, settings)) for example in part] for part in parts]
+        problems = [problem for part in checked for _, problem in part if problem is not None]
+        count = sum(map(len, parts))
+        if len(problems) == count:
             raise
-        if not config.skip_bad_rows:
-            count = sum(problem is not None for problem in problems)
+        if problems and not config.skip_bad_rows:
             raise PromptTooLongError(
-                f"{error}. Or leave such questions out, {count} of {len(examples)}, with --skip-bad-rows"
+                f"{error}. Or leave such questions out, {len(problems)} of {count}, with --skip-bad-rows"
             ) from error
-        examples = [example for example, problem in zip(examples, problems, strict=True) if problem is None]
-        rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
+        parts = [[example for example, problem in part if problem is None] for part in checked]
+        made = make_unanswerable(parts, config.no_answer_share, seed=config.seed)
+        made = [example for example in made if too_long(example, tokenizer, settings) is None]
+        rows = cached_rows([*chain(*parts), *made], tokenizer, settings, cache_dir=config.cache_dir)
+    examples = list(chain(*parts))
     return Data(
         sources=sources,
         eval_source=eval_source,
         eval_examples=eval_examples,
         rows=rows,
         train_questions=len(examples),
-        too_long=[problem for problem in problems if problem is not None],
+        without_answer=sum(not example.answers for example in examples),
+        made_without_answer=len(made),
+        too_long=problems,
         is_held_out=is_held_out,
         overlap=overlap_of(examples, eval_examples),
     )
+
+
+def _limited(parts: Sequence[Sequence[Example]], limit: int | None) -> list[Sequence[Example]]:
+    """The first questions of all parts together."""
+    left = sum(map(len, parts)) if limit is None else limit
+    limited = []
+    for part in parts:
+        limited.append(part[:left])
+        left -= len(limited[-1])
+    return limited
 
 
 def _check_eval(
@@ -501,6 +530,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_columns_option(data)
     data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out; the first ends the run else")
+    data.add_argument(
+        "--no-answer-share",
+        type=float,
+        metavar="X",
+        help="questions without an answer to train on, for each question; what the sources lack is made of questions "
+        f"that are asked about other passages (default: {default.no_answer_share})",
+    )
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")
     data.add_argument("--limit-eval", type=int, metavar="N", help="use only the first N questions to evaluate")
     data.add_argument("--cache-dir", type=Path, metavar="DIR", help="where tokenised rows are kept")

@@ -230,7 +230,10 @@ def _report(
             data,
         ),
         "",
-        f"Trained on {metrics['train_questions']} questions of these: {overview.rows} rows with {overview.questions} "
+        f"Trained on {metrics['train_questions']} questions of these, "
+        f"{metrics['train_questions_without_answer']} of them without an answer, and on "
+        f"{metrics['questions_made_without_answer']} without an answer that were made of them, asked about other "
+        f"passages: {overview.rows} rows with {overview.questions} "
         f"questions, {overview.windows} of them about a part of a long passage; {overview.tokens} tokens, "
         f"{overview.counted} of them in the loss; {overview.padding:.1%} of a batch is padding.",
         "",

@@ -25,6 +25,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LEARNING_RATE_PRETRAINED, LEARNING_RATE_LORA = 5e-5, 2e-4
 LEARNING_RATE_STARTER, LEARNING_RATE_RANDOM = 1e-4, 5e-4
 """The smaller the model and the younger its weights, the larger the steps that it learns with."""
+NO_ANSWER_SHARE = 0.2
+"""Of questions without an answer, in the recipe for GPT-2."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Radford et al. (2018) fine-tuned the first GPT so: 3 epochs, batches of 32, 6.25e-5, a short warm-up. Eight packed
@@ -37,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.02,
         "precision": "auto",
         "patience": 2,
+        "no_answer_share": NO_ANSWER_SHARE,
     },
     # The notebook that this project replaces, as far as it can be right: its padding, batches, loss and schedule.
     "notebook": {
@@ -67,7 +70,7 @@ POSITIVE = (
     "max_new_tokens",
     "eval_batch_size",
 )
-SHARES = ("warmup", "label_smoothing", "dropout", "lora_dropout", "text_loss_share")
+SHARES = ("no_answer_share", "warmup", "label_smoothing", "dropout", "lora_dropout", "text_loss_share")
 PATHS = ("model", "tokenizer", "eval", "output", "cache_dir")
 FREE_TO_CHANGE = (*PATHS, "train", "package_versions", "eval_at_start", "save_steps", "keep", "tensorboard")
 """What may differ when a run goes on from a checkpoint. Of model and data the content decides, not the name."""
@@ -87,6 +90,8 @@ class FinetuneConfig:
             answered and scored at the end of each epoch, or every `eval_steps`.
         columns: `FIELD=NAME` of `qa_onnx.data.rows.FIELDS`, where JSONL, CSV or hub columns have other names.
         skip_bad_rows: Leave bad rows out and count them, instead of ending with the first.
+        no_answer_share: Questions without an answer to train on for each question. As many as the sources lack are made
+            of questions that are asked about other passages (`training.unanswerable`).
         limit_train: Use only the first so many training questions.
         limit_eval: Use only the first so many questions to evaluate.
         output: Directory to write to: new, empty, or this same run's, which then goes on from its last checkpoint.
@@ -132,6 +137,7 @@ class FinetuneConfig:
     eval: str = DEFAULT_EVAL
     columns: tuple[str, ...] = ()
     skip_bad_rows: bool = False
+    no_answer_share: float = 0.0
     limit_train: int | None = None
     limit_eval: int | None = None
     output: Path

@@ -340,6 +340,7 @@ def test_the_named_architecture_is_gpt2_itself():
         (["--model", "starter", "--batch-size", "0"], "batch_size 0"),
         (["--model", "starter", "--limit-eval", "0"], "limit_eval 0"),
         (["--model", "starter", "--limit-train", "-1"], "limit_train -1"),
+        (["--model", "starter", "--no-answer-share", "-0.1"], "no_answer_share -0.1"),
         (["--model", "starter", "--max-steps", "0"], "max_steps 0"),
         (["--model", "starter", "--learning-rate", "nan"], "learning_rate nan"),
         (["--model", "{missing}"], "no model could be loaded"),

@@ -211,3 +211,39 @@ def test_the_title_names_model_and_data_and_no_directory(tmp_path, model, train,
 def test_the_title_of_random_weights(tmp_path):
     config = FinetuneConfig(from_scratch="gpt2", tokenizer="x", train=("squad_v2",), output=tmp_path)
     assert title_of(config) == "GPT-2 from random weights for question answering, fine-tuned on SQuAD v2.0"
+
+
+def test_questions_without_an_answer_are_made_trained_on_and_counted(options, rows, tmp_path, capsys):
+    run = [*options, "--train", rows, "--eval", "sample", "--limit-eval", 2, "--packing", "--no-answer-share", 0.5]
+    assert run_finetune(*run, "--output", tmp_path / "dry", "--dry-run") == 0
+    output = capsys.readouterr().out
+    assert "trained on: 30 questions, 0 of them without an answer, and 15 more without an answer" in output
+    assert re.search(r"rows: \d+ with 45 questions", output)
+    assert run_finetune(*run, "--output", tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    names = ("train_questions", "train_questions_without_answer", "questions_made_without_answer")
+    assert [metrics[name] for name in names] == [30, 0, 15]
+    assert "and on 15 without an answer that were made of them" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_questions_that_cannot_be_made_are_an_error(options, tmp_path, capsys):
+    path = tmp_path / "one.csv"
+    path.write_text("context,question,answer\n" + "".join(f"It is red.,Which color {n}?,red\n" for n in range(5)))
+    run = [*options, "--train", path, "--eval", "sample", "--limit-eval", 2, "--output", tmp_path / "out"]
+    assert run_finetune(*run, "--no-answer-share", 0.5) == 2
+    assert "--no-answer-share 0.5: got 5 questions on 1 different passages" in capsys.readouterr().err
+    assert run_finetune(*run, "--no-answer-share", 1) == 2
+    assert "no_answer_share 1.0" in capsys.readouterr().err
+
+
+def test_a_pair_that_does_not_fit_is_left_out(options, tmp_path):
+    """A question may fit with its own short passage and leave no room for a window of another."""
+    rows = [
+        {"context": "It is red.", "question": "Which color " + "is it of them " * 32 + "?", "answer": "red"},
+        {"context": " ".join(f"word{n}" for n in range(40)), "question": "Which word is second?", "answer": "word1"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = [*options, "--train", tmp_path / "rows.jsonl", "--eval", "sample", "--limit-eval", 2]
+    assert run_finetune(*run, "--no-answer-share", 0.99, "--output", tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["train_questions"], metrics["questions_made_without_answer"]) == (2, 1)
