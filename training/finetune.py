@@ -68,6 +68,8 @@ from training.unanswerable import make_unanswerable
 CONFIG_NAME, LOCK_NAME = "training_config.json", "training.lock"
 PARTIAL_PATTERN = ".*.partial"
 """Of files that `write_file` was killed in."""
+LOGGING_SHARE = 1 / 200
+"""Steps between two logs, as a share of all: 100 to 200 logs of a run, or one each step."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -163,7 +165,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         }
         if arguments.should_save:
             with writes_checkpoints(config.output):
-                _finish(trainer.best_directory(), config, data, overview, metrics, history)
+                _finish(trainer, config, data, overview, metrics, history)
         trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -355,7 +357,7 @@ def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path 
 
 
 def _finish(
-    best: Path,
+    trainer: GenerationTrainer,
     config: FinetuneConfig,
     data: Data,
     overview: Overview,
@@ -363,7 +365,7 @@ def _finish(
     history: list[dict[str, Any]],
 ) -> None:
     """Copies the best model to the output directory, reports, and deletes the checkpoints."""
-    for path in sorted(best.iterdir()):
+    for path in sorted(trainer.best_directory().iterdir()):
         if path.name != CHECKSUMS_NAME:
             write_file(config.output / path.name, path.read_bytes())
     answers = read_predictions(config.output / PREDICTIONS_NAME)
@@ -378,6 +380,7 @@ def _finish(
         overview=overview,
         metrics=metrics,
         history=history,
+        learning_rates=trainer.learning_rates(),
         worst=worst_examples(data.eval_examples, answers),
     )
     delete_checkpoints(config.output, kept=())
@@ -483,12 +486,12 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         eval_on_start=config.eval_at_start,
         save_strategy="steps",
         save_steps=config.save_steps,
-        logging_steps=20,
+        logging_steps=LOGGING_SHARE,
         logging_first_step=True,
         report_to=[],
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # TrainingProgress shows it
     )
     if not has_accelerator:  # several processes get cpu:0, which torch.load cannot put a checkpoint's tensors on
         arguments._setup_devices = torch.device("cpu")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qa_onnx.data.example import Example
@@ -22,7 +23,7 @@ from qa_onnx.evaluation.metrics import score_example
 from qa_onnx.files import public_name, write_file
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from training.holdout import HELDOUT_NAME, Overlap, share_of
-from training.overview import HISTOGRAM_STEP, Overview
+from training.overview import Overview
 from training.settings import FinetuneConfig
 from training.sources import SAMPLES, Source
 
@@ -122,6 +123,7 @@ def write_report(
     overview: Overview,
     metrics: dict[str, Any],
     history: Sequence[dict[str, Any]],
+    learning_rates: Sequence[float],
     worst: Sequence[tuple[Example, str, float]],
 ) -> None:
     """Writes `metrics.json`, `history.csv`, the plots, `report.md` and the model card (`README.md`) to `output`."""
@@ -130,36 +132,45 @@ def write_report(
     writer.writeheader()
     writer.writerows(history)
     write_file(output / HISTORY_NAME, table.getvalue())
-    write_file(output / CURVES_NAME, _png(_curves(history)))
+    write_file(output / CURVES_NAME, _png(_curves(history, learning_rates)))
     write_file(output / LENGTHS_NAME, _png(_lengths(overview)))
     write_file(output / REPORT_NAME, _report(config, sources, eval_source, overlap, overview, metrics, worst))
     write_file(output / CARD_NAME, _card(config, sources, eval_source, overlap, metrics))
     write_json(output / METRICS_NAME, metrics)  # last: with it a run is finished
 
 
-def _curves(history: Sequence[dict[str, Any]]) -> Figure:
-    panels = (("loss", ("loss",)), ("learning rate", ("learning_rate",)), ("score, %", ("exact_match", "f1")))
+def _curves(history: Sequence[dict[str, Any]], learning_rates: Sequence[float]) -> Figure:
+    """Loss and scores where they were measured, and the learning rate at every step."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, (label, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in history if name in row]
-            marker = "o" if len(points) < 20 else ""
-            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=marker, markersize=3, label=name)
+    loss, rate, score = figure.subplots(1, 3)
+    _plot(loss, [(row["step"], row["loss"]) for row in history if "loss" in row])
+    _plot(rate, list(enumerate(learning_rates, 1)))
+    for name, label in (("exact_match", "exact match"), ("f1", "F1")):
+        _plot(score, [(row["step"], row[name]) for row in history if name in row], label=label)
+    score.legend(frameon=False)
+    score.set_ylim(0, 1.15 * max(row["f1"] for row in history if "f1" in row) + 1.0)
+    for axes, label in ((loss, "loss"), (rate, "learning rate"), (score, "score, %")):
+        axes.set_xlim(0, max(len(learning_rates), 1))
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(["exact match", "F1"], frameon=False)
-            axes.set_ylim(0, 1.15 * max(row["f1"] for row in history if "f1" in row) + 1.0)
     return figure
+
+
+def _plot(axes: Axes, points: Sequence[tuple[int, float]], **options: Any) -> None:
+    """A line; with marks where there are too few points for one to show."""
+    marker = "o" if len(points) < 20 else ""
+    axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, markersize=3, clip_on=False, **options)
 
 
 def _lengths(overview: Overview) -> Figure:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.bar(list(overview.lengths), list(overview.lengths.values()), width=HISTOGRAM_STEP * 0.9, align="edge")
-    axes.set_xlabel("tokens of a row")
+    width = overview.length_step
+    axes.bar(list(overview.lengths), list(overview.lengths.values()), width=width * 0.9, align="edge")
+    axes.set_xlabel(f"tokens of a row, {width} a bar" if width > 1 else "tokens of a row")
     axes.set_ylabel("rows")
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -15,7 +15,16 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
 from torch.utils.data import Sampler
-from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GPT2TokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
@@ -36,6 +45,7 @@ from training.checkpoints import (
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
 from training.model import GPT2LMHeadModel, PeftModel, merged, whole
+from training.progress import TrainingProgress
 from training.settings import FinetuneConfig
 from training.tensorboard import TensorBoardLog
 
@@ -68,9 +78,11 @@ class GenerationTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[
                 self.stop,
+                TrainingProgress(),
                 *([TensorBoardLog(config.output / TENSORBOARD_NAME)] if config.tensorboard else []),
             ],
         )
+        self.remove_callback(PrinterCallback)
         self._tokenizer = tokenizer
         self._eval_examples = eval_examples
         self._config = config
@@ -118,6 +130,17 @@ class GenerationTrainer(Trainer):
         if self.is_patience_used_up():
             self.control.should_training_stop = True
         return metrics
+
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each step that was made, the first one's first."""
+        rate = self.args.learning_rate
+        schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=rate),
+            num_warmup_steps=self.args.get_warmup_steps(self.state.max_steps),
+            num_training_steps=self.state.max_steps,
+        )
+        return [rate * schedule.lr_lambdas[0](step) for step in range(self.state.global_step)]
 
     def is_at_its_end(self) -> bool:
         """Whether there is nothing left to train."""
