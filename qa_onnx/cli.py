@@ -17,7 +17,7 @@ from typing import Any
 from qa_onnx.answer import Answer
 from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import Bundle
-from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, EngineConfig, GenerationConfig
+from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, EngineConfig, GenerationConfig
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.rows import FIELDS, parse_columns
@@ -289,7 +289,8 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         ("top_p", float, "draw from the most probable tokens that add up to X; default: 1, all"),
         ("seed", int, "of the draws; default: another each time"),
         ("no_answer_threshold", float, "no answer above this probability of none; default: the bundle's"),
-        ("stride", int, f"tokens that windows of a long context share; default: {DEFAULT_STRIDE}"),
+        ("window", int, "tokens of a context read at once; default: the bundle's"),
+        ("stride", int, "tokens that windows of a long context share; default: the bundle's"),
     ):
         default = next(field.default for field in fields(GenerationConfig) if field.name == name)
         option = f"--{name.replace('_', '-')}"

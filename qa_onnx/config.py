@@ -17,6 +17,7 @@ MIN_TEMPERATURE = 0.001
 MAX_WHOLE_NUMBER = 2**63
 DEFAULT_MAX_NEW_TOKENS = 32
 DEFAULT_STRIDE = 128
+MIN_WINDOW_TOKENS = 16
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_PREFIX_CACHE_BYTES = 256 * 2**20
 
@@ -44,7 +45,9 @@ class GenerationConfig:
         no_answer_threshold: From 0 to 1. Where the probability that the context holds no answer is above it, the
             answer is empty; where it is not, there is one. None takes the bundle's, from `python -m qa_onnx calibrate`;
             where it has none, the answer is empty where that is most probable.
-        stride: Tokens that neighboring windows of a long context share (no more than half a window).
+        window: Maximum number of tokens of a context that are read at once (see `qa_onnx.text.windows`); longer ones are
+            read in overlapping windows. None takes the bundle's.
+        stride: Tokens that neighboring windows share, no more than half a window. None takes the bundle's.
         ignore_eos: Continue after the end-of-text token, up to `max_new_tokens`. For benchmarks.
 
     Raises:
@@ -60,7 +63,8 @@ class GenerationConfig:
     top_p: float = 1.0
     seed: int | None = None
     no_answer_threshold: float | None = None
-    stride: int = DEFAULT_STRIDE
+    window: int | None = None
+    stride: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -69,16 +73,16 @@ class GenerationConfig:
             ("num_answers", 1),
             ("no_repeat_ngram_size", 0),
             ("top_k", 0),
-            ("stride", 0),
         ):
             _set_whole_number(self, name, least)
+        for name, least in (("seed", 0), ("window", MIN_WINDOW_TOKENS), ("stride", 0)):
+            if getattr(self, name) is not None:
+                _set_whole_number(self, name, least)
         if self.num_answers > MAX_NUM_ANSWERS:
             raise InvalidInputError(
                 f"got num_answers {self.num_answers}; expected at most {MAX_NUM_ANSWERS}: the search for them takes "
                 "time and memory"
             )
-        if self.seed is not None:
-            _set_whole_number(self, "seed", 0)
         for name in ("extractive", "ignore_eos"):
             _set_bool(self, name)
         _set_number(self, "temperature", f"0 (greedy), or a number from {MIN_TEMPERATURE} on")

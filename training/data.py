@@ -27,7 +27,7 @@ from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
 from qa_onnx.text.prompt import encode_answers
-from qa_onnx.text.windows import Window, encode_windows
+from qa_onnx.text.windows import Window, WindowSettings, encode_windows
 from training.answers import locate
 from training.model import IGNORED
 
@@ -220,7 +220,7 @@ def _windows(examples: Sequence[Example], bpe: Tokenizer, max_positions: int) ->
             [examples[index].context for index in chosen],
             max_positions=max_positions,
             max_new_tokens=room,
-            stride=max(DEFAULT_STRIDE, room),
+            settings=WindowSettings(stride=max(DEFAULT_STRIDE, room)),
         )
         for index, parts in zip(chosen, encoded, strict=True):
             windows[index] = parts

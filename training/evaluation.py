@@ -8,14 +8,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast
 
-from qa_onnx.config import DEFAULT_STRIDE
 from qa_onnx.data.example import Example
-from qa_onnx.text.windows import Window, encode_windows
+from qa_onnx.text.windows import Window, WindowSettings, encode_windows
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 
 
 def windows_of(
-    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, *, max_positions: int, max_new_tokens: int
+    examples: Sequence[Example],
+    tokenizer: GPT2TokenizerFast,
+    *,
+    max_positions: int,
+    max_new_tokens: int,
+    settings: WindowSettings | None = None,
 ) -> list[list[Window]]:
     """The windows that each example is answered in; raises `PromptTooLongError` where a question leaves no room."""
     return encode_windows(
@@ -24,7 +28,7 @@ def windows_of(
         [example.context for example in examples],
         max_positions=max_positions,
         max_new_tokens=max_new_tokens,
-        stride=DEFAULT_STRIDE,
+        settings=settings,
     )
 
 

@@ -7,13 +7,52 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from qa_onnx.config import DEFAULT_STRIDE, MIN_WINDOW_TOKENS
 from qa_onnx.engine.sequence import Prompt
-from qa_onnx.errors import PromptTooLongError
+from qa_onnx.errors import InvalidInputError, PromptTooLongError, short_repr
 from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode, encode_prompts
 
-MIN_WINDOW_TOKENS = 16
+WORD, SENTENCE, PARAGRAPH = 1, 2, 3
+SENTENCE_ENDS = tuple(".!?\u3002\uff01\uff1f")
 RESERVE_STEP = 64
 """What a window leaves to question and answer is a multiple of this, so that questions of like length share windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSettings:
+    """How long contexts are read.
+
+    Attributes:
+        window: Maximum number of tokens of a context that are read at once, those of the prompt's `Context:` included;
+            None is as many as the model's positions hold with the question and its answer.
+        stride: Tokens that neighboring windows share, though no more than half a window.
+
+    Raises:
+        InvalidInputError: `window` is below `MIN_WINDOW_TOKENS`, or `stride` below 0, or one is no whole number.
+    """
+
+    window: int | None = None
+    stride: int = DEFAULT_STRIDE
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (type(self.window) is not int or self.window < MIN_WINDOW_TOKENS):
+            raise InvalidInputError(
+                f"got window {short_repr(self.window)}; expected a whole number of at least {MIN_WINDOW_TOKENS}, or None"
+            )
+        if type(self.stride) is not int or self.stride < 0:
+            raise InvalidInputError(f"got stride {short_repr(self.stride)}; expected a whole number of at least 0")
+
+    def check_fit(self, max_positions: int) -> None:
+        """Refuses a window that is longer than a model.
+
+        Raises:
+            InvalidInputError: It is.
+        """
+        if self.window is not None and self.window > max_positions:
+            raise InvalidInputError(
+                f"got window {self.window}; the model has {max_positions} positions for context, question and answer. "
+                "Pass a smaller one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +77,20 @@ def encode_windows(
     *,
     max_positions: int,
     max_new_tokens: int,
-    stride: int,
+    settings: WindowSettings | None = None,
 ) -> list[list[Window]]:
-    """Tokenises prompts, and cuts documents that are too long into windows. Questions and answers are never cut.
+    """Tokenizes prompts, and cuts documents that are too long into windows. Questions and answers are never cut.
 
-    A document is cut where its question and an answer of `max_new_tokens` (of a quarter of the positions at most) would
-    not fit behind it.
+    A document is cut where it is longer than `settings.window`, or where its question and an answer of
+    `max_new_tokens` (of a quarter of the positions at most) would not fit behind it.
 
     Args:
         tokenizer: From `load_tokenizer`, or any that went through `prepare_tokenizer`.
         questions: One question each.
         contexts: The document of each question, in the same order.
         max_positions: How many tokens prompt and answer may have together.
-        max_new_tokens: The most tokens of an answer.
-        stride: Tokens that neighbouring windows share, though no more than half a window.
+        max_new_tokens: Maximum number of tokens of an answer.
+        settings: Size and overlap of windows; None is `WindowSettings()`.
 
     Returns:
         The windows of each question, in the document's order.
@@ -60,13 +99,16 @@ def encode_windows(
         InvalidInputError: As from `encode_prompts`.
         PromptTooLongError: A question leaves no room for a window of `MIN_WINDOW_TOKENS` tokens.
     """
+    settings = settings or WindowSettings()
+    settings.check_fit(max_positions)
     prompts = encode_prompts(tokenizer, questions, contexts)
     room = min(max_new_tokens, max_positions // 4) - 1  # the last token is not read
     (label,) = encode(tokenizer, [QUESTION_LABEL])
     cut: dict[tuple[str, int], list[tuple[int, str]]] = {}
     windows: list[list[Window]] = []
     for index, (question, context, prompt) in enumerate(zip(questions, contexts, prompts, strict=True)):
-        if len(prompt) + room <= max_positions:
+        size = len(prompt.prefix_ids) - len(label.ids)
+        if len(prompt) + room <= max_positions and (settings.window is None or size <= settings.window):
             windows.append([Window(start=0, text=context, prompt=prompt)])
             continue
         needed = len(label.ids) + len(prompt.suffix_ids) + room
@@ -79,8 +121,9 @@ def encode_windows(
                 f"{max(budget, 0)} of the model's {max_positions} positions to the context, and a window has at least "
                 f"{MIN_WINDOW_TOKENS}. Shorten the question, or lower max_new_tokens"
             )
+        budget = min(budget, settings.window or budget)
         if (context, budget) not in cut:
-            cut[context, budget] = _cut(tokenizer, context, budget, min(stride, budget // 2))
+            cut[context, budget] = _cut(tokenizer, context, budget, min(settings.stride, budget // 2))
         parts = cut[context, budget]
         encoded = encode_prompts(tokenizer, [question] * len(parts), [text for _, text in parts])
         windows.append(
@@ -92,15 +135,15 @@ def encode_windows(
 def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> list[tuple[int, str]]:
     """Cuts a document into parts of at most `max_tokens` tokens (with the template's) that share about `stride`.
 
-    Cuts are at the start of words where there are any, so that a part has the document's own tokens.
+    Cuts are at the end of paragraphs, of sentences or of words, so that a part is read as it was written and has the
+    document's own tokens.
     """
     label = PASSAGE_TEMPLATE.index("{")
     (encoding,) = encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context)])
     total, offsets = len(encoding.ids), encoding.offsets  # each access makes a new list
     first_characters = [max(first - label, 0) for first, _ in offsets] + [len(context)]
-    # A token with a space before its word may count the space or not; a part starts behind it in both cases.
-    can_cut = [
-        index == 0 or index == total or context[first : first + 1].isspace() or context[first - 1 : first].isspace()
+    ranks = [
+        SENTENCE if index in (0, total) else _rank_of_cut(context, first)
         for index, first in enumerate(first_characters)
     ]
     template = next((index for index, (_, last) in enumerate(offsets) if last > label), 0)
@@ -110,7 +153,7 @@ def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> li
         size = max_tokens - template
         while True:
             end = min(begin + size, total)
-            end = _back_to_cut(can_cut, begin, end)
+            end = total if end == total else _back_to_cut(ranks, begin + (end - begin) * 3 // 4, end)
             start, stop = first_characters[begin], first_characters[end]
             while start < stop and context[start].isspace():
                 start += 1
@@ -124,12 +167,26 @@ def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> li
             parts.append((start, text))
         if end == total:
             return parts
-        begin = max(_back_to_cut(can_cut, begin, end - stride), begin + 1)
+        shared = end - stride
+        begin = max(_back_to_cut(ranks, max(shared - stride, begin + (shared - begin) * 3 // 4), shared), begin + 1)
 
 
-def _back_to_cut(can_cut: Sequence[bool], begin: int, end: int) -> int:
-    """The last place up to `end` to cut at, in the last quarter from `begin`; `end` itself where there is none."""
-    for index in range(end, begin + (end - begin) * 3 // 4, -1):
-        if can_cut[index]:
-            return index
-    return end
+def _rank_of_cut(context: str, place: int) -> int:
+    """How good a character is to cut before: `PARAGRAPH`, `SENTENCE`, `WORD`, or 0 inside of a word."""
+    # A token with a space before its word may count the space or not; a part starts behind it in both cases.
+    start = place
+    while start < len(context) and context[start].isspace():
+        start += 1
+    end = place
+    while end > 0 and context[end - 1].isspace():
+        end -= 1
+    if start == end:
+        return 0
+    if "\n" in context[end:start]:
+        return PARAGRAPH
+    return SENTENCE if context[end - 1 : end] in SENTENCE_ENDS else WORD
+
+
+def _back_to_cut(ranks: Sequence[int], begin: int, end: int) -> int:
+    """The best place to cut at, behind `begin` and up to `end`, the last among equals; `end` where all are in words."""
+    return max(range(end, begin, -1), key=ranks.__getitem__, default=end)

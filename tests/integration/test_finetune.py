@@ -82,7 +82,7 @@ def test_a_long_passage_is_trained_on_in_the_windows_it_is_answered_in(tokenizer
     long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=context.index("Zanzibar")),))
     rows = tokenize([long], tokenizer, RowSettings(max_positions=160))
     windows = encode_windows(
-        tokenizer.backend_tokenizer, [long.question], [context], max_positions=160, max_new_tokens=32, stride=128
+        tokenizer.backend_tokenizer, [long.question], [context], max_positions=160, max_new_tokens=32
     )[0]
     assert len(rows) == len(windows) > 2
     for row, window in zip(rows, windows, strict=True):

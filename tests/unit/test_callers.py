@@ -20,7 +20,7 @@ import pytest
 from fakes import CONTEXT, Gate, echo_answerer, small_tokenizer
 
 from qa_onnx import ClosedError, GenerationConfig, InvalidInputError, PromptTooLongError, QueueFullError
-from qa_onnx.text.windows import encode_windows
+from qa_onnx.text.windows import WindowSettings, encode_windows
 
 ROOT = Path(__file__).parents[2]
 
@@ -680,7 +680,12 @@ def test_an_answer_that_is_whole_in_no_window_is_not_found(answerer):
         return answerer.answer(question, document, config=config).text
 
     (windows,) = encode_windows(
-        answerer._tokenizer, ["word10 word11"], [document], max_positions=128, max_new_tokens=20, stride=0
+        answerer._tokenizer,
+        ["word10 word11"],
+        [document],
+        max_positions=128,
+        max_new_tokens=20,
+        settings=WindowSettings(stride=0),
     )
     first = len(windows[0].text.split())
     parted = f"word{first - 1} word{first}"

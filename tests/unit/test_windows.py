@@ -8,9 +8,9 @@ from fakes import CONTEXT, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qa_onnx.errors import PromptTooLongError
+from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.text.prompt import encode_prompts
-from qa_onnx.text.windows import encode_windows
+from qa_onnx.text.windows import WindowSettings, encode_windows
 
 WORDS = ("Rollo", "the", "Normans,", "東京タワー", "e\u0301", "🙂🙂", "(1911)", "x" * 60, "\n\n", "\t", "\u00a0")
 documents = st.lists(st.sampled_from(WORDS), min_size=1, max_size=150).flatmap(
@@ -18,14 +18,14 @@ documents = st.lists(st.sampled_from(WORDS), min_size=1, max_size=150).flatmap(
 )
 
 
-def windows_of(context, question="Who led them?", *, max_positions=128, max_new_tokens=8, stride=16):
+def windows_of(context, question="Who led them?", *, max_positions=128, max_new_tokens=8, **settings):
     (windows,) = encode_windows(
         small_tokenizer(),
         [question],
         [context],
         max_positions=max_positions,
         max_new_tokens=max_new_tokens,
-        stride=stride,
+        settings=WindowSettings(**{"stride": 16} | settings),
     )
     return windows
 
@@ -50,6 +50,49 @@ def test_windows_fit_and_cover_the_document(context, stride):
 def test_a_document_that_fits_is_one_window_unchanged():
     (window,) = windows_of(CONTEXT + "  ")
     assert (window.start, window.text) == (0, CONTEXT + "  ")
+
+
+def test_a_window_is_as_long_as_it_is_set_and_the_document_is_covered():
+    context = " ".join(f"word{index}" for index in range(200))
+    windows = windows_of(context, window=40, stride=8)
+    (label,) = small_tokenizer().encode_batch(["\nQuestion:"])
+    assert max(len(window.prompt.prefix_ids) - len(label.ids) for window in windows) <= 40
+    assert all(f"word{index}" in " ".join(window.text for window in windows) for index in range(200))
+    assert len(windows) > len(windows_of(context))
+
+
+def test_a_context_that_fits_into_the_positions_is_cut_by_its_window():
+    twice = f"{CONTEXT} {CONTEXT}"
+    assert len(windows_of(twice)) == 1
+    assert [window.text for window in windows_of(twice, window=17, stride=0)] == [CONTEXT, CONTEXT]
+
+
+def test_windows_end_with_paragraphs_and_sentences_where_these_are_near():
+    sentence = "Rollo led the Normans to the river and settled there."
+    for between in (" ", "\n\n"):
+        windows = windows_of(between.join([sentence] * 40), stride=0, max_positions=256)
+        assert len(windows) > 2
+        assert all(window.text.startswith("Rollo led") and window.text.endswith("there.") for window in windows)
+    mixed = "\n".join(" ".join([sentence] * 4) for _ in range(10))
+    windows = windows_of(mixed, stride=0, max_positions=512)
+    assert len(windows) > 1
+    assert all(window.text.count("Rollo") % 4 == 0 for window in windows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 15}, "got window 15; expected a whole number of at least 16"),
+        ({"window": True}, "got window True"),
+        ({"window": "64"}, "got window '64'"),
+        ({"stride": -1}, "got stride -1; expected a whole number of at least 0"),
+        ({"stride": 1.5}, "got stride 1.5"),
+        ({"window": 129}, "got window 129; the model has 128 positions"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(InvalidInputError, match=message):
+        windows_of(CONTEXT, **settings)
 
 
 def test_neighbors_share_about_the_stride_and_start_at_words():
