@@ -40,6 +40,7 @@ def generate_answers(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     max_length: int | None = None,
+    settings: WindowSettings | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """Answers questions with transformers' `generate`, in batches of like length, padded on the left.
@@ -51,6 +52,7 @@ def generate_answers(
         max_new_tokens: The most tokens of an answer, its end-of-text included.
         batch_size: The most questions in a batch.
         max_length: The most tokens of a prompt with its answer; None is what the model has positions for.
+        settings: Size and overlap of windows; None is `WindowSettings()`.
         progress: Show a progress bar where standard error is a terminal.
 
     Returns:
@@ -60,7 +62,7 @@ def generate_answers(
         PromptTooLongError: A question leaves no room for a part of its passage.
     """
     positions = max_length or model.config.n_positions
-    windows = windows_of(examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens)
+    windows = windows_of(examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens, settings=settings)
     asked = [(example, window) for example, parts in zip(examples, windows, strict=True) for window in parts]
     has_windows = {example.id: len(parts) > 1 for example, parts in zip(examples, windows, strict=True)}
     prompts = [window.prompt for _, window in asked]

@@ -34,6 +34,7 @@ from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.predictions import read_predictions
 from qa_onnx.files import write_file
 from qa_onnx.lock import folder_lock
+from qa_onnx.text.windows import WindowSettings
 from training.checkpoints import (
     BEST_PREFIX,
     CHECKSUMS_NAME,
@@ -64,6 +65,7 @@ from training.settings import (
 from training.sources import Source, load_source, weighted
 from training.trainer import BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME, GenerationTrainer
 from training.unanswerable import make_unanswerable
+from training.windows import windows_for
 
 CONFIG_NAME, LOCK_NAME = "training_config.json", "training.lock"
 PARTIAL_PATTERN = ".*.partial"
@@ -118,6 +120,10 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
                 f"trained on: {data.train_questions} questions, {data.without_answer} of them without an answer, and "
                 f"{data.made_without_answer} more without an answer, which were made of them"
             )
+            print(
+                f"windows: of up to {data.windows.window} tokens of a passage, neighbors share {data.windows.stride}; "
+                f"{overview.left_out} without an answer left out"
+            )
             print(data.overlap)
         return None
     settings = {
@@ -137,6 +143,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
             tokenizer=tokenizer,
             train_rows=data.rows,
             eval_examples=data.eval_examples,
+            windows=data.windows,
             config=config,
             checkpoints=checkpoints,
         )
@@ -151,6 +158,8 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
             "train_questions_without_answer": data.without_answer,
             "questions_made_without_answer": data.made_without_answer,
             "questions_that_do_not_fit": len(data.too_long),
+            "window": data.windows.window,
+            "stride": data.windows.stride,
             "eval_questions": len(data.eval_examples),
             "eval_passages": len({normalized(example.context) for example in data.eval_examples}),
             "eval_questions_trained_on": data.overlap.same_question,
@@ -182,6 +191,7 @@ class Data:
         train_questions: How many questions of the sources are in them.
         without_answer: How many of these have no answer.
         made_without_answer: How many further questions without an answer are in the rows, made of the others.
+        windows: How long passages are read, in training, evaluation and use.
         too_long: What is wrong with each that was skipped because it fits into no window.
         is_held_out: Whether the questions to evaluate are the sources' own, held out.
         overlap: What the questions to evaluate share with those trained on.
@@ -194,6 +204,7 @@ class Data:
     train_questions: int
     without_answer: int
     made_without_answer: int
+    windows: WindowSettings
     too_long: list[str]
     is_held_out: bool
     overlap: Overlap
@@ -223,16 +234,26 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
     else:
         eval_source = load_source(config.eval, "eval", **options)
     eval_examples = list(eval_source.examples[: config.limit_eval])
-    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
     weights = config.weights or (1.0,) * len(sources)
     parts = [weighted(source, weight, config.seed) for source, weight in zip(sources, weights, strict=True)]
     parts = _limited(parts, config.limit_train)
     if not any(parts):
         raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
+    windows = windows_for(
+        list(chain(*parts)),
+        tokenizer.backend_tokenizer,
+        window=config.window,
+        stride=config.stride,
+        max_positions=max_length,
+    )
+    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens, windows)
     settings = RowSettings(
         loss_on=config.loss_on,
         text_loss_share=config.text_loss_share,
         max_positions=max_length,
+        windows=windows,
+        no_answer_windows=config.no_answer_windows,
+        seed=config.seed,
         packing=config.packing,
     )
 
@@ -263,6 +284,7 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         train_questions=len(examples),
         without_answer=sum(not example.answers for example in examples),
         made_without_answer=len(made),
+        windows=windows,
         too_long=problems,
         is_held_out=is_held_out,
         overlap=overlap_of(examples, eval_examples),
@@ -280,13 +302,17 @@ def _limited(parts: Sequence[Sequence[Example]], limit: int | None) -> list[Sequ
 
 
 def _check_eval(
-    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, max_length: int, max_new_tokens: int
+    examples: Sequence[Example],
+    tokenizer: GPT2TokenizerFast,
+    max_length: int,
+    max_new_tokens: int,
+    windows: WindowSettings,
 ) -> None:
     """What cannot be evaluated is refused before hours of training."""
     (name, count), *_ = Counter(example.id for example in examples).most_common(1)
     if count > 1:
         raise InvalidInputError(f"{count} questions to evaluate have the id {name!r}; expected one of its own for each")
-    windows_of(examples, tokenizer, max_positions=max_length, max_new_tokens=max_new_tokens)
+    windows_of(examples, tokenizer, max_positions=max_length, max_new_tokens=max_new_tokens, settings=windows)
 
 
 def _lock(output: Path) -> AbstractContextManager[None]:
@@ -575,6 +601,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(recipe, "packing", "questions of one passage in one row", action="store_true")
     add(recipe, "pad_to", "pad to so many tokens at least", type=int)
     add(recipe, "max_length", "tokens of prompt and answer; the model's positions unless given", type=int)
+    add(recipe, "window", "tokens of a passage read at once; unless given, one that holds 99 %% of them", type=int)
+    add(recipe, "stride", "tokens that neighboring windows share; a quarter of a window unless given", type=int)
+    add(recipe, "no_answer_windows", "windows without the answer to train on, for each with it", type=int)
     add(recipe, "precision", "of the products; auto: what the GPU has", choices=PRECISIONS)
     add(recipe, "gradient_checkpointing", "less memory, more time", action="store_true")
     add(recipe, "compile", "torch.compile the model", action="store_true")

@@ -27,6 +27,7 @@ class Overview:
         rows: How many there are.
         questions: How many questions stand in them, one for each window of a passage that was cut.
         windows: How many of these are asked about a part of a passage.
+        left_out: How many windows without an answer were not kept.
         tokens: Of all rows, padding left out.
         counted: How many of them count in the loss.
         padding: Share of the tokens of an epoch's batches that is padding.
@@ -37,6 +38,7 @@ class Overview:
     rows: int
     questions: int
     windows: int
+    left_out: int
     tokens: int
     counted: int
     padding: float
@@ -53,6 +55,7 @@ def overview_of(rows: Dataset, config: FinetuneConfig) -> Overview:
         rows=len(rows),
         questions=sum(len(tokens) for tokens in rows["question_tokens"]),
         windows=sum(rows["windows"]),
+        left_out=sum(rows["left_out"]),
         tokens=sum(lengths),
         counted=compute.sum(compute.not_equal(labels, IGNORED)).as_py(),
         padding=padding_share(lengths, batch_size=config.batch_size, pad_to=config.pad_to, seed=config.seed),

@@ -245,8 +245,12 @@ def _report(
         f"{metrics['train_questions_without_answer']} of them without an answer, and on "
         f"{metrics['questions_made_without_answer']} without an answer that were made of them, asked about other "
         f"passages: {overview.rows} rows with {overview.questions} "
-        f"questions, {overview.windows} of them about a part of a long passage; {overview.tokens} tokens, "
+        f"questions, {overview.windows} of them about a part of a long passage ({overview.left_out} windows without an "
+        f"answer left out); {overview.tokens} tokens, "
         f"{overview.counted} of them in the loss; {overview.padding:.1%} of a batch is padding.",
+        "",
+        f"Passages are read in windows of up to {metrics['window']} tokens, of which neighbors share "
+        f"{metrics['stride']}.",
         "",
         f"![lengths of the rows]({LENGTHS_NAME})",
         "",

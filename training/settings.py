@@ -14,7 +14,7 @@ import torch
 from qa_onnx.data.rows import parse_columns
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import public_name
-from training.data import LOSS_ON, LossOn
+from training.data import LOSS_ON, NO_ANSWER_WINDOWS, LossOn
 from training.holdout import DEFAULT_EVAL, share_of
 from training.model import ARCHITECTURES
 
@@ -61,6 +61,7 @@ POSITIVE = (
     "limit_train",
     "limit_eval",
     "max_length",
+    "window",
     "lora_rank",
     "lora_alpha",
     "eval_steps",
@@ -111,6 +112,11 @@ class FinetuneConfig:
         packing: Several questions of one passage in one row.
         pad_to: Pad batches to so many tokens at least.
         max_length: The most tokens of a prompt with its answer; None is what the model has positions for.
+        window: Maximum number of tokens of a context that are read at once; None chooses one that holds 99 % of the
+            training passages (`training.windows`).
+        stride: Tokens that neighboring windows share; None is a quarter of a window, though no more than the default of
+            `qa_onnx`.
+        no_answer_windows: Windows without the answer to train on, for each with it (`training.data.RowSettings`).
         precision: Of the products while training: `bf16` and `fp16` are autocast, `auto` takes what the GPU has.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
         compile: `torch.compile` the model.
@@ -157,6 +163,9 @@ class FinetuneConfig:
     packing: bool = False
     pad_to: int = 0
     max_length: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    no_answer_windows: int = NO_ANSWER_WINDOWS
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -192,6 +201,10 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InvalidInputError(f"got {name} {value}; expected a number above 0")
+        for name in ("stride", "no_answer_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InvalidInputError(f"got {name} {value}; expected a whole number of at least 0")
         for name in SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

@@ -28,9 +28,11 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from qa_onnx.checkpoint.windows import write_windows
 from qa_onnx.data.example import Example
 from qa_onnx.evaluation.metrics import evaluate
 from qa_onnx.files import write_file
+from qa_onnx.text.windows import WindowSettings
 from training.checkpoints import (
     BEST_PREFIX,
     UNFINISHED_NAME,
@@ -64,10 +66,11 @@ class GenerationTrainer(Trainer):
         tokenizer: GPT2TokenizerFast,
         train_rows: datasets.Dataset,
         eval_examples: list[Example],
+        windows: WindowSettings,
         config: FinetuneConfig,
         checkpoints: Sequence[Path] = (),
     ) -> None:
-        """Takes the tokenised training rows, the questions to evaluate with, and the good checkpoints of before."""
+        """Takes the rows to train on, the questions to evaluate with, and the good checkpoints of before."""
         self.stop = StopWhenAsked()
         super().__init__(
             model=model,
@@ -85,6 +88,7 @@ class GenerationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._tokenizer = tokenizer
         self._eval_examples = eval_examples
+        self._windows = windows
         self._config = config
         self._checkpoints = list(checkpoints)
 
@@ -119,6 +123,7 @@ class GenerationTrainer(Trainer):
             max_new_tokens=self._config.max_new_tokens,
             batch_size=self._config.eval_batch_size,
             max_length=self._config.max_length,
+            settings=self._windows,
         )
         answers = dict(gather_object(list(answered.items())))
         scores = evaluate(self._eval_examples, answers)
@@ -190,6 +195,7 @@ class GenerationTrainer(Trainer):
             with writes_checkpoints(self._config.output):
                 model.save_pretrained(unfinished)
                 self._tokenizer.save_pretrained(unfinished)
+                write_windows(unfinished, self._windows)
                 write_file(unfinished / PREDICTIONS_NAME, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
                 finish_checkpoint(self._config.output, name)
         self.accelerator.wait_for_everyone()

@@ -80,7 +80,7 @@ def test_a_long_passage_is_trained_on_in_the_windows_it_is_answered_in(tokenizer
     words[place] = "Zanzibar"
     context = " ".join(words)
     long = example(context=context, answers=(GoldAnswer(text="Zanzibar", start=context.index("Zanzibar")),))
-    rows = tokenize([long], tokenizer, RowSettings(max_positions=160))
+    rows = tokenize([long], tokenizer, RowSettings(max_positions=160, no_answer_windows=100))
     windows = encode_windows(
         tokenizer.backend_tokenizer, [long.question], [context], max_positions=160, max_new_tokens=32
     )[0]

@@ -153,6 +153,6 @@ def test_histograms_have_as_many_classes_as_show_something(values, step):
 
 def test_a_histogram_of_one_length_is_drawn():
     overview = Overview(
-        rows=3, questions=3, windows=0, tokens=15, counted=3, padding=0.0, lengths={5: 3}, length_step=1
+        rows=3, questions=3, windows=0, left_out=0, tokens=15, counted=3, padding=0.0, lengths={5: 3}, length_step=1
     )
     assert len(report._lengths(overview).axes[0].patches) == 1
