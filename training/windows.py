@@ -38,12 +38,14 @@ def windows_for(
     if window is None:
         contexts = list(dict.fromkeys(example.context for example in examples))
         passages = encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context) for context in contexts])
-        targets = [target.text for example in examples if (target := target_answer(example)) is not None]
-        window = choose_window(
-            [len(passage) for passage in passages],
-            max((len(ids) for ids in encode_answers(tokenizer, targets)), default=0),
-            max_positions=max_positions,
-        )
+        lengths = {context: len(passage) for context, passage in zip(contexts, passages, strict=True)}
+        targets = [(example.context, target) for example in examples if (target := target_answer(example)) is not None]
+        answers = encode_answers(tokenizer, [target.text for _, target in targets])
+        least = max((2 * len(answer) + WINDOW_STEP for answer in answers), default=0)
+        for context, target in targets:  # an answer in other words can only be trained on with the whole passage
+            if not context.startswith(target.text, target.start):
+                least = max(least, lengths[context])
+        window = choose_window(list(lengths.values()), least, max_positions=max_positions)
     settings = WindowSettings(window=window, stride=min(DEFAULT_STRIDE, window // 4) if stride is None else stride)
     room, needed = max_positions - window, min(DEFAULT_MAX_NEW_TOKENS, max_positions // 4)
     if room < needed:
@@ -54,19 +56,19 @@ def windows_for(
     return settings
 
 
-def choose_window(passages: Sequence[int], longest_answer: int, *, max_positions: int) -> int:
+def choose_window(passages: Sequence[int], least: int, *, max_positions: int) -> int:
     """The window that fits some passages: long enough for nearly all of them, so that few are cut, and not longer.
 
     A model answers best in windows as long as the passages that it learned from. It is the smallest multiple of
-    `WINDOW_STEP` that holds `HELD_SHARE` of the passages, and twice the longest answer, so that each answer is whole in
-    one of overlapping windows; at least `MIN_WINDOW`, and at most what leaves `QUESTION_ROOM`, or half of the positions
-    where that is more.
+    `WINDOW_STEP` that holds `HELD_SHARE` of the passages, at least `MIN_WINDOW`, and at most what leaves
+    `QUESTION_ROOM`, or half of the positions where that is more.
 
     Args:
         passages: Tokens of each, those of the prompt's `Context:` included.
-        longest_answer: In tokens.
+        least: Tokens that a window has to hold, too: twice the longest answer, so that it is whole in one of
+            overlapping windows, and each passage whose answer does not occur in it.
         max_positions: See `windows_for`.
     """
     held = sorted(passages)[math.ceil(HELD_SHARE * len(passages)) - 1]
-    wanted = max(held, 2 * longest_answer + WINDOW_STEP, MIN_WINDOW)
+    wanted = max(held, least, MIN_WINDOW)
     return min(-(-wanted // WINDOW_STEP) * WINDOW_STEP, max(max_positions - QUESTION_ROOM, max_positions // 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -195,6 +196,34 @@ def test_the_window_is_the_smallest_multiple_that_holds_nearly_all_passages(pass
     assert choose_window(passages, 0, max_positions=positions) == window
 
 
-@pytest.mark.parametrize(("answer", "window"), [(0, 128), (32, 128), (33, 192), (100, 320), (600, 928)])
-def test_the_window_holds_the_longest_answer_and_its_overlap(answer, window):
-    assert choose_window([100] * 200, answer, max_positions=1024) == window
+@pytest.mark.parametrize(("least", "window"), [(0, 128), (128, 128), (129, 192), (300, 320), (1200, 928)])
+def test_the_window_holds_what_it_has_to(least, window):
+    assert choose_window([100] * 200, least, max_positions=1024) == window
+
+
+def many(last):
+    """199 short passages and another one."""
+    short = [replace(document(3, words=5), context=f"Zanzibar {number} is far.") for number in range(199)]
+    short = [replace(example, answers=(GoldAnswer(text="Zanzibar", start=0),)) for example in short]
+    return [*short, last]
+
+
+@pytest.mark.parametrize("text", ["Zanzibar", "an island far away"])
+def test_a_passage_whose_answer_does_not_occur_in_it_is_read_whole(tokenizer, text):
+    last = document(40, words=80)
+    last = replace(last, answers=(replace(last.answers[0], text=text),))
+    bpe = tokenizer.backend_tokenizer
+    window = windows_for(many(last), bpe, window=None, stride=None, max_positions=1024).window
+    length = len(bpe.encode(f"Context: {last.context}").ids)
+    assert (window >= length) == (text != "Zanzibar")
+    tokenize(many(last), tokenizer, RowSettings(max_positions=1024, windows=WindowSettings(window=window)))
+
+
+def test_a_long_answer_is_whole_in_a_window(tokenizer):
+    last = document(40, words=200)
+    text = last.context[200:700]
+    last = replace(last, answers=(GoldAnswer(text=text, start=200),))
+    settings = windows_for(many(last), tokenizer.backend_tokenizer, window=None, stride=None, max_positions=1024)
+    assert settings.window < len(tokenizer.backend_tokenizer.encode(last.context).ids)
+    rows = tokenize([last], tokenizer, RowSettings(max_positions=1024, windows=settings))
+    assert any(answered(tokenizer, rows))
