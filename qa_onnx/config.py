@@ -45,8 +45,8 @@ class GenerationConfig:
         no_answer_threshold: From 0 to 1. Where the probability that the context holds no answer is above it, the
             answer is empty; where it is not, there is one. None takes the bundle's, from `python -m qa_onnx calibrate`;
             where it has none, the answer is empty where that is most probable.
-        window: Maximum number of tokens of a context that are read at once (see `qa_onnx.text.windows`); longer ones are
-            read in overlapping windows. None takes the bundle's.
+        window: Maximum number of tokens of a context that are read at once (see `WindowSettings`); longer ones are read
+            in overlapping windows. None takes the bundle's.
         stride: Tokens that neighboring windows share, no more than half a window. None takes the bundle's.
         ignore_eos: Continue after the end-of-text token, up to `max_new_tokens`. For benchmarks.
 

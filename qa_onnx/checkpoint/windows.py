@@ -25,8 +25,8 @@ def read_windows(directory: Path) -> WindowSettings:
         return WindowSettings()
     if values.keys() != {"window", "stride"}:
         raise InvalidInputError(
-            f"{WINDOWS_NAME} has {', '.join(sorted(map(short_repr, values))) or 'nothing'}; expected window and stride. "
-            "Delete it, or train the model again"
+            f"{WINDOWS_NAME} has {', '.join(sorted(map(short_repr, values))) or 'nothing'}; expected window and stride "
+            "alone. Delete it, or train the model again"
         )
     try:
         return WindowSettings(**values)
