@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -62,7 +62,7 @@ from training.settings import (
     SCHEDULES,
     FinetuneConfig,
 )
-from training.sources import Source, load_source, weighted
+from training.sources import Source, load_source, sha256_of, weighted
 from training.trainer import BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME, GenerationTrainer
 from training.unanswerable import make_unanswerable
 from training.windows import windows_for
@@ -233,7 +233,6 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         sources, eval_source = hold_out(sources, config.eval, seed=config.seed)
     else:
         eval_source = load_source(config.eval, "eval", **options)
-    eval_examples = list(eval_source.examples[: config.limit_eval])
     weights = config.weights or (1.0,) * len(sources)
     parts = [weighted(source, weight, config.seed) for source, weight in zip(sources, weights, strict=True)]
     parts = _limited(parts, config.limit_train)
@@ -246,7 +245,11 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         stride=config.stride,
         max_positions=max_length,
     )
-    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens, windows)
+    asked = eval_source.examples if is_held_out else eval_source.examples[: config.limit_eval]
+    asked, not_asked = _fitting(asked, tokenizer, max_length, windows, config)
+    if is_held_out:  # `heldout.jsonl` has none that a bundle could not answer
+        eval_source = replace(eval_source, examples=tuple(asked), sha256=sha256_of(asked))
+    eval_examples = asked[: config.limit_eval]
     settings = RowSettings(
         loss_on=config.loss_on,
         text_loss_share=config.text_loss_share,
@@ -256,7 +259,6 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         seed=config.seed,
         packing=config.packing,
     )
-
     made = make_unanswerable(parts, config.no_answer_share, seed=config.seed)
     problems: list[str] = []
     try:
@@ -285,7 +287,7 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         without_answer=sum(not example.answers for example in examples),
         made_without_answer=len(made),
         windows=windows,
-        too_long=problems,
+        too_long=[*problems, *not_asked],
         is_held_out=is_held_out,
         overlap=overlap_of(examples, eval_examples),
     )
@@ -301,18 +303,43 @@ def _limited(parts: Sequence[Sequence[Example]], limit: int | None) -> list[Sequ
     return limited
 
 
-def _check_eval(
+def _fitting(
     examples: Sequence[Example],
     tokenizer: GPT2TokenizerFast,
     max_length: int,
-    max_new_tokens: int,
     windows: WindowSettings,
-) -> None:
-    """What cannot be evaluated is refused before hours of training."""
+    config: FinetuneConfig,
+) -> tuple[list[Example], list[str]]:
+    """The questions that can be evaluated, and what is wrong with each other one.
+
+    Raises:
+        InvalidInputError: Two have the same id.
+        PromptTooLongError: One leaves no room for a window, and bad rows are not to be skipped, or it is all of them.
+    """
     (name, count), *_ = Counter(example.id for example in examples).most_common(1)
     if count > 1:
         raise InvalidInputError(f"{count} questions to evaluate have the id {name!r}; expected one of its own for each")
-    windows_of(examples, tokenizer, max_positions=max_length, max_new_tokens=max_new_tokens, settings=windows)
+
+    def check(asked: Sequence[Example]) -> None:
+        windows_of(asked, tokenizer, max_positions=max_length, max_new_tokens=config.max_new_tokens, settings=windows)
+
+    try:
+        check(examples)
+    except PromptTooLongError:
+        fitting, problems = [], []
+        for example in examples:
+            try:
+                check([example])
+                fitting.append(example)
+            except PromptTooLongError as error:
+                problems.append(str(error).replace("question 0 ", f"question {example.id} "))
+        if not fitting or not config.skip_bad_rows:
+            raise PromptTooLongError(
+                f"{problems[0]}. Or leave such questions out of the evaluation, {len(problems)} of {len(examples)}, "
+                "with --skip-bad-rows"
+            ) from None
+        return fitting, problems
+    return list(examples), []
 
 
 def _lock(output: Path) -> AbstractContextManager[None]:

@@ -247,3 +247,24 @@ def test_a_pair_that_does_not_fit_is_left_out(options, tmp_path):
     assert run_finetune(*run, "--no-answer-share", 0.99, "--output", tmp_path / "out") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["train_questions"], metrics["questions_made_without_answer"]) == (2, 1)
+
+
+def test_a_question_held_out_that_cannot_fit_is_named_or_skipped(options, tmp_path, capsys):
+    """It must not depend on the draw whether one that is too long can be left out."""
+    lines = [
+        {"id": f"x{n}", "context": f"Mara {n} lives.", "question": "why " * 300 + "?", "answer": "Mara"}
+        for n in range(20)
+    ]
+    fine = [{"id": f"y{n}", "context": f"Mara {n} dies.", "question": "Who?", "answer": "Mara"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines + fine)))
+    run = [*options, "--train", tmp_path / "rows.jsonl", "--eval", "50%", "--output", tmp_path / "out"]
+    assert run_finetune(*run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"question x\d+ has \d+ tokens.* \d+ of 20, with --skip-bad-rows$", error)
+    assert run_finetune(*run, "--skip-bad-rows") == 0
+    assert "skipped 20 questions that do not fit" in capsys.readouterr().err
+    heldout = read_examples(str(tmp_path / "out" / "heldout.jsonl"))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {example.question for example in heldout} == {"Who?"}
+    assert metrics["train_questions"] + metrics["eval_questions"] == 20
+    assert metrics["eval_questions"] == len(heldout) > 3
