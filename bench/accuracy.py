@@ -17,12 +17,12 @@ import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from bench.machine import processor
-from qa_onnx import Answerer, EngineConfig, InvalidInputError
-from qa_onnx.cli import positive, run_command
+from qa_onnx import Answerer, EngineConfig
+from qa_onnx.cli import add_data_options, positive, read_data, run_command
 from qa_onnx.data.example import Example
-from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.session import import_onnxruntime
 from qa_onnx.evaluation.metrics import evaluate
+from qa_onnx.files import check_outputs
 from qa_onnx.text.prompt import encode_prompts
 from training.evaluation import generate_answers
 from training.model import load_model
@@ -140,11 +140,11 @@ def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy",
-        description="Answer a file's questions with PyTorch and with the bundle, and compare answer by answer.",
+        description="Answer questions of files with PyTorch and with the bundle, and compare answer by answer.",
     )
     parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
     parser.add_argument("--torch", required=True, metavar="DIR", help="the model that the bundle was exported from")
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="SQuAD v1.1 or v2.0 JSON")
+    add_data_options(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
@@ -161,12 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare_and_report(arguments: argparse.Namespace) -> int:
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise InvalidInputError(f"{arguments.output}: cannot be written; expected a file in a directory that exists")
+    check_outputs({"--output": arguments.output}, {"--data": arguments.data, "--model": arguments.model})
+    examples = read_data(arguments)
     result = compare(
         arguments.model,
         arguments.torch,
-        read_examples(arguments.data)[: arguments.limit],
+        examples[: arguments.limit],
         threads=arguments.threads,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,

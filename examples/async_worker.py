@@ -3,7 +3,8 @@
     echo '{"id": 1, "question": "Who led them?", "context": "They were led by Rollo."}' \
         | python examples/async_worker.py BUNDLE
 
-Questions that arrive while others are answered join the same batch.
+Questions that arrive while others are answered join the same batch. Their fields may have any of the names that
+`python -m qa_onnx predict` reads, such as `query` and `passage`.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import json
 import sys
 
 from qa_onnx import Answerer, QAOnnxError
+from qa_onnx.data.columns import REQUIRED, find_columns
 
 
 async def main(bundle: str, at_once: int = 256) -> None:
@@ -22,7 +24,8 @@ async def main(bundle: str, at_once: int = 256) -> None:
             async with room:
                 request = json.loads(line)
                 try:
-                    answer = await answerer.answer_async(request["question"], request["context"])
+                    name_of = find_columns(request, required=REQUIRED, fields=REQUIRED)
+                    answer = await answerer.answer_async(request[name_of["question"]], request[name_of["context"]])
                     reply = {"id": request["id"], **answer.to_dict()}
                 except QAOnnxError as error:
                     reply = {"id": request["id"], "error": str(error)}

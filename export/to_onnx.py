@@ -42,9 +42,9 @@ from qa_onnx.bundle import (
 )
 from qa_onnx.checkpoint import load_checkpoint
 from qa_onnx.cli import add_columns_option, run_command
+from qa_onnx.data.columns import parse_columns
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
-from qa_onnx.data.rows import parse_columns
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.sequence import Prompt

@@ -14,24 +14,28 @@ class Answer:
 
     Attributes:
         text: The answer, without white space around it; empty where there is none.
-        score: Probability from 0 to 1 of the answer's tokens and of its end under the model, one after the other.
-        mean_logprob: Mean of their logarithms, which does not fall with the length of the answer.
+        score: Probability from 0 to 1 that the answer is right: that of the model, calibrated where the bundle was
+            (`Manifest.scores`). Where the text is empty, `no_answer_probability`.
+        logprob: Logarithm of the probability under the model of the answer's tokens and of its end. Of a context of
+            several windows, of the text in any of them (`qa_onnx.text.windows.answer_logprobs`).
+        mean_logprob: Mean over its tokens and its end, in its window, which does not fall with the answer's length.
         start: The character of the context at which `text` occurs first (as whole words, if it does); None where it
             does not occur.
         end: The character behind it, so that `context[start:end] == text`; None where `start` is.
         no_answer_probability: Probability under the model that the context holds no answer. Of a context of several
-            windows the smallest of theirs.
+            windows the mean of theirs, each weighted by the window's prior (`qa_onnx.text.windows.log_priors`).
         finish_reason: `stop` where the model ended the answer, `length` where `max_new_tokens` or its positions did,
             `no_answer` where there is none.
         prompt_tokens: Tokens of the prompt; of all windows' prompts together.
         token_ids: The answer's tokens, without the end-of-text.
         window: The window that the answer is from, counted from 0.
-        windows: How many windows the context was read in: 1 unless it is longer than the model's positions.
+        windows: How many windows the context was read in: 1 unless it is longer than a window.
         alternatives: With `GenerationConfig.num_answers` above 1 the other answers, the most probable first.
     """
 
     text: str
     score: float
+    logprob: float
     mean_logprob: float
     start: int | None
     end: int | None

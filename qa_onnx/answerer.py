@@ -368,7 +368,7 @@ class Answerer:
     def _window_settings(self, config: GenerationConfig) -> WindowSettings:
         """The caller's windows, with the bundle's where the caller gave none."""
         given = {name: value for name in ("window", "stride") if (value := getattr(config, name)) is not None}
-        return replace(WindowSettings(), **given)
+        return replace(self._manifest.window_settings, **given)
 
     def _make_requests(
         self,
@@ -402,6 +402,7 @@ class Answerer:
                 eos_token_id=engine.eos_token_id,
                 max_positions=engine.max_positions,
                 find_spans=self._find_spans,
+                calibration=self._manifest.calibration,
                 on_text=on_text,
             )
             for parts in windows

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,15 +19,18 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from qa_onnx.config import DEFAULT_STRIDE
 from qa_onnx.engine.kv_cache import ALIGNMENT, CacheLayout, aligned
 from qa_onnx.engine.session import Session, Signature
 from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
 from qa_onnx.errors import BundleError, InvalidInputError, short_repr
 from qa_onnx.files import write_file
 from qa_onnx.graph_file import INT8_OPERATOR, GraphFile
+from qa_onnx.scores import ScoreCalibration
 from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, PROMPT_TEMPLATE, load_tokenizer
+from qa_onnx.text.windows import WindowSettings
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_NAME = "qa_onnx.json"
 MODEL_NAME = "model.onnx"
 CACHE_COPY_NAME = "cache_copy.onnx"
@@ -62,7 +66,9 @@ class Manifest:
         package_versions: Versions of the packages that made the bundle.
         parity: The report of the export's parity gate, which compares the fp32 graph with PyTorch.
         precision_loss: Where the precision is not fp32, what the export measured beside fp32; else empty.
-        no_answer: What `python -m qa_onnx calibrate` found, `threshold` among it; empty before.
+        windows: `window` and `stride`, how long contexts are read (`WindowSettings`), and how they were chosen.
+        no_answer: What calibration found (`qa_onnx.calibration`), `threshold` among it; empty before.
+        scores: `slope` and `intercept` of `ScoreCalibration`, and how they were found; empty before.
         files: For each file, `bytes` and `sha256`.
     """
 
@@ -81,7 +87,9 @@ class Manifest:
     package_versions: dict[str, str]
     parity: dict[str, Any]
     precision_loss: dict[str, Any]
+    windows: dict[str, Any]
     no_answer: dict[str, Any]
+    scores: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
     @property
@@ -95,6 +103,16 @@ class Manifest:
         """The probability of no answer above which there is none; None where the bundle was not calibrated."""
         threshold: float | None = self.no_answer.get("threshold")
         return threshold
+
+    @property
+    def window_settings(self) -> WindowSettings:
+        """How long contexts are read, where a call does not say it."""
+        return WindowSettings(window=self.windows.get("window"), stride=self.windows.get("stride", DEFAULT_STRIDE))
+
+    @property
+    def calibration(self) -> ScoreCalibration:
+        """What makes scores of the model's probabilities."""
+        return ScoreCalibration(slope=self.scores.get("slope", 1.0), intercept=self.scores.get("intercept", 0.0))
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as the JSON object that is on disk."""
@@ -241,13 +259,16 @@ class Bundle:
         if problems:
             raise BundleError(f"{self.directory} contradicts itself: {_listed(problems)}. Export the model again")
 
-    def keep_no_answer(self, found: dict[str, Any]) -> Bundle:
+    def keep(self, found: dict[str, dict[str, Any]]) -> Bundle:
         """Keeps what a calibration found in the manifest on disk; returns the bundle as it is then.
+
+        Args:
+            found: Some of the manifest's fields `windows`, `no_answer` and `scores`.
 
         Raises:
             BundleError: The manifest cannot be written.
         """
-        manifest = replace(self.manifest, no_answer=found)
+        manifest = replace(self.manifest, **found)
         try:
             _save(manifest, self.directory)
         except InvalidInputError as error:
@@ -260,13 +281,14 @@ def write_manifest(directory: Path, description: dict[str, Any]) -> Manifest:
 
     Args:
         directory: Holds every file of the bundle but the manifest.
-        description: The manifest's fields but `format_version`, `prompt_template`, `no_answer` and `files`.
+        description: The manifest's fields but `format_version`, `prompt_template`, `no_answer`, `scores` and `files`.
     """
     paths = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         prompt_template=PROMPT_TEMPLATE,
         no_answer={},
+        scores={},
         files={path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths},
         **description,
     )
@@ -322,12 +344,34 @@ def _read_manifest(directory: Path) -> Manifest:
             problems.append(
                 f"eos_token_id {short_repr(values['eos_token_id'])} is not one of {values['vocab_size']} tokens"
             )
-        threshold = values["no_answer"].get("threshold")
-        if threshold is not None and (not isinstance(threshold, int | float) or not 0 <= threshold <= 1):
-            problems.append(f"no_answer.threshold is {short_repr(threshold)}, not a probability")
+        problems += _calibration_problems(values)
     if problems:
         raise BundleError(f"{path} is not a valid manifest: {_listed(problems)}. Export the model again")
     return Manifest(**values)
+
+
+def _calibration_problems(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the settings that calibration may change."""
+    problems = []
+    threshold = values["no_answer"].get("threshold")
+    if threshold is not None and not (_is_number(threshold) and 0 <= threshold <= 1):
+        problems.append(f"no_answer.threshold is {short_repr(threshold)}, not a probability")
+    for name, least in (("slope", 0.0), ("intercept", -math.inf)):
+        value = values["scores"].get(name, 1.0)
+        if not (_is_number(value) and least <= value < math.inf):
+            problems.append(
+                f"scores.{name} is {short_repr(value)}, not a number{' of at least 0' if least == 0 else ''}"
+            )
+    windows = {name: values["windows"][name] for name in ("window", "stride") if name in values["windows"]}
+    try:
+        WindowSettings(**windows).check_fit(values["max_positions"])
+    except InvalidInputError as error:
+        problems.append(f"windows: {error}")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def _json_type(annotation: str) -> type:

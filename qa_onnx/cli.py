@@ -18,9 +18,12 @@ from qa_onnx.answer import Answer
 from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import Bundle
 from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, EngineConfig, GenerationConfig
+from qa_onnx.data.columns import FIELDS, parse_columns
 from qa_onnx.data.example import Example
-from qa_onnx.data.reader import read_examples
-from qa_onnx.data.rows import FIELDS, parse_columns
+from qa_onnx.data.json_text import shown
+from qa_onnx.data.reader import read_sources
+from qa_onnx.data.rows import check_skipped, skipped_lines
+from qa_onnx.description import describe
 from qa_onnx.engine.session import PROVIDERS
 from qa_onnx.errors import InvalidInputError, QAOnnxError, one_line
 from qa_onnx.evaluation import error_analysis
@@ -28,7 +31,9 @@ from qa_onnx.evaluation.metrics import best_thresholds, evaluate
 from qa_onnx.evaluation.predictions import read_answers, read_predictions
 from qa_onnx.files import check_outputs, keep_lines, partial_of, read_text, write_file
 
-DATA_HELP = "SQuAD JSON, JSON lines, CSV, TSV or Parquet"
+DATA_HELP = (
+    "questions: SQuAD JSON, JSON lines, CSV, TSV, Parquet, a folder of `save_to_disk` or a hub id; one or several"
+)
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
@@ -88,14 +93,32 @@ def _flush_or_drop_output() -> None:
 
 
 def _answer(arguments: argparse.Namespace) -> None:
+    if arguments.questions is not None and {arguments.questions, arguments.context.removeprefix("@")} == {"-"}:
+        raise InvalidInputError("--questions - and --context - both read standard input; expected a file for one")
+    questions = arguments.question if arguments.questions is None else _read_questions(arguments.questions)
     config, context = _config(arguments), _text_or_file(arguments.context)
     with _load(arguments) as answerer:
-        answer = answerer.answer(arguments.question, context, config=config)
-    if arguments.json:
-        _write_json(answer.to_dict())
-    else:
-        for found in (answer, *answer.alternatives):
-            _write(found.text)
+        answers = answerer.answer_batch(questions, [context] * len(questions), config=config)
+    for question, answer in zip(questions, answers, strict=True):
+        if arguments.json:
+            _write_json(answer.to_dict())
+        elif len(questions) == 1:
+            _write("\n".join(_answer_lines(answer)))
+        else:
+            _write("\n  ".join([_on_one_line(question), *_answer_lines(answer)]))
+
+
+def _answer_lines(answer: Answer) -> list[str]:
+    """An answer and its alternatives for people, one a line, numbered where there are several."""
+    lines = [
+        f"{_on_one_line(found.text) or '(no answer)'}  (score {found.score:.2f})"
+        for found in (answer, *answer.alternatives)
+    ]
+    return lines if len(lines) == 1 else [f"{number}. {line}" for number, line in enumerate(lines, 1)]
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -103,7 +126,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     written = outputs | {"the partial file of --output": partial_of(arguments.output)}
     check_outputs(written, {"--data": arguments.data, "--model": arguments.model})
     config = _config(arguments)
-    examples = _read_data(arguments, needs_answers=False)[: arguments.limit]
+    examples = read_data(arguments, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:
 
         def keep_answer(index: int, answer: Answer) -> None:
@@ -124,18 +147,32 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         {"--worst": arguments.worst, "--plot": arguments.plot},
         {"--data": arguments.data, "--predictions": arguments.predictions, "--answers": arguments.answers},
     )
-    examples = _read_data(arguments)
+    examples = read_data(arguments)
     if arguments.answers is not None:
         answers = read_answers(arguments.answers)
     else:
         answers = {name: {"text": text} for name, text in read_predictions(arguments.predictions).items()}
     predictions = {name: answer["text"] for name, answer in answers.items()}
-    missing = sum(example.id not in predictions for example in examples)
-    if missing:
-        sys.stderr.write(f"{missing} of {len(examples)} questions have no prediction and score 0\n")
+    in_data = len(examples)
     unknown = len(predictions.keys() - {example.id for example in examples})
+    asked = [example for example in examples if example.id in predictions]
+    missing = in_data - len(asked)
+    if missing and arguments.all:
+        sys.stderr.write(f"{missing:,} of {in_data:,} questions have no prediction and score 0\n")
+    elif missing:
+        if not asked:
+            given = arguments.predictions or arguments.answers
+            raise InvalidInputError(
+                f"{given}: has no prediction of the {in_data:,} questions in {_names(arguments.data)}; expected their "
+                f"ids, such as {shown(examples[0].id)}. --all counts questions without a prediction as wrong"
+            )
+        sys.stderr.write(
+            f"scored {len(asked):,} of {in_data:,} questions: the others have no prediction; --all counts them as "
+            "wrong\n"
+        )
+        examples = asked
     if unknown:
-        sys.stderr.write(f"{unknown} predictions are of questions that are not in {arguments.data}\n")
+        sys.stderr.write(f"{unknown:,} predictions are of questions that are not in {_names(arguments.data)}\n")
     windows = {name: answer["windows"] for name, answer in answers.items() if "windows" in answer}
     if arguments.plot is not None:
         error_analysis.plot(examples, answers, arguments.plot)
@@ -144,6 +181,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         write_file(arguments.worst, _json_lines(worst))
     _write(error_analysis.table(examples, predictions, windows))
     figures = evaluate(examples, predictions).to_dict()
+    if missing:
+        figures["questions_in_data"] = in_data
     probabilities = {name: answer["no_answer_probability"] for name, answer in answers.items() if "score" in answer}
     if probabilities and any(not example.answers for example in examples):
         figures |= best_thresholds(examples, predictions, probabilities)
@@ -151,11 +190,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    examples = _read_data(arguments)[: arguments.limit]
+    examples = read_data(arguments)[: arguments.limit]
     unanswerable = sum(not example.answers for example in examples)
     if unanswerable in (0, len(examples)):
         raise InvalidInputError(
-            f"{arguments.data}: {unanswerable} of {len(examples)} questions have no answer; expected some with "
+            f"{_names(arguments.data)}: {unanswerable} of {len(examples)} questions have no answer; expected some with "
             "and some without one (SQuAD v2.0), or there is nothing to tell apart"
         )
     config = GenerationConfig(
@@ -173,14 +212,34 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         "questions": len(examples),
         "without_answer": unanswerable,
         "extractive": arguments.extractive,
-        "source": arguments.data.name,
+        "source": ", ".join(path.name for path in arguments.data),
     }
     Bundle.open(arguments.model).keep_no_answer(kept)
     _write_json(kept)
 
 
-def _read_data(arguments: argparse.Namespace, *, needs_answers: bool = True) -> list[Example]:
-    return read_examples(arguments.data, columns=parse_columns(arguments.columns), needs_answers=needs_answers)
+def read_data(arguments: argparse.Namespace, *, needs_answers: bool = True) -> list[Example]:
+    """Reads the questions of a command, and tells on standard error of bad rows that are skipped.
+
+    Args:
+        arguments: With the options of `add_data_options`.
+        needs_answers: False leaves gold answers aside.
+
+    Raises:
+        InvalidInputError: A bad row that is not to be skipped, or as of `qa_onnx.data.reader.read_sources`.
+    """
+    skipped: list[str] = []
+    columns = parse_columns(arguments.columns)
+    examples = read_sources(arguments.data, columns=columns, skipped=skipped, needs_answers=needs_answers)
+    if not arguments.skip_bad_rows:
+        check_skipped(skipped, len(examples))
+    for line in skipped_lines(skipped):
+        sys.stderr.write(f"{_on_one_line(line)}\n")
+    return examples
+
+
+def _names(sources: Sequence[Path]) -> str:
+    return " and ".join(map(str, sources))
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
@@ -222,7 +281,13 @@ def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    _write_json(Bundle.open(arguments.model).manifest.to_dict(), indent=2)
+    bundle = Bundle.open(arguments.model)
+    if arguments.json:
+        _write_json(bundle.manifest.to_dict(), indent=2)
+        return
+    _write(str(arguments.model))
+    for label, value in describe(bundle.manifest):
+        _write(f"  {label:<18}{_on_one_line(value)}")
 
 
 def _write(line: str) -> None:
@@ -235,22 +300,61 @@ def _write_json(value: dict[str, Any], *, indent: int | None = None) -> None:
 
 
 def _text_or_file(value: str) -> str:
-    """`@FILE` is the content of a file, `-` and `@-` of standard input, and `@@TEXT` the text `@TEXT`."""
+    """`@FILE` is the content of a file, `-` and `@-` of standard input, and `@@TEXT` the text `@TEXT`.
+
+    Raises:
+        InvalidInputError: The file cannot be read, or the text is the name of a file.
+    """
     if value in ("-", "@-"):
-        if sys.stdin is None:
-            raise InvalidInputError("standard input is closed; expected a text there, or --context TEXT or @FILE")
-        try:
-            return sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8).decode()
-        except UnicodeDecodeError as error:
-            raise InvalidInputError(f"standard input: byte {error.start} is not UTF-8; expected UTF-8") from error
+        return _read_standard_input("a text there, or --context TEXT or @FILE")
     if value.startswith("@@"):
         return value[1:]
     if not value.startswith("@"):
+        if _is_file_name(value):
+            raise InvalidInputError(
+                f"--context {value} is the name of a file; expected a text. To ask about what is in the file write "
+                f"--context @{value}, to ask about the name itself put a space before it"
+            )
         return value
     try:
         return read_text(value[1:], expected="a text file")
     except InvalidInputError as error:
         raise InvalidInputError(f"--context @{error}. For a context that begins with @ write @@") from error
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        return Path(text).exists() and not Path(text).is_dir()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+
+
+def _read_questions(name: str) -> list[str]:
+    """The lines of a file, or of standard input for `-`; blank ones are skipped.
+
+    Raises:
+        InvalidInputError: The file cannot be read or has no questions.
+    """
+    if name == "-":
+        text = _read_standard_input("a question in each line there, or --questions FILE")
+    else:
+        try:
+            text = read_text(name, expected="a text file with a question in each line")
+        except InvalidInputError as error:
+            raise InvalidInputError(f"--questions {error}") from error
+    questions = [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
+    if not questions:
+        raise InvalidInputError(f"--questions {name}: has no questions; expected one in each line")
+    return questions
+
+
+def _read_standard_input(expected: str) -> str:
+    if sys.stdin is None:
+        raise InvalidInputError(f"standard input is closed; expected {expected}")
+    try:
+        return sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"standard input: byte {error.start} is not UTF-8; expected UTF-8") from error
 
 
 def positive(text: str) -> int:
@@ -262,19 +366,23 @@ def positive(text: str) -> int:
 
 
 def add_columns_option(parser: argparse._ActionsContainer) -> None:
-    """Adds `--columns`, which `qa_onnx.data.rows.parse_columns` reads."""
+    """Adds `--columns`, which `qa_onnx.data.columns.parse_columns` reads."""
     parser.add_argument(
         "--columns",
         nargs="+",
         default=[],
         metavar="FIELD=NAME",
-        help=f"names of columns, where rows are flat; fields: {', '.join(FIELDS)}",
+        help=f"names of columns, where rows are flat, such as question=ask; fields: {', '.join(FIELDS)}",
     )
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help=DATA_HELP)
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--data`, `--columns` and `--skip-bad-rows`, which `read_data` reads."""
+    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help=DATA_HELP)
     add_columns_option(parser)
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave bad rows out and name them; default: the first is an error"
+    )
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -304,18 +412,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    answer = commands.add_parser("answer", help="answer one question")
-    answer.add_argument("--question", required=True, metavar="TEXT")
+    answer = commands.add_parser("answer", help="answer questions about one context")
+    asked = answer.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--question", action="append", metavar="TEXT", help="a question; may be given several times")
+    asked.add_argument(
+        "--questions", metavar="FILE|-", help="a text file, or - for standard input, with a question in each line"
+    )
     answer.add_argument(
         "--context",
         required=True,
         metavar="TEXT|@FILE|-",
-        help="the context; @ and a text file; or - for standard input. @@ is an @ that begins a context",
+        help="the context itself; @ and a text file; or - for standard input. @@ is an @ that begins a context",
     )
-    answer.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
+    answer.add_argument("--json", action="store_true", help="print each whole answer as a JSON object on one line")
     answer.set_defaults(run=_answer)
 
-    predict = commands.add_parser("predict", help="answer every question of a SQuAD file")
+    predict = commands.add_parser("predict", help="answer every question of data files")
     predict.add_argument("--output", required=True, type=Path, metavar="FILE", help="where to write {id: answer}")
     predict.add_argument(
         "--answers",
@@ -326,13 +438,13 @@ def make_parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     calibrate = commands.add_parser(
-        "calibrate", help="find the no-answer threshold that is best on a SQuAD v2.0 file, and keep it in the bundle"
+        "calibrate", help="find the no-answer threshold that is best on data files, and keep it in the bundle"
     )
     calibrate.add_argument("--extractive", action="store_true", help="with answers that are spans of the context")
     calibrate.set_defaults(run=_calibrate)
 
     for command in (predict, calibrate):
-        _add_data_options(command)
+        add_data_options(command)
         command.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
         command.add_argument(
             "--batch-size",
@@ -353,10 +465,15 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generation_options(command)
 
     scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")
-    _add_data_options(scores)
+    add_data_options(scores)
     given = scores.add_mutually_exclusive_group(required=True)
     given.add_argument("--predictions", type=Path, metavar="FILE", help="JSON object {id: answer}")
     given.add_argument("--answers", type=Path, metavar="FILE", help="whole answers, from `predict --answers`")
+    scores.add_argument(
+        "--all",
+        action="store_true",
+        help="count questions without a prediction as wrong, as the official script does; default: leave them out",
+    )
     scores.add_argument("--worst", type=Path, metavar="FILE", help="where to write the worst cases as JSON lines")
     scores.add_argument("--worst-limit", type=positive, default=50, metavar="N", help="default: %(default)s cases")
     scores.add_argument(
@@ -364,7 +481,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     scores.set_defaults(run=_evaluate)
 
-    info = commands.add_parser("info", help="check a bundle and print its manifest")
-    info.add_argument("--model", required=True, type=Path, metavar="BUNDLE")
+    info = commands.add_parser("info", help="check a bundle and describe it")
+    info.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
+    info.add_argument("--json", action="store_true", help="print the whole manifest as a JSON object")
     info.set_defaults(run=_info)
     return parser

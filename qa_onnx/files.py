@@ -11,7 +11,7 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,18 +70,22 @@ def public_name(path: str | Path) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | Sequence[Path] | None]) -> None:
     """Checks that output files can be written, before the work whose results go there.
 
     Args:
         outputs: Each option with its file; None where it was not given.
-        inputs: Files that are read, likewise; of a directory, such as a bundle, the files in it.
+        inputs: Files that are read, likewise, one or several; of a directory, such as a bundle, the files in it.
 
     Raises:
         InvalidInputError: An output is a directory, cannot be written, or is the same file as an input or another
             output.
     """
-    others = {option: path for option, path in inputs.items() if path is not None}
+    others = [
+        (option, path)
+        for option, given in inputs.items()
+        for path in ([given] if isinstance(given, Path) else given or [])
+    ]
     for option, path in outputs.items():
         if path is None:
             continue
@@ -89,11 +93,11 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
             _check_output(option, path, others)
         except OSError as error:  # such as a directory of another user, or a name that is too long
             raise InvalidInputError(f"{option} {path}: cannot be written ({error.strerror})") from error
-        others[option] = path
+        others.append((option, path))
 
 
-def _check_output(option: str, path: Path, others: Mapping[str, Path]) -> None:
-    for other, given in others.items():
+def _check_output(option: str, path: Path, others: Sequence[tuple[str, Path]]) -> None:
+    for other, given in others:
         for file in _files_of(given):
             if _is_same_file(path, file):
                 raise InvalidInputError(f"{option} {path} is the same file as {other} {file}; expected another file")

@@ -13,10 +13,15 @@ from qa_onnx.answer import Answer
 from qa_onnx.config import GenerationConfig
 from qa_onnx.engine.sampling import make_random
 from qa_onnx.engine.sequence import Hypothesis, Sequence, make_sequence
+from qa_onnx.scores import ScoreCalibration
 from qa_onnx.search import Candidate, Search
 from qa_onnx.text.constraint import SpanConstraint, Spans, find_span
 from qa_onnx.text.prompt import decode
-from qa_onnx.text.windows import Window
+from qa_onnx.text.windows import Window, answer_logprobs
+
+CERTAIN = 0.99
+"""A window of several whose probability of no answer is above this is not searched further."""
+NO_ANSWER = Candidate(text="", start=None, token_ids=(), logprobs=(0.0,), finish_reason="no_answer")
 
 
 class Request:
@@ -31,6 +36,7 @@ class Request:
         eos_token_id: int,
         max_positions: int,
         find_spans: Callable[[str], Spans],
+        calibration: ScoreCalibration | None = None,
         on_text: Callable[[str], object] | None = None,
     ) -> None:
         """Makes the first sequences.
@@ -42,16 +48,22 @@ class Request:
             eos_token_id: The token that ends an answer.
             max_positions: How many tokens the model can read.
             find_spans: The spans of a window's text, for extractive answers.
+            calibration: Makes scores of the model's probabilities; None leaves them as they are.
             on_text: Called with each new piece of the answer's text. Only where one sequence decides on it: one window,
                 one answer.
         """
         self._windows = windows
         self._config = config
+        self._calibration = calibration or ScoreCalibration()
         self._tokenizer = tokenizer
         self._eos = eos_token_id
         self._max_positions = max_positions
         self._on_text = on_text if len(windows) == 1 and config.num_answers == 1 else None
         self._searches: dict[Sequence, Search] = {}
+        self._window_config = config
+        if len(windows) > 1 and config.no_answer_threshold is not None:  # all windows together decide then
+            threshold = max(config.no_answer_threshold, CERTAIN)
+            self._window_config = replace(config, no_answer_threshold=threshold)
         self._all = [self._search(window, find_spans(window.text) if config.extractive else None) for window in windows]
 
     @property
@@ -72,27 +84,40 @@ class Request:
         return following
 
     def answer(self) -> Answer:
-        """The best answer of all windows, once all sequences have ended."""
-        found: dict[str, tuple[int, Candidate]] = {}
-        for window, search in enumerate(self._all):
-            for candidate in search.candidates:
-                known = found.get(candidate.text)
-                if known is None or known[1].logprob < candidate.logprob:
-                    found[candidate.text] = (window, candidate)
-        no_answer_probability = min(search.no_answer_probability for search in self._all)
-        # A window without the answer says so; that is no reason to doubt the one with it.
-        ranked = sorted(found.values(), key=lambda pair: (len(self._all) > 1 and not pair[1].text, -pair[1].logprob))
+        """The most probable answer, once all sequences have ended."""
+        found = [(window, candidate) for window, search in enumerate(self._all) for candidate in search.candidates]
+        # Of equal texts that of the window in which it is most probable tells where it is.
+        found.sort(key=lambda pair: self._windows[pair[0]].log_prior + pair[1].logprob)
+        of_text = {candidate.text: (window, candidate) for window, candidate in found}
+        logprobs = answer_logprobs(
+            (self._windows[window], candidate.text, candidate.logprob) for window, candidate in found
+        )
+        no_answer_probability = min(
+            1.0,
+            sum(
+                math.exp(window.log_prior) * search.no_answer_probability
+                for window, search in zip(self._windows, self._all, strict=True)
+            ),
+        )
+        ranked = sorted(logprobs, key=lambda text: -logprobs[text])
+        if len(self._windows) > 1:  # a window without the answer says so; that is no reason to doubt the one with it
+            ranked.sort(key=lambda text: not text)
+            threshold = self._config.no_answer_threshold
+            if threshold is not None and no_answer_probability > threshold:
+                of_text[""], logprobs[""] = (0, NO_ANSWER), math.log(no_answer_probability)
+                ranked = ["", *filter(None, ranked)]
         answers = [
-            self._to_answer(window, candidate, no_answer_probability)
-            for window, candidate in ranked[: self._config.num_answers]
+            self._to_answer(*of_text[text], logprobs[text], no_answer_probability)
+            for text in ranked[: self._config.num_answers]
         ]
         return replace(answers[0], alternatives=tuple(answers[1:]))
 
-    def _to_answer(self, window: int, candidate: Candidate, no_answer_probability: float) -> Answer:
+    def _to_answer(self, window: int, candidate: Candidate, logprob: float, no_answer_probability: float) -> Answer:
         start = None if candidate.start is None else self._windows[window].start + candidate.start
         return Answer(
             text=candidate.text,
-            score=math.exp(candidate.logprob),
+            score=self._calibration.score(logprob) if candidate.text else no_answer_probability,
+            logprob=min(0.0, logprob),
             mean_logprob=candidate.logprob / len(candidate.logprobs),
             start=start,
             end=None if start is None else start + len(candidate.text),
@@ -108,7 +133,7 @@ class Request:
         def make(hypothesis: Hypothesis | None) -> Sequence:
             return make_sequence(
                 window.prompt,
-                self._config,
+                self._window_config,
                 eos_token_id=self._eos,
                 max_positions=self._max_positions,
                 constraint=SpanConstraint(spans) if spans is not None else None,

@@ -27,9 +27,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qa_onnx.cli import EXIT_INTERRUPTED, add_columns_option, run_command
+from qa_onnx.data.columns import parse_columns
 from qa_onnx.data.example import Example
 from qa_onnx.data.pairs import normalized
-from qa_onnx.data.rows import parse_columns
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.predictions import read_predictions
 from qa_onnx.files import write_file

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from qa_onnx.data.rows import parse_columns
+from qa_onnx.data.columns import parse_columns
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import public_name
 from training.data import LOSS_ON, NO_ANSWER_WINDOWS, LossOn

@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from qa_onnx.data.example import Example, GoldAnswer
+from qa_onnx.data.json_text import shown
 from qa_onnx.data.reader import Split, read_examples
+from qa_onnx.data.rows import MAX_ROWS_NAMED, check_skipped, skipped_lines
 from qa_onnx.data.squad import parse_squad
-from qa_onnx.errors import InvalidInputError
 from training.answers import locate
 from training.starter.sample import generate, with_unanswerable
 
 Part = Literal["train", "eval"]
 SAMPLES = ("sample", "sample_v2")
-MAX_NAMED_ROWS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Source:
         sha256: Of the examples.
         bad_rows: What is wrong with each row that was skipped.
         repaired: Answers that stand elsewhere than `answer_start` says, or in other white space, case or characters.
-        absent: Answers that do not stand in their passage. They are trained on where that fits into one window.
+        absent_answers: Each answer that does not occur in its passage, with its place. They are trained on where the
+            passage fits into one window.
     """
 
     name: str
@@ -39,22 +40,24 @@ class Source:
     sha256: str
     bad_rows: tuple[str, ...] = ()
     repaired: int = 0
-    absent: int = 0
+    absent_answers: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> int:
+        """Number of answers that do not occur in their passage."""
+        return len(self.absent_answers)
 
     def warnings(self) -> list[str]:
         """What a user has to know, a line each."""
-        lines = []
-        if self.bad_rows:
-            more = len(self.bad_rows) - MAX_NAMED_ROWS
-            lines += [f"skipped: {row}" for row in self.bad_rows[:MAX_NAMED_ROWS]]
-            lines += [f"skipped: {more} more of {self.name}"] if more > 0 else []
+        lines = skipped_lines(self.bad_rows)
         if self.repaired:
             lines.append(
                 f"{self.name}: {self.repaired} answers stand elsewhere than answer_start says, or in other "
                 "white space, case or characters; repaired"
             )
-        if self.absent:
-            lines.append(f"{self.name}: {self.absent} answers do not stand in their passage; trained on as they are")
+        if self.absent_answers:
+            lines += self.absent_answers[:MAX_ROWS_NAMED]
+            lines.append(f"{self.name}: {self.absent} answers do not occur in their passage; trained on as they are")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,9 +97,8 @@ def load_source(
         split: Split = "train" if part == "train" else "validation"
         # Several questions of one id are no harm in training; in evaluation answers are kept by id.
         examples = read_examples(name, split=split, columns=columns, skipped=bad_rows, unique_ids=part == "eval")
-    if bad_rows and not skip_bad_rows:
-        others = f" ({len(bad_rows)} of {len(bad_rows) + len(examples)} rows are bad)" if len(bad_rows) > 1 else ""
-        raise InvalidInputError(f"{bad_rows[0]}{others}. Mend it, or leave such rows out with --skip-bad-rows")
+    if not skip_bad_rows:
+        check_skipped(bad_rows, len(examples))
     checked = [_checked(example) for example in examples]
     kept = tuple(example for example, _, _ in checked)
     return Source(
@@ -105,7 +107,7 @@ def load_source(
         sha256=sha256_of(kept),
         bad_rows=tuple(bad_rows),
         repaired=sum(repaired for _, repaired, _ in checked),
-        absent=sum(absent for _, _, absent in checked),
+        absent_answers=tuple(problem for _, _, absent in checked for problem in absent),
     )
 
 
@@ -113,7 +115,9 @@ def sha256_of(examples: Iterable[Example]) -> str:
     """The SHA-256 of examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(asdict(example)).encode())
+        content = asdict(example)
+        del content["place"]  # the same data in another file is the same data
+        digest.update(json.dumps(content).encode())
     return digest.hexdigest()
 
 
@@ -125,17 +129,19 @@ def weighted(source: Source, weight: float, seed: int) -> list[Example]:
     return [*source.examples * int(times), *(source.examples[index] for index in chosen)]
 
 
-def _checked(example: Example) -> tuple[Example, int, int]:
-    """The example with its answers where they stand, how many were elsewhere, and how many stand nowhere.
+def _checked(example: Example) -> tuple[Example, int, list[str]]:
+    """The example with its answers where they occur, how many were elsewhere, and what is wrong with absent ones.
 
     Their texts stay as they are, for evaluation.
     """
     answers: list[GoldAnswer] = []
-    repaired = absent = 0
+    repaired = 0
+    absent: list[str] = []
     for answer in example.answers:
         is_right = answer.start >= 0 and example.context.startswith(answer.text, answer.start)
         found = None if is_right else locate(example.context, answer.text, answer.start)
         repaired += found is not None
-        absent += found is None and not is_right
+        if found is None and not is_right:
+            absent.append(f"{example.place}: answer {shown(answer.text)} does not occur in its passage")
         answers.append(answer if found is None else replace(answer, start=found.start))
     return replace(example, answers=tuple(answers)), repaired, absent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +15,20 @@ class GoldAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question with its passage. `answers` is empty where the passage does not answer it (SQuAD v2.0)."""
+    """One question with its passage.
+
+    Attributes:
+        id: Its name in predictions.
+        title: Of its article; may be empty.
+        context: The passage.
+        question: The question.
+        answers: Its gold answers; empty where the passage does not answer it (SQuAD v2.0).
+        place: Where it was read, such as `rows.csv: line 7`, for messages; equal examples may have different places.
+    """
 
     id: str
     title: str
     context: str
     question: str
     answers: tuple[GoldAnswer, ...]
+    place: str = field(default="", compare=False, repr=False)

@@ -9,6 +9,9 @@ from typing import Any
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import read_text
 
+MAX_SHOWN = 60
+"""Characters of a value that messages show."""
+
 
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file.
@@ -47,3 +50,13 @@ def json_kind(value: object) -> str:
     """What JSON calls a value of this type: object, array, string, boolean, null or number."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
+
+
+def shown(value: object) -> str:
+    """A value of a file as messages show it."""
+    if isinstance(value, str) and not value.strip():
+        return "an empty string"
+    if isinstance(value, dict | list | bool | None):
+        return f"a JSON {json_kind(value)}"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

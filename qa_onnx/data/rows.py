@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+from qa_onnx.data.columns import FIELDS, GOLD_FIELDS, REQUIRED, find_columns, missing_column
 from qa_onnx.data.example import Example, GoldAnswer
-from qa_onnx.data.json_text import json_kind
+from qa_onnx.data.json_text import json_kind, shown
 from qa_onnx.data.literal import parse_literal
 from qa_onnx.errors import InvalidInputError
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "context": ("context", "passage", "text"),
-    "question": ("question", "query"),
-    "answers": ("answers", "answer", "reply"),
-    "answer_start": ("answer_start",),
-    "is_impossible": ("is_impossible",),
-    "id": ("id",),
-    "title": ("title",),
-}
-"""What the fields of a row may be called, in any case; the first name that a row has is taken."""
-FIELDS = tuple(NAMES)
 MISSING_WORDS = frozenset(("nan", "np.nan", "nat", "none", "null", "nil", "<na>", "na", "n/a", "#n/a"))
 """What Python, pandas, R and spreadsheets write, in any case, where there is no value."""
-REQUIRED = ("context", "question")
 FORMATS = (
     "SQuAD JSON, JSON lines, CSV or TSV (.json, .jsonl, .csv, .tsv), a .parquet file, a folder that `save_to_disk` of "
     "datasets wrote, or an id of the hub"
@@ -45,7 +36,8 @@ LITERAL = re.compile(
 """A value of Python, NumPy, pandas or JSON that is written out."""
 LITERAL_BEGINNINGS = ("[", "{", "('", '("', "array(")
 """Of such a value, though its end is missing."""
-MAX_SHOWN, MAX_COLUMNS_SHOWN = 60, 20
+MAX_ROWS_NAMED = 5
+"""Skipped rows that are named one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +59,14 @@ class Row:
     problem: str = ""
 
 
-def parse_columns(columns: Iterable[str]) -> dict[str, str]:
-    """What fields are called, from texts of the form `FIELD=NAME`.
-
-    Raises:
-        InvalidInputError: A text of another form, or a field that is none of `FIELDS`.
-    """
-    names = {}
-    for column in columns:
-        name, _, value = column.partition("=")
-        if name not in FIELDS or not value:
-            raise InvalidInputError(f"got column {column!r}; expected FIELD=NAME, with a field of {', '.join(FIELDS)}")
-        names[name] = value
-    return names
-
-
 def examples_of(
-    rows: Iterable[Row], *, source: str, skipped: list[str] | None, needs_answers: bool, unique_ids: bool
+    rows: Iterable[Row],
+    *,
+    source: str,
+    skipped: list[str] | None,
+    needs_answers: bool,
+    ids: dict[str, tuple[str, str]] | None,
+    label: str = "",
 ) -> list[Example]:
     """Makes the examples of rows.
 
@@ -92,33 +75,59 @@ def examples_of(
         source: Its name in errors.
         skipped: Takes what is wrong with each bad row, which is left out then. Without it the first one is an error.
         needs_answers: False leaves gold answers aside, whatever they are: the examples have none.
-        unique_ids: Whether an id that was there before makes a row bad.
+        ids: Takes the source and the place of each id; an id that is in it already makes a row bad. None allows
+            several questions of one id.
+        label: Begins the place that replaces a missing id.
 
     Raises:
         InvalidInputError: A bad row, or no row that can be used.
     """
     examples: list[Example] = []
-    places: dict[str, str] = {}
+    bad_rows: list[str] = []
     for row in rows:
         try:
-            example = _example(row, needs_answers=needs_answers)
-            if unique_ids and example.id in places:
-                other = places[example.id]
+            example = _example(row, needs_answers=needs_answers, source=source, label=label)
+            if ids is not None and example.id in ids:
+                other = ": ".join(part for part in ids[example.id] if part != source)
                 fail(inside(row.place, "id"), shown(example.id), f"an id of its own ({other} has it too)")
         except InvalidInputError as error:
-            message = f"{source}: {error}"
             if skipped is None:
-                raise InvalidInputError(message) from error
-            skipped.append(message)
+                raise InvalidInputError(f"{source}: {error}") from error
+            bad_rows.append(str(error))
             continue
-        places[example.id] = row.place
+        if ids is not None:
+            ids[example.id] = (source, row.place)
         examples.append(example)
-    if not examples and skipped:
-        first = skipped[0].removeprefix(f"{source}: ")
-        raise InvalidInputError(f"{source}: all {len(skipped)} rows are bad, the first: {first}")
+    if not examples and bad_rows:
+        which = f"all {len(bad_rows):,} rows are bad, the first" if len(bad_rows) > 1 else "its only row is bad"
+        raise InvalidInputError(f"{source}: {which}: {bad_rows[0]}")
     if not examples:
         raise InvalidInputError(f"{source}: there are no questions; expected at least one")
+    if skipped is not None:
+        skipped += [f"{source}: {problem}" for problem in bad_rows]
     return examples
+
+
+def check_skipped(skipped: Collection[str], good: int) -> None:
+    """Refuses bad rows that were not to be skipped.
+
+    Args:
+        skipped: What is wrong with each bad row, from `qa_onnx.data.reader.read_sources`.
+        good: How many rows are not bad.
+
+    Raises:
+        InvalidInputError: There are bad rows.
+    """
+    for first in skipped:
+        others = f" ({len(skipped):,} of {len(skipped) + good:,} rows are bad)" if len(skipped) > 1 else ""
+        raise InvalidInputError(f"{first}{others}. Mend it, or leave such rows out with --skip-bad-rows")
+
+
+def skipped_lines(skipped: Collection[str]) -> list[str]:
+    """What a user has to know of rows that were skipped: the first ones, and how many more there are."""
+    more = len(skipped) - MAX_ROWS_NAMED
+    lines = [f"skipped: {problem}" for problem in [*skipped][:MAX_ROWS_NAMED]]
+    return lines + ([f"skipped: {more:,} more bad rows"] if more > 0 else [])
 
 
 def fail(place: str, given: str, expected: str) -> NoReturn:
@@ -136,8 +145,8 @@ def inside(place: str, name: str) -> str:
     return f"{place}.{name}" if place.endswith("]") else f"{place}: {name}" if place else name
 
 
-def _example(row: Row, *, needs_answers: bool) -> Example:
-    names = _names(row)
+def _example(row: Row, *, needs_answers: bool, source: str, label: str) -> Example:
+    names = _names(row, needs_answers=needs_answers)
     values = {name: row.values.get(column) for name, column in names.items()}
     for field, value in values.items():
         is_missing_word = row.is_text and field != "answers" and str(value).strip().lower() in MISSING_WORDS
@@ -145,50 +154,59 @@ def _example(row: Row, *, needs_answers: bool) -> Example:
             values[field] = None
     texts = {}
     for name in REQUIRED:
-        _check_column(row, name, names)
+        _check_column(row, name, names, needs_answers=needs_answers)
         texts[name] = _text(values[name], inside(row.place, names[name]))
+    own_place = ": ".join(filter(None, (label, row.place)))
     return Example(
-        id=_name(values["id"], inside(row.place, names["id"])) or row.place or "question",
+        id=_name(values["id"], inside(row.place, names["id"])) or own_place or "question",
         title=_name(values["title"], inside(row.place, names["title"])),
         context=texts["context"],
         question=texts["question"],
         answers=_answers(row, names, values, texts["context"]) if needs_answers else (),
+        place=": ".join(filter(None, (source, row.place))),
     )
 
 
-def _names(row: Row) -> dict[str, str]:
-    """What each field is called in a row."""
+def _names(row: Row, *, needs_answers: bool) -> Mapping[str, str]:
+    """What each field is called in a row; a field that it lacks has its own name."""
     if row.problem:
         raise InvalidInputError(row.problem)
     if not isinstance(row.values, dict):
         fail(row.place, f"a JSON {json_kind(row.values)}", "an object with context, question and answers")
-    columns = row.columns or {}
-    found = {column.lower(): column for column in reversed(row.values)}
-    names = {
-        name: columns.get(name) or next((found[other] for other in others if other in found), name)
-        for name, others in NAMES.items()
-    }
-    for name in columns:
-        _check_column(row, name, names)
+    columns = None if row.columns is None else tuple(row.columns.items())
+    try:
+        names = _names_in(tuple(row.values), columns, needs_answers)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{row.place or 'the top level'}: {error}") from error
+    for field in row.columns or {}:
+        _check_column(row, field, names, needs_answers=needs_answers)
     return names
 
 
-def _check_column(row: Row, name: str, names: Mapping[str, str]) -> None:
+@lru_cache(maxsize=64)  # the rows of a file mostly have the same columns
+def _names_in(
+    header: tuple[str, ...], columns: tuple[tuple[str, str], ...] | None, needs_answers: bool
+) -> Mapping[str, str]:
+    given = None if columns is None else dict(columns)
+    fields = [field for field in FIELDS if needs_answers or field not in GOLD_FIELDS or field in (given or {})]
+    found = find_columns(header, columns=given, fields=fields)
+    return MappingProxyType({field: found.get(field, field) for field in FIELDS})
+
+
+def _check_column(row: Row, name: str, names: Mapping[str, str], *, needs_answers: bool) -> None:
     if names[name] in row.values:
         return
     if row.columns is None:
         fail(inside(row.place, name), "nothing", "answers" if name == "answers" else "some text")
-    has = ", ".join([shown(column) for column in row.values][:MAX_COLUMNS_SHOWN]) or "none"
-    raise InvalidInputError(
-        f"{row.place or 'the top level'}: no column {shown(names[name])} among {has}; expected it, or its name with "
-        f"--columns {name}=NAME"
-    )
+    required = (*REQUIRED, "answers") if needs_answers else REQUIRED
+    problem = missing_column(name, row.values, columns=row.columns, found=names, required=required)
+    raise InvalidInputError(f"{row.place or 'the top level'}: {problem}")
 
 
 def _answers(row: Row, names: Mapping[str, str], values: Mapping[str, Any], context: str) -> tuple[GoldAnswer, ...]:
     if _flag(values["is_impossible"], inside(row.place, names["is_impossible"])):
         return ()
-    _check_column(row, "answers", names)
+    _check_column(row, "answers", names, needs_answers=True)
     place, start_place = inside(row.place, names["answers"]), inside(row.place, names["answer_start"])
     value, start = values["answers"], values["answer_start"]
     value = _written_out(value, context, place, is_text=row.is_text)
@@ -296,13 +314,3 @@ def _name(value: object, place: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return "" if value is None or value == "" else _text(value, place)
-
-
-def shown(value: object) -> str:
-    """A value of a file as messages show it."""
-    if isinstance(value, str) and not value.strip():
-        return "an empty string"
-    if isinstance(value, dict | list | bool | None):
-        return f"a JSON {json_kind(value)}"
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qa_onnx.data.columns import MAX_COLUMNS_SHOWN, NAMES, column_key
 from qa_onnx.data.example import Example
-from qa_onnx.data.json_text import json_kind
-from qa_onnx.data.rows import FORMATS, MAX_COLUMNS_SHOWN, NAMES, Row, examples_of, inside, problem_at, shown
+from qa_onnx.data.json_text import json_kind, shown
+from qa_onnx.data.rows import FORMATS, Row, examples_of, inside, problem_at
 
 
 def parse_squad(data: Any, *, source: str) -> list[Example]:
@@ -21,7 +22,7 @@ def parse_squad(data: Any, *, source: str) -> list[Example]:
     Raises:
         InvalidInputError: The data is not in SQuAD's format; the message names the place in it.
     """
-    return examples_of(rows_of_json(data), source=source, skipped=None, needs_answers=True, unique_ids=True)
+    return examples_of(rows_of_json(data), source=source, skipped=None, needs_answers=True, ids={})
 
 
 def rows_of_json(data: Any, *, place: str = "", columns: Mapping[str, str] | None = None) -> Iterator[Row]:
@@ -52,7 +53,7 @@ def rows_of_json(data: Any, *, place: str = "", columns: Mapping[str, str] | Non
 
 def _is_item(data: dict[str, Any], columns: Mapping[str, str]) -> bool:
     names = {"paragraphs", "qas", columns.get("context"), *NAMES["context"]}
-    return any(name in names or name.lower() in names for name in data)
+    return any(name in names or column_key(name) in names for name in data)
 
 
 def _rows_of_array(parent: dict[str, Any], place: str, key: str) -> Iterator[Row]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from qa_onnx.data.json_text import parse_json
-from qa_onnx.data.rows import NAMES, REQUIRED, Row, problem_at, shown
+from qa_onnx.data.columns import NAMES, REQUIRED, column_key
+from qa_onnx.data.json_text import parse_json, shown
+from qa_onnx.data.rows import Row, problem_at
 from qa_onnx.data.squad import rows_of_json
 
 MAX_CSV_FIELD = 2**31 - 1
@@ -23,10 +25,9 @@ def is_json(text: str) -> bool:
 
 def is_csv(text: str, columns: Mapping[str, str]) -> bool:
     """Whether the first line of a text names a question and its passage."""
-    header = {name.strip(' "\r').lower() for name in text.partition("\n")[0].split(_separator(text))}
-    return all(
-        not header.isdisjoint([columns[field].lower()] if field in columns else NAMES[field]) for field in REQUIRED
-    )
+    header = {column_key(name.strip(' "')) for name in _first_line(text).split(find_separator(text))}
+    expected = {field: (columns[field],) if field in columns else NAMES[field] for field in REQUIRED}
+    return all(not header.isdisjoint(map(column_key, names)) for names in expected.values())
 
 
 def rows_of_json_text(text: str, *, is_lines: bool, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -74,8 +75,9 @@ def rows_of_csv(text: str, *, columns: Mapping[str, str]) -> Iterator[Row]:
         ValueError: The text is not CSV; the message says where.
     """
     csv.field_size_limit(MAX_CSV_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=find_separator(text), strict=True)
     header: list[str] | None = None
+    has_rows = False
     line = 1
     try:
         for cells in reader:
@@ -87,7 +89,9 @@ def rows_of_csv(text: str, *, columns: Mapping[str, str]) -> Iterator[Row]:
                 repeated = [name for name, count in Counter(filter(None, header)).items() if count > 1]
                 if repeated:
                     raise ValueError(f"{place}: two columns are called {shown(repeated[0])}; expected different names")
-            elif len(cells) != len(header):
+                continue
+            has_rows = True
+            if len(cells) != len(header):
                 given = f"{len(cells)} fields"
                 expected = f"{len(header)}, as the header has. Quote text that has the separator in it"
                 yield Row(place=place, values=None, problem=problem_at(place, given, expected))
@@ -95,8 +99,17 @@ def rows_of_csv(text: str, *, columns: Mapping[str, str]) -> Iterator[Row]:
                 yield Row(place=place, values=dict(zip(header, cells, strict=True)), columns=columns, is_text=True)
     except csv.Error as error:
         raise ValueError(f"line {line} is not CSV ({error}); mend its quotes") from error
+    if header is None:
+        raise ValueError("the file is empty: there are no questions; expected a header with context, question, answers")
+    if not has_rows:
+        raise ValueError("there are no questions below the header; expected at least one row")
 
 
-def _separator(text: str) -> str:
-    header = text.lstrip().partition("\n")[0]
+def find_separator(text: str) -> str:
+    """The separator of CSV: whichever of `SEPARATORS` the first line of a text has most often outside of quotes."""
+    header = re.sub(r'"[^"]*"', "", _first_line(text))
     return max(SEPARATORS, key=header.count)
+
+
+def _first_line(text: str) -> str:
+    return re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]

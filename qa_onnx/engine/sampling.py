@@ -14,6 +14,8 @@ from qa_onnx.errors import EngineError
 
 ALTERNATIVES_PER_ANSWER = 8
 """Number of tokens not taken that a sequence keeps for each answer asked for; twice as many as a search continues."""
+REPEATED_TOKENS = 6
+"""An extractive answer does not go on with a block that has been repeated to so many tokens, where it can end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,10 @@ def accept(sequence: Sequence, predictions: Predictions, index: int, *, eos_toke
             f"the model's log-probabilities are not numbers: the largest is {logprob}. Its weights are damaged, or too "
             "large for the precision; export the model again"
         )
+    if not sequence.tokens_left:
+        sequence.logprobs.append(float(predictions.eos_logprobs[index]))
+        sequence.finish_reason = "length"
+        return
     if is_first:
         sequence.no_answer_probability = math.exp(float(predictions.eos_logprobs[index]))
     threshold = config.no_answer_threshold if is_first else None
@@ -103,7 +109,7 @@ def accept(sequence: Sequence, predictions: Predictions, index: int, *, eos_toke
     sequence.token_ids.append(token)
     if sequence.constraint is not None:
         sequence.constraint.append(token)
-    if not sequence.tokens_left:
+    if not sequence.tokens_left and not sequence.scores_end:
         sequence.finish_reason = "length"
 
 
@@ -113,6 +119,8 @@ def _choose(sequence: Sequence, logprobs: np.ndarray, eos_token_id: int) -> int:
     must_answer = config.no_answer_threshold is not None and not sequence.token_ids
     if sequence.constraint is not None:
         ids = sequence.constraint.allowed_ids(sequence.tokens_left)
+        if sequence.constraint.may_end:
+            ids = np.array([token for token in ids.tolist() if not repeats([*sequence.token_ids, token])], np.int64)
         if sequence.constraint.may_end or (not sequence.token_ids and not (must_answer and len(ids))):
             ids = np.append(ids, eos_token_id)
         if config.num_answers == 1 and sequence.random is None:
@@ -146,6 +154,16 @@ def _choose(sequence: Sequence, logprobs: np.ndarray, eos_token_id: int) -> int:
             sequence.alternatives.sort(reverse=True)
             del sequence.alternatives[limit:]
     return chosen
+
+
+def repeats(token_ids: SequenceOf[int]) -> bool:
+    """Whether tokens end with the same block several times over: `REPEATED_TOKENS` of them, in three copies or more."""
+    for size in range(1, len(token_ids) // 3 + 1):
+        length = size * max(3, -(-REPEATED_TOKENS // size))
+        tail = token_ids[-length:]
+        if len(tail) == length and all(tail[place] == tail[place - size] for place in range(size, length)):
+            return True
+    return False
 
 
 def repeating_tokens(token_ids: SequenceOf[int], size: int) -> np.ndarray:

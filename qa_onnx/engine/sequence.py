@@ -79,8 +79,10 @@ class Sequence:
         max_new_tokens: Maximum number of new tokens, that of `config` or fewer where the model's positions end.
         token_ids: The new tokens so far, those of a hypothesis included, without the end-of-text.
         begun: How many of these a hypothesis began with; they are the last of `suffix_ids`, too.
-        logprobs: The log-probability under the model of each of `token_ids`, and last of the end-of-text once it came.
+        logprobs: The log-probability under the model of each of `token_ids`, and at the end of the end-of-text.
         no_answer_probability: Probability of the end-of-text in place of a first token; 0 where it was not computed.
+        scores_end: Whether an answer that `max_new_tokens` ends is read once more, for the probability of its end. Not
+            where the model's positions end there, nor with `ignore_eos`.
         finish_reason: `stop` where the model ended the answer, `length` where tokens or positions ended it,
             `no_answer` where it ended before its first token; None while it runs.
         alternatives: With `num_answers` above 1, the most probable tokens that were not taken, in order.
@@ -98,6 +100,7 @@ class Sequence:
     begun: int = 0
     logprobs: list[float] = field(default_factory=list)
     no_answer_probability: float = 0.0
+    scores_end: bool = True
     finish_reason: FinishReason | None = None
     alternatives: list[Alternative] = field(default_factory=list)
     constraint: Constraint | None = None
@@ -131,7 +134,7 @@ class Sequence:
     def needs_logprobs(self) -> bool:
         """Whether the choice of its next token needs more than the most probable one and the end-of-text."""
         config = self.config
-        return bool(
+        return self.tokens_left > 0 and bool(
             self.constraint is not None
             or self.random is not None
             or config.no_repeat_ngram_size
@@ -169,11 +172,13 @@ def make_sequence(
     if constraint is not None:
         for token in token_ids:
             constraint.append(token)
+    max_new_tokens = min(config.max_new_tokens, max_positions - len(prompt) + 1)
     sequence = Sequence(
         prefix_ids=tuple(prompt.prefix_ids),
         suffix_ids=[*prompt.suffix_ids, *token_ids],
         config=config,
-        max_new_tokens=min(config.max_new_tokens, max_positions - len(prompt) + 1),
+        max_new_tokens=max_new_tokens,
+        scores_end=not config.ignore_eos and len(prompt) + max_new_tokens <= max_positions,
         token_ids=token_ids,
         begun=len(token_ids),
         logprobs=list(hypothesis.logprobs),
@@ -183,6 +188,6 @@ def make_sequence(
     )
     if is_whole:
         sequence.finish_reason = "stop" if token_ids else "no_answer"
-    elif not sequence.tokens_left:
+    elif not sequence.tokens_left and not sequence.scores_end:
         sequence.finish_reason = "length"
     return sequence

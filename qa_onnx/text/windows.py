@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -14,6 +16,7 @@ from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode, encode
 
 WORD, SENTENCE, PARAGRAPH = 1, 2, 3
 SENTENCE_ENDS = tuple(".!?\u3002\uff01\uff1f")
+WORD_LETTERS = 6
 RESERVE_STEP = 64
 """What a window leaves to question and answer is a multiple of this, so that questions of like length share windows."""
 
@@ -37,7 +40,7 @@ class WindowSettings:
     def __post_init__(self) -> None:
         if self.window is not None and (type(self.window) is not int or self.window < MIN_WINDOW_TOKENS):
             raise InvalidInputError(
-                f"got window {short_repr(self.window)}; expected a whole number of at least {MIN_WINDOW_TOKENS}, or None"
+                f"got window {short_repr(self.window)}; expected None or a whole number of at least {MIN_WINDOW_TOKENS}"
             )
         if type(self.stride) is not int or self.stride < 0:
             raise InvalidInputError(f"got stride {short_repr(self.stride)}; expected a whole number of at least 0")
@@ -63,11 +66,14 @@ class Window:
         start: The character of the document at which the part starts.
         text: The part; the whole document where that fits.
         prompt: It and the question as tokens.
+        log_prior: Logarithm of the part's share of the document, by the question's words that occur in it
+            (`log_priors`); 0 for a whole document.
     """
 
     start: int
     text: str
     prompt: Prompt
+    log_prior: float = 0.0
 
 
 def encode_windows(
@@ -102,7 +108,7 @@ def encode_windows(
     settings = settings or WindowSettings()
     settings.check_fit(max_positions)
     prompts = encode_prompts(tokenizer, questions, contexts)
-    room = min(max_new_tokens, max_positions // 4) - 1  # the last token is not read
+    room = min(max_new_tokens, max_positions // 4)
     (label,) = encode(tokenizer, [QUESTION_LABEL])
     cut: dict[tuple[str, int], list[tuple[int, str]]] = {}
     windows: list[list[Window]] = []
@@ -117,7 +123,7 @@ def encode_windows(
             budget = max_positions - needed
         if budget < MIN_WINDOW_TOKENS:
             raise PromptTooLongError(
-                f"question {index} has {len(prompt.suffix_ids)} tokens; with an answer of {room + 1} it leaves "
+                f"question {index} has {len(prompt.suffix_ids)} tokens; with an answer of {room} it leaves "
                 f"{max(budget, 0)} of the model's {max_positions} positions to the context, and a window has at least "
                 f"{MIN_WINDOW_TOKENS}. Shorten the question, or lower max_new_tokens"
             )
@@ -126,10 +132,57 @@ def encode_windows(
             cut[context, budget] = _cut(tokenizer, context, budget, min(settings.stride, budget // 2))
         parts = cut[context, budget]
         encoded = encode_prompts(tokenizer, [question] * len(parts), [text for _, text in parts])
+        priors = log_priors(question, [text for _, text in parts])
         windows.append(
-            [Window(start=start, text=text, prompt=part) for (start, text), part in zip(parts, encoded, strict=True)]
+            [
+                Window(start=start, text=text, prompt=part, log_prior=prior)
+                for (start, text), part, prior in zip(parts, encoded, priors, strict=True)
+            ]
         )
     return windows
+
+
+def log_priors(question: str, texts: Sequence[str]) -> list[float]:
+    """How likely each part of a document is to hold the answer, before any of them is read by the model.
+
+    The words of the question that occur in a part speak for it, the rarer in the document the more: the inverse
+    document frequency of Robertson and Sparck Jones (1976, "Relevance Weighting of Search Terms"), with the parts as
+    documents. Words are compared by their first letters, so that inflections are alike.
+
+    Returns:
+        Logarithms of probabilities that add up to 1.
+    """
+    words = [_words(text) for text in texts]
+    scores = [0.0] * len(texts)
+    for word in sorted(_words(question)):
+        holds = [word in found for found in words]
+        rarity = math.log((len(texts) + 1) / (sum(holds) + 0.5))
+        scores = [score + rarity * is_there for score, is_there in zip(scores, holds, strict=True)]
+    best = max(scores)
+    total = best + math.log(sum(math.exp(score - best) for score in scores))
+    return [score - total for score in scores]
+
+
+def _words(text: str) -> set[str]:
+    return {word[:WORD_LETTERS] for word in re.findall(r"\w+", text.lower())}
+
+
+def answer_logprobs(found: Iterable[tuple[Window, str, float]]) -> dict[str, float]:
+    """The log-probability of each text as the answer that a document gives.
+
+    A document is a mixture of its windows: a text's probability is the sum of its probabilities in the windows, each
+    times the window's prior.
+
+    Args:
+        found: Windows, texts found in them, and their log-probabilities there.
+    """
+    logprobs: dict[str, float] = {}
+    for window, text, logprob in found:
+        logprob += window.log_prior
+        known = logprobs.get(text, -math.inf)
+        higher, lower = max(known, logprob), min(known, logprob)
+        logprobs[text] = higher + math.log1p(math.exp(lower - higher))
+    return logprobs
 
 
 def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> list[tuple[int, str]]:

@@ -9,11 +9,12 @@ import sys
 import onnx
 import pytest
 
-from bench import cuda_counts, demo, latency, report, roofline, runner, scaling, throughput, training
+from bench import accuracy, cuda_counts, demo, latency, report, roofline, runner, scaling, throughput, training
 from bench.peers import RUNNERS, Settings, serve
 from qa_onnx.bundle import Bundle
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
+from qa_onnx.errors import InvalidInputError
 from training.starter.sample import generate
 
 
@@ -47,6 +48,32 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_
     assert all(f"| {name} |" in table for name in runner.PEERS)
     assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_reads_files_as_the_other_commands_do(tmp_path, monkeypatch, capsys):
+    """Several files, columns of other names, and bad rows that are skipped."""
+    first, second = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    first.write_text("body;ask;reply\nIt opened in 1803.;When?;1803\n;Who?;Mara\n")
+    second.write_text(json.dumps({"body": "Mara did.", "ask": "Who?", "reply": "Mara"}))
+    asked = []
+
+    def compare(bundle, torch_model, examples, **options):
+        asked.extend(examples)
+        raise InvalidInputError("read")
+
+    monkeypatch.setattr(accuracy, "compare", compare)
+    arguments = ["--model", str(tmp_path), "--torch", "DIR", "--data", str(first), str(second)]
+    assert accuracy.main(arguments) == 2
+    assert capsys.readouterr().err.endswith("Pass --columns context=body question=ask\n")
+    arguments += ["--columns", "context=body", "question=ask"]
+    assert accuracy.main(arguments) == 2
+    assert "a.csv: line 3: body: got an empty string; expected some text. Mend it, or leave" in capsys.readouterr().err
+    assert asked == []
+    assert accuracy.main([*arguments, "--skip-bad-rows", "--limit", "9"]) == 2
+    assert capsys.readouterr().err.startswith(f"skipped: {first}: line 3: body: got an empty string")
+    assert [example.id for example in asked] == ["a.csv: line 2", "b.jsonl: line 1"]
+    assert accuracy.main([*arguments, "--output", str(first)]) == 2
+    assert "is the same file as --data" in capsys.readouterr().err
 
 
 def test_latency_asks_two_questions_a_passage(tiny_model_dir, tmp_path, work, quick, capsys):

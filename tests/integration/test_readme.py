@@ -119,8 +119,10 @@ def test_the_block_for_gpt2_and_squad_runs_with_random_weights(real_data, tmp_pa
 def test_the_commands_that_ask_a_bundle_run_in_order(workplace):
     commands = [command for command in COMMANDS if command.startswith("python -m qa_onnx") and "runs/demo" in command]
     outputs = [run(workplace, *shlex.split(command)[1:]) for command in commands]
-    assert len(outputs) == 6
-    assert '"exact_match"' in outputs[2]
-    assert "question word" in outputs[4]
+    assert len(outputs) == 7
+    assert outputs[1].splitlines()[0::3] == ["How long is it?", "When was it opened?"]
+    assert [line[:5] for line in outputs[1].splitlines() if line.startswith(" ")] == ["  1. ", "  2. "] * 2
+    assert '"exact_match"' in outputs[3]
+    assert "question word" in outputs[5]
     assert (workplace / "runs" / "demo" / "scores.png").is_file()
-    assert '"format_version": 4' in outputs[5]
+    assert re.search(r"^  precision +fp32$", outputs[6], flags=re.MULTILINE)

@@ -258,7 +258,7 @@ def test_a_file_of_bad_rows_only_and_an_empty_one_are_refused(tmp_path, name):
     }
     empty = {"rows.csv": "", "rows.jsonl": "\n", "squad.json": '{"data": []}'}
     (tmp_path / name).write_text(bad[name])
-    with pytest.raises(InvalidInputError, match="all 1 rows are bad, the first: "):
+    with pytest.raises(InvalidInputError, match="its only row is bad: "):
         load_source(str(tmp_path / name), "train", skip_bad_rows=True)
     (tmp_path / name).write_text(empty[name])
     with pytest.raises(InvalidInputError, match="no questions"):
@@ -284,8 +284,45 @@ def test_answers_that_stand_elsewhere_are_repaired_and_absent_ones_counted(tmp_p
     assert (source.repaired, source.absent) == (2, 1)
     assert [line.split(": ", 1)[1] for line in source.warnings()] == [
         "2 answers stand elsewhere than answer_start says, or in other white space, case or characters; repaired",
-        "1 answers do not stand in their passage; trained on as they are",
+        "line 2: answer 'a town' does not occur in its passage",
+        "1 answers do not occur in their passage; trained on as they are",
     ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "parquet"])
+def test_the_first_answers_that_do_not_occur_are_named_by_file_and_place(tmp_path, kind):
+    rows = [{"context": CONTEXT, "question": "Who?", "answers": "Mara"}]
+    rows += [{"context": CONTEXT, "question": "Who?", "answers": f"town {number}"} for number in range(7)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    *named, counted = load_source(str(path), "train").warnings()
+    place = {"jsonl": "line {}", "csv": "line {}", "json": "[{}]", "parquet": "row {}"}[kind]
+    first = {"jsonl": 2, "csv": 3, "json": 1, "parquet": 1}[kind]
+    assert named == [
+        f"{path}: {place.format(first + number)}: answer 'town {number}' does not occur in its passage"
+        for number in range(5)
+    ]
+    assert counted == f"{path}: 7 answers do not occur in their passage; trained on as they are"
+
+
+def test_the_same_rows_in_another_file_are_the_same_data(tmp_path):
+    rows = "\n".join(json.dumps({"context": CONTEXT, "question": "?", "answer": text}) for text in ("Mara", "no"))
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text(rows)
+    second.write_text(rows)
+    one, other = load_source(str(first), "train"), load_source(str(second), "train")
+    assert (one.sha256, one.examples) == (other.sha256, other.examples)
+    assert one.absent_answers != other.absent_answers
 
 
 HUB_ROWS = [
@@ -367,7 +404,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, name, p
 def test_skipping_bad_rows_is_advised_only_where_good_ones_are(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("context,question,reply_text\na b,Who?,a\na b,What?,b\n")
-    with pytest.raises(InvalidInputError, match=r"all 2 rows are bad.*--columns answers=NAME") as raised:
+    with pytest.raises(InvalidInputError, match=r"all 2 rows are bad.*--columns answers=reply_text$") as raised:
         load_source(str(path), "train")
     assert "--skip-bad-rows" not in str(raised.value)
     path.write_text("context,question,answers\na b,Who?,a\n,What?,b\na b,,a\n")

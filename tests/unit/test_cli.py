@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -113,23 +114,55 @@ def test_calibrate_keeps_the_best_threshold_in_the_bundle(files, loaded, capsys)
 def test_generation_options_reach_the_answerer(files, loaded, capsys):
     command = "answer --model bundle --question Normans --context @context.txt --extractive --num-answers 2"
     _, out, _ = run(capsys, command)
-    assert len(out.splitlines()) == 2
-    assert out.splitlines()[0] == "Normans"
+    first, second = out.splitlines()
+    assert re.fullmatch(r"1\. Normans  \(score 0\.\d\d\)", first)
+    assert re.fullmatch(r"2\. .+  \(score 0\.\d\d\)", second)
     options = "--temperature 1 --top-k 5 --top-p 0.9 --seed 3 --no-repeat-ngram-size 2 --no-answer-threshold 1"
     command = f"answer --model bundle --question Normans --context @context.txt {options} --stride 9"
     assert run(capsys, command)[0] == 0
 
 
-def test_evaluate_tells_of_missing_and_unknown_predictions(files, capsys):
+def test_evaluate_scores_the_questions_that_were_asked_and_all_only_when_told(files, capsys):
     status, out, err = run(capsys, "evaluate --data data.json --predictions some.json")
-    assert (status, json.loads(out.splitlines()[-1])["total"]) == (0, 3)
-    assert "2 of 3 questions have no prediction and score 0" in err
+    assert status == 0
+    assert json.loads(out.splitlines()[-1]) == {"exact_match": 100, "f1": 100, "total": 1, "questions_in_data": 3}
+    assert "scored 1 of 3 questions: the others have no prediction; --all counts them as wrong\n" in err
     assert "1 predictions are of questions that are not in data.json" in err
+    assert "no answer" not in out
+    status, out, err = run(capsys, "evaluate --data data.json --predictions some.json --all")
+    scores = json.loads(out.splitlines()[-1])
+    assert (status, scores["total"], scores["exact_match"]) == (0, 3, pytest.approx(100 / 3))
+    assert (scores["questions_in_data"], scores["NoAns_exact"]) == (3, 0)
+    assert "2 of 3 questions have no prediction and score 0" in err
+
+
+def test_evaluate_says_the_same_with_all_when_nothing_is_missing(files, capsys):
+    assert run(capsys, EVALUATE) == run(capsys, f"{EVALUATE} --all")
+    assert "questions_in_data" not in run(capsys, EVALUATE)[1]
+
+
+def test_evaluate_refuses_predictions_of_other_questions(files, capsys):
+    write_json(files / "none.json", {"other": "x"})
+    status, out, err = run(capsys, "evaluate --data data.json --predictions none.json")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: none.json: has no prediction of the 3 questions in data.json; expected their ids")
+    assert "'q1'" in err
+    assert run(capsys, "evaluate --data data.json --predictions none.json --all")[0] == 0
+
+
+def test_what_predict_limit_leaves_out_is_not_scored(files, loaded, capsys):
+    assert run(capsys, f"{PREDICT} --limit 2 --output out.json --answers answers.jsonl")[0] == 0
+    for given in ("--predictions out.json", "--answers answers.jsonl"):
+        status, out, _ = run(capsys, f"evaluate --data data.json {given}")
+        scores = json.loads(out.splitlines()[-1])
+        assert (status, scores["total"], scores["questions_in_data"]) == (0, 2, 3)
 
 
 @pytest.mark.parametrize("context", ["@context.txt", "Rollo"])
 def test_answer_prints_the_text(files, loaded, capsys, context):
-    assert run(capsys, f"answer --model bundle --question Who? --context {context}") == (0, "Who?\n", "")
+    status, out, err = run(capsys, f"answer --model bundle --question Who? --context {context}")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"Who\?  \(score [01]\.\d\d\)\n", out)
 
 
 def test_answer_reads_the_file_after_the_at_sign(files, loaded, capsys):
@@ -164,10 +197,60 @@ def test_predict_writes_the_official_format(files, loaded, capsys, limit, ids):
     assert list(files.glob("*.partial")) == []
 
 
-def test_info_prints_the_manifest(files, capsys):
-    status, out, err = run(capsys, "info --model bundle")
+def test_info_prints_a_page_or_the_manifest(files, capsys):
+    status, page, err = run(capsys, "info --model bundle")
+    assert (status, err) == (0, "")
+    title, *lines = page.splitlines()
+    assert title == "bundle"
+    shown = {line[2:20].strip(): line[20:] for line in lines}
+    assert shown["precision"] == "fp32"
+    assert shown["context window"].startswith("128 tokens")
+    assert shown["no answer"].startswith("no threshold")
+    assert "{" not in page
+    status, out, err = run(capsys, "info --model bundle --json")
     assert (status, err) == (0, "")
     assert json.loads(out) == json.loads((files / "bundle" / "qa_onnx.json").read_text("utf-8"))
+
+
+def info_lines(directory, capsys, **changes):
+    """The page of a bundle whose manifest was changed, by label."""
+    values = json.loads((directory / "bundle" / "qa_onnx.json").read_text("utf-8"))
+    write_json(directory / "bundle" / "qa_onnx.json", values | changes)
+    status, page, err = run(capsys, "info --model bundle")
+    assert (status, err) == (0, "")
+    return {line[2:20].strip(): line[20:] for line in page.splitlines()[1:]}
+
+
+def test_info_tells_what_was_measured(files, capsys):
+    parity = {"source": "2 of random tokens", "prompts": 87, "tokens_differing": 0}
+    parity["max_logprob_difference"] = {"alone": 2e-5, "batched": 9.5e-5}
+    loss = {"equal_answers_percent": 96.25, "f1_drop": 0.125, "questions": 200}
+    kept = {"threshold": 0.0161234, "source": "dev.json", "questions": 1400, "without_answer": 131}
+    shown = info_lines(files, capsys, parity=parity, precision_loss=loss, no_answer=kept, precision="int8")
+    assert shown["precision"] == "int8"
+    assert shown["parity"].startswith("every token equals PyTorch's in fp32 on 87 prompts, 2 of random tokens; ")
+    assert shown["parity"].endswith("differ by at most 9.5e-05")
+    assert (
+        shown["precision loss"] == "96.25 % of answers equal those of fp32; F1 falls by 0.125 points on 200 questions"
+    )
+    assert shown["no answer"] == (
+        "above a probability of 0.016, found on dev.json (1,400 questions, 131 without an answer)"
+    )
+    assert "precision loss" not in info_lines(files, capsys, precision_loss={}, precision="fp32")
+    loss = info_lines(files, capsys, precision_loss={"equal_answers_percent": 50})["precision loss"]
+    assert loss == "50 % of answers equal those of fp32; loss of F1 not measured"
+
+
+@pytest.mark.parametrize("value", [None, "two\nlines", 10**400, [1], {"a": None}, True, "x" * 10_000, 1e300])
+def test_info_shows_reports_whatever_is_in_them(files, capsys, value):
+    parity = dict.fromkeys(("source", "prompts", "tokens_differing"), value)
+    for differences in (value, {"alone": value}):
+        loss = dict.fromkeys(("equal_answers_percent", "f1_drop", "questions"), value)
+        kept = {"threshold": 0.5, "source": value, "questions": value, "without_answer": value}
+        report = parity | {"max_logprob_difference": differences}
+        changes = {"parity": report, "precision_loss": loss, "no_answer": kept, "package_versions": {str(value): value}}
+        changes["source_model"] = str(value)
+        assert max(map(len, info_lines(files, capsys, **changes).values())) < 1_000
 
 
 ANSWER, PREDICT = "answer --model bundle --question Who?", "predict --model bundle --data data.json"
@@ -296,9 +379,9 @@ def test_a_context_from_standard_input_a_file_or_the_command_line(files, capsys,
         def __exit__(self, *error):
             pass
 
-        def answer(self, question, context, *, config):
-            asked.append(context)
-            return echo_answerer().answer(question, context, config=config)
+        def answer_batch(self, questions, contexts, *, config):
+            asked.extend(contexts)
+            return echo_answerer().answer_batch(questions, contexts, config=config)
 
     monkeypatch.setattr(cli, "_load", lambda arguments: Asked())
     (files / "crlf.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
@@ -400,7 +483,7 @@ def test_standard_output_of_another_encoding_gets_every_answer(files, loaded, mo
         command = ["answer", "--model", "bundle", "--question", "café", "--context", "A café.", *option.split()]
         assert cli.main(command) == 0
     plain, whole = printed.getvalue().decode(encoding).splitlines()
-    assert (plain, json.loads(whole)["text"]) == (text, "café")
+    assert (plain.partition("  (score ")[0], json.loads(whole)["text"]) == (text, "café")
 
 
 def test_what_was_printed_before_an_error_is_not_lost(files, monkeypatch):
@@ -490,7 +573,7 @@ def test_columns_of_other_names_are_named(files, loaded, capsys, name):
     status, _, err = run(capsys, f"predict --model bundle --data {name} --output out.json")
     assert status == 2
     assert "no column 'context' among 'no', 'body', 'ask', 'reply'" in err
-    assert "--columns context=NAME" in err
+    assert err.endswith("Pass --columns context=body question=ask\n")
     columns = "--columns context=body question=ask id=no"
     assert run(capsys, f"predict --model bundle --data {name} --output out.json {columns}")[0] == 0
     assert json.loads((files / "out.json").read_text()) == {"7": "Who led the Normans?"}
@@ -520,4 +603,147 @@ def test_a_closed_standard_input_is_one_line(files, loaded, capsys, monkeypatch,
     assert (status, err) == (
         2,
         "error: standard input is closed; expected a text there, or --context TEXT or @FILE\n",
+    )
+
+
+def answer(capsys, *arguments):
+    status = cli.main(["answer", "--model", "bundle", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+SCORE = r"  \(score [01]\.\d\d\)\n"
+
+
+def test_several_questions_are_shown_with_their_answers(files, loaded, capsys):
+    asked = ["--question", "Who led\nthem?", "--question", "Where?"]
+    status, out, err = answer(capsys, *asked, "--context", CONTEXT)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(rf"Who led them\?\n  Who led them\?{SCORE}Where\?\n  Where\?{SCORE}", out)
+    _, out, _ = answer(capsys, *asked, "--context", CONTEXT, "--num-answers", "2", "--extractive")
+    assert [line[:5] for line in out.splitlines() if line.startswith(" ")] == ["  1. ", "  2. "] * 2
+    status, out, _ = answer(capsys, *asked, "--context", CONTEXT, "--json")
+    assert (status, [json.loads(line)["text"] for line in out.splitlines()]) == (0, ["Who led\nthem?", "Where?"])
+
+
+def test_where_there_is_no_answer_the_output_says_so(files, loaded, capsys):
+    options = ["--extractive", "--no-answer-threshold", "0"]
+    status, out, _ = answer(capsys, "--question", "Rollo", "--context", CONTEXT, *options)
+    assert status == 0
+    assert re.fullmatch(rf"\(no answer\){SCORE}", out)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Who?\nWhere did they settle?\n",
+        "\ufeffWho?\r\n\r\n  Where did they settle? \r\n",
+        "\n\nWho?\rWhere did they settle?",
+    ],
+)
+@pytest.mark.parametrize("name", ["questions.txt", "-"])
+def test_a_file_of_questions_has_one_in_each_line_that_is_not_blank(files, loaded, capsys, monkeypatch, content, name):
+    (files / "questions.txt").write_bytes(content.encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    status, out, err = answer(capsys, "--questions", name, "--context", "@context.txt", "--json")
+    assert (status, err) == (0, "")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["Who?", "Where did they settle?"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--questions", "blank.txt"), "--questions blank.txt: has no questions; expected one in each line"),
+        (("--questions", "void.txt"), "--questions void.txt: has no questions"),
+        (("--questions", "latin.txt"), "--questions latin.txt: byte 3 is not UTF-8"),
+        (("--questions", "nowhere.txt"), "--questions nowhere.txt: cannot be read (No such file"),
+        (("--questions", "empty"), "--questions empty: cannot be read (Is a directory)"),
+        (("--questions", "-"), "standard input is closed; expected a question in each line"),
+        (("--questions", "-", "--context", "-"), "--questions - and --context - both read standard input"),
+        (("--questions", "-", "--context", "@-"), "--questions - and --context - both read standard input"),
+        (("--question", "Who?", "--context", "context.txt"), "write --context @context.txt, "),
+        (("--question", "Who?", "--context", "./context.txt"), "write --context @./context.txt, "),
+        (("--question", "Who?", "--context", "bundle/config.json"), "is the name of a file; expected a text."),
+        (("--question", "Who?", "--context", "@empty"), "--context @empty: cannot be read (Is a directory)"),
+    ],
+)
+def test_what_is_no_question_and_no_context_is_refused(files, loaded, capsys, monkeypatch, arguments, words):
+    (files / "blank.txt").write_text(" \n\r\n\n")
+    (files / "void.txt").write_text("")
+    monkeypatch.setattr(sys, "stdin", None)
+    status, out, err = answer(capsys, "--context", "Rollo.", *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("context", [" context.txt", "empty", "context.txt\n", "x" * 5000, "nul\0.txt", "context"])
+def test_a_context_that_is_no_name_of_a_file_is_text(files, loaded, capsys, context):
+    assert answer(capsys, "--question", "Who?", "--context", context)[0] == 0
+
+
+@pytest.mark.parametrize("given", [[], ["--question", "a", "--questions", "b"]])
+def test_questions_are_given_in_one_way(files, loaded, capsys, given):
+    with pytest.raises(SystemExit) as caught:
+        answer(capsys, *given, "--context", "Rollo.")
+    assert caught.value.code == 2
+
+
+def rows_file(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_several_files_are_answered_and_evaluated_together(files, loaded, capsys):
+    row = {"context": CONTEXT, "question": "Who?", "answers": "Rollo"}
+    for name in ("a.jsonl", "b.jsonl"):
+        rows_file(files / name, row)
+    assert run(capsys, "predict --model bundle --data a.jsonl b.jsonl data.json --output out.json")[0] == 0
+    ids = ["a.jsonl: line 1", "b.jsonl: line 1", "q1", "q2", "q3"]
+    assert list(json.loads((files / "out.json").read_text())) == ids
+    status, out, err = run(capsys, "evaluate --data data.json ./a.jsonl b.jsonl --predictions out.json")
+    assert (status, err, json.loads(out.splitlines()[-1])["total"]) == (0, "", 5)
+    status, out, _ = run(capsys, "calibrate --model bundle --data a.jsonl data.json")
+    assert (status, json.loads(out)["source"], json.loads(out)["questions"]) == (0, "a.jsonl, data.json", 4)
+
+
+def test_no_output_is_one_of_several_inputs(files, loaded, capsys):
+    rows_file(files / "b.jsonl", {"context": CONTEXT, "question": "Who?"})
+    status, _, err = run(capsys, "predict --model bundle --data data.json b.jsonl --output b.jsonl")
+    assert (status, "--output b.jsonl is the same file as --data b.jsonl" in err) == (2, True)
+
+
+BAD = {"context": CONTEXT, "question": ""}
+GOOD = {"context": CONTEXT, "question": "Who?", "answers": "Rollo"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict --model bundle --output out.json",
+        "evaluate --predictions predictions.json --all",
+        "calibrate --model bundle",
+    ],
+)
+def test_bad_rows_are_skipped_only_when_asked_and_named(files, loaded, capsys, command):
+    rows_file(files / "rows.jsonl", *[BAD] * 7, GOOD, GOOD | {"answers": None})
+    status, out, err = run(capsys, f"{command} --data rows.jsonl")
+    assert (status, out) == (2, "")
+    assert err == (
+        "error: rows.jsonl: line 1: question: got an empty string; expected some text (7 of 9 rows are bad). Mend it, "
+        "or leave such rows out with --skip-bad-rows\n"
+    )
+    status, out, err = run(capsys, f"{command} --data rows.jsonl --skip-bad-rows")
+    assert status == 0
+    lines = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    assert [line.split(": ")[2] for line in lines[:-1]] == [f"line {number}" for number in range(1, 6)]
+    assert lines[-1] == "skipped: 2 more bad rows"
+
+
+@pytest.mark.parametrize("option", ["", "--skip-bad-rows"])
+def test_skipping_is_not_advised_where_every_row_is_bad(files, loaded, capsys, option):
+    rows_file(files / "rows.jsonl", BAD, BAD)
+    status, _, err = run(capsys, f"{PREDICT.replace('data.json', 'rows.jsonl')} --output out.json {option}")
+    assert (status, err) == (
+        2,
+        "error: rows.jsonl: all 2 rows are bad, the first: line 1: question: got an empty string; expected some text\n",
     )
