@@ -359,9 +359,7 @@ def _calibration_problems(values: dict[str, Any]) -> list[str]:
     for name, least in (("slope", 0.0), ("intercept", -math.inf)):
         value = values["scores"].get(name, 1.0)
         if not (_is_number(value) and least <= value < math.inf):
-            problems.append(
-                f"scores.{name} is {short_repr(value)}, not a number{' of at least 0' if least == 0 else ''}"
-            )
+            problems.append(f"scores.{name} is {short_repr(value)}, not a number{' of at least 0' if least == 0 else ''}")
     windows = {name: values["windows"][name] for name in ("window", "stride") if name in values["windows"]}
     try:
         WindowSettings(**windows).check_fit(values["max_positions"])

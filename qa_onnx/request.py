@@ -85,7 +85,9 @@ class Request:
 
     def answer(self) -> Answer:
         """The most probable answer, once all sequences have ended."""
-        found = [(window, candidate) for window, search in enumerate(self._all) for candidate in search.candidates]
+        found = [
+            (window, candidate) for window, search in enumerate(self._all) for candidate in search.candidates
+        ]
         # Of equal texts that of the window in which it is most probable tells where it is.
         found.sort(key=lambda pair: self._windows[pair[0]].log_prior + pair[1].logprob)
         of_text = {candidate.text: (window, candidate) for window, candidate in found}
