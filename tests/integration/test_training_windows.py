@@ -119,7 +119,7 @@ def test_window_and_stride_are_chosen_where_they_are_not_given(tokenizer):
 @pytest.mark.parametrize(
     ("window", "stride", "message"),
     [
-        (15, None, r"window 15; expected a whole number of at least 16"),
+        (15, None, r"window 15; expected None or a whole number of at least 16"),
         (257, None, r"--window 257, which leaves 0 of 256 positions for question and answer; expected at least 32"),
         (230, None, r"--window 230, which leaves 26 of 256 positions"),
         (64, -1, r"stride -1"),
@@ -140,7 +140,7 @@ def sources(tiny_model_dir, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--window", 10], "window 10; expected a whole number of at least 16"),
+        (["--window", 10], "window 10; expected None or a whole number of at least 16"),
         (["--window", 0], "window 0"),
         (["--window", 1024], "--window 1024, which leaves 0 of 256 positions"),
         (["--window", 120, "--max-length", 128], "--window 120, which leaves 8 of 128 positions"),
