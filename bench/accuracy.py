@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from bench.machine import processor
 from qa_onnx import Answerer, EngineConfig
+from qa_onnx.bundle import Bundle
 from qa_onnx.cli import add_data_options, positive, read_data, run_command
 from qa_onnx.data.example import Example
 from qa_onnx.engine.session import import_onnxruntime
@@ -70,8 +71,17 @@ def compare(
     torch.set_num_threads(threads)
     model, tokenizer = load_model(torch_model)
     model.eval()
+    manifest = Bundle.open(bundle).manifest
     started = time.perf_counter()
-    expected = generate_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    expected = generate_answers(
+        model,
+        tokenizer,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        windows=manifest.window_settings,
+        no_answer_threshold=manifest.no_answer_threshold,
+    )
     torch_seconds = time.perf_counter() - started
 
     config = EngineConfig(threads=threads, batch_size=batch_size)

@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Sampler
 from transformers import GPT2TokenizerFast
 
-from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
+from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS
 from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import PromptTooLongError
@@ -35,8 +35,9 @@ LossOn = Literal["answer", "all"]
 LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
 MIN_PACKED_TOKENS = 256
 """Questions of so many tokens are packed behind a passage however short it is."""
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """To be raised when other rows are made of the same examples: kept rows of other versions are not used."""
+NO_ANSWER_WINDOWS = 2
 POOL_BATCHES = 50
 
 
@@ -60,13 +61,20 @@ class RowSettings:
         loss_on: `answer` labels the answer and its end-of-text, `all` every token.
         text_loss_share: Share of the other tokens, drawn once for each row, that `answer` labels, too: language-model
             training beside.
-        max_positions: Passages that are too long are cut into the windows that `qa_onnx` reads them in.
+        max_positions: Maximum number of tokens of prompt and answer together.
+        windows: Size and overlap of the windows in which `qa_onnx` reads passages that are too long.
+        no_answer_windows: Of the windows without the answer so many are kept for each with it, drawn by `seed`, so that
+            those of a long document do not outweigh the answers; of a question without an answer so many, at least one.
+        seed: See `no_answer_windows`.
         packing: One row for several questions of one passage (see `Collator`).
     """
 
     loss_on: LossOn = "answer"
     text_loss_share: float = 0.0
     max_positions: int = 1024
+    windows: WindowSettings = field(default_factory=WindowSettings)
+    no_answer_windows: int = NO_ANSWER_WINDOWS
+    seed: int = 0
     packing: bool = False
 
 
@@ -74,9 +82,9 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
     """Makes rows of examples, one for each window of a passage and each question, or all questions packed.
 
     A row is the passage, then the question, the answer and the end-of-text; without an answer the end-of-text follows
-    at once. So it does in windows that the answer is not in; an answer that does not stand in its passage is trained on
-    where the passage is one window. A packed row has several questions with their answers, one
-    behind the other.
+    at once. So it does in windows that the answer is not in, of which some are kept (`RowSettings`). An answer that
+    does not stand in its passage is trained on where the passage is one window. A packed row has several questions
+    with their answers, one behind the other.
 
     Args:
         examples: However many gold answers they have, one is trained on (`target_answer`).
@@ -86,7 +94,8 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
     Returns:
         `input_ids` and `labels` (`IGNORED` where a token does not count), `length`, how many tokens they are,
         `passage_tokens`, how many of them are the passage, `question_tokens`, how many each question has with its
-        answer, and `windows`, how many of the questions are asked about a part of a passage.
+        answer, `windows`, how many of the questions are asked about a part of a passage, and `left_out`, how many
+        windows of theirs without an answer were not kept.
 
     Raises:
         PromptTooLongError: A question or an answer leaves no room for a window, or an answer is in none of several.
@@ -102,15 +111,18 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
     def rows_of(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         chosen = [examples[index] for index in batch["index"]]
         try:
-            windows = _windows(chosen, bpe, settings.max_positions)
+            windows = _windows(chosen, bpe, settings)
         except PromptTooLongError as error:
             problems = (too_long(example, tokenizer, settings) for example in chosen)
             raise PromptTooLongError(next(filter(None, problems))) from error
-        asked = [
-            Asked(prompt, [*answer_ids, tokenizer.eos_token_id], is_window=len(parts) > 1)
-            for parts in windows
-            for prompt, answer_ids in parts
-        ]
+        asked = []
+        for example, parts in zip(chosen, windows, strict=True):
+            kept = _kept(example, [bool(answer_ids) for _, answer_ids in parts], settings)
+            left_out = len(parts) - len(kept)
+            for prompt, answer_ids in (parts[index] for index in kept):
+                closed = [*answer_ids, tokenizer.eos_token_id]
+                asked.append(Asked(prompt, closed, is_window=len(parts) > 1, left_out=left_out))
+                left_out = 0
         rows = [_row(row, settings) for row in (_packed(asked) if settings.packing else ([one] for one in asked))]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -121,7 +133,7 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
 def too_long(example: Example, tokenizer: GPT2TokenizerFast, settings: RowSettings) -> str | None:
     """What is wrong with an example that no window holds with its answer; None where one does."""
     try:
-        _windows([example], tokenizer.backend_tokenizer, settings.max_positions)
+        _windows([example], tokenizer.backend_tokenizer, settings)
     except PromptTooLongError as error:
         return str(error).replace("question 0 ", f"question {example.id} ")
     return None
@@ -158,11 +170,19 @@ def cached_rows(
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its answer and end-of-text, and whether its passage is a part of a longer one."""
+    """A question with its answer and end-of-text, about a passage or a window of one.
+
+    Attributes:
+        prompt: Of the question and the passage or window.
+        closed: The answer's tokens and the end-of-text.
+        is_window: Whether the passage is a part of a longer one.
+        left_out: How many windows were not kept; counted at the question's first one.
+    """
 
     prompt: Prompt
     closed: list[int]
     is_window: bool
+    left_out: int
 
     def __len__(self) -> int:
         """Tokens behind the passage."""
@@ -202,10 +222,22 @@ def _row(asked: Sequence[Asked], settings: RowSettings) -> dict[str, Any]:
         "passage_tokens": len(prefix_ids),
         "question_tokens": [len(question) for question in asked],
         "windows": sum(question.is_window for question in asked),
+        "left_out": sum(question.left_out for question in asked),
     }
 
 
-def _windows(examples: Sequence[Example], bpe: Tokenizer, max_positions: int) -> list[list[tuple[Prompt, list[int]]]]:
+def _kept(example: Example, has_answer: Sequence[bool], settings: RowSettings) -> list[int]:
+    """Which windows of an example are trained on, in their order."""
+    answered = [index for index, has in enumerate(has_answer) if has]
+    others = [index for index, has in enumerate(has_answer) if not has]
+    most = settings.no_answer_windows * len(answered) if answered else max(settings.no_answer_windows, 1)
+    draw = random.Random(zlib.crc32(f"{settings.seed} {example.question} {example.context}".encode()))
+    return sorted(answered + (draw.sample(others, most) if len(others) > most else others))
+
+
+def _windows(
+    examples: Sequence[Example], bpe: Tokenizer, settings: RowSettings
+) -> list[list[tuple[Prompt, list[int]]]]:
     """The prompt and the answer of each window of each example; a window without the answer has none."""
     targets = [target_answer(example) for example in examples]
     answers = encode_answers(bpe, [target.text if target else "" for target in targets])
@@ -218,9 +250,9 @@ def _windows(examples: Sequence[Example], bpe: Tokenizer, max_positions: int) ->
             bpe,
             [examples[index].question for index in chosen],
             [examples[index].context for index in chosen],
-            max_positions=max_positions,
+            max_positions=settings.max_positions,
             max_new_tokens=room,
-            settings=WindowSettings(stride=max(DEFAULT_STRIDE, room)),
+            settings=replace(settings.windows, stride=max(settings.windows.stride, room)),
         )
         for index, parts in zip(chosen, encoded, strict=True):
             windows[index] = parts
@@ -230,10 +262,10 @@ def _windows(examples: Sequence[Example], bpe: Tokenizer, max_positions: int) ->
     ]
     for example, parts in zip(examples, answered, strict=True):
         longest = max(len(prompt) + len(answer_ids) + 1 for prompt, answer_ids in parts)
-        if longest > max_positions:
+        if longest > settings.max_positions:
             raise PromptTooLongError(
-                f"question {example.id}: its prompt and answer have {longest} tokens; the model has {max_positions} "
-                "positions. Shorten the question or the answer"
+                f"question {example.id}: its prompt and answer have {longest} tokens; the model has "
+                f"{settings.max_positions} positions. Shorten the question or the answer"
             )
     return answered
 

@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,10 +29,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qa_onnx.cli import EXIT_INTERRUPTED, add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.data.example import Example
+from qa_onnx.data.pairs import normalized
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.evaluation.predictions import read_predictions
 from qa_onnx.files import write_file
 from qa_onnx.lock import folder_lock
+from qa_onnx.text.windows import WindowSettings
 from training.checkpoints import (
     BEST_PREFIX,
     CHECKSUMS_NAME,
@@ -44,6 +47,7 @@ from training.checkpoints import (
 )
 from training.data import LOSS_ON, RowSettings, cached_rows, too_long
 from training.evaluation import windows_of
+from training.holdout import DEFAULT_EVAL, HELDOUT_NAME, Overlap, hold_out, json_lines_of, overlap_of, share_of
 from training.model import ARCHITECTURES, GPT2LMHeadModel, PeftModel, build_model, load_model, with_lora
 from training.overview import Overview, describe, overview_of
 from training.report import METRICS_NAME, history_of, worst_examples, write_json, write_report
@@ -58,12 +62,16 @@ from training.settings import (
     SCHEDULES,
     FinetuneConfig,
 )
-from training.sources import Source, load_source, weighted
+from training.sources import Source, load_source, sha256_of, weighted
 from training.trainer import BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME, GenerationTrainer
+from training.unanswerable import make_unanswerable
+from training.windows import windows_for
 
 CONFIG_NAME, LOCK_NAME = "training_config.json", "training.lock"
 PARTIAL_PATTERN = ".*.partial"
 """Of files that `write_file` was killed in."""
+LOGGING_SHARE = 1 / 200
+"""Steps between two logs, as a share of all: 100 to 200 logs of a run, or one each step."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -99,9 +107,24 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
     if arguments.should_save:
         for warning in data.warnings():
             sys.stderr.write(f"warning: {warning}\n")
+        if data.is_held_out:
+            figures = data.eval_source.to_dict()
+            sys.stderr.write(
+                f"evaluating on {data.eval_source.name}: {figures['questions']} questions about "
+                f"{figures['passages']} passages\n"
+            )
     if dry_run:
         if arguments.should_save:
             print(describe([*data.sources, data.eval_source], data.rows, overview, tokenizer))
+            print(
+                f"trained on: {data.train_questions} questions, {data.without_answer} of them without an answer, and "
+                f"{data.made_without_answer} more without an answer, which were made of them"
+            )
+            print(
+                f"windows: of up to {data.windows.window} tokens of a passage, neighbors share {data.windows.stride}; "
+                f"{overview.left_out} without an answer left out"
+            )
+            print(data.overlap)
         return None
     settings = {
         **config.to_dict(),
@@ -120,6 +143,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
             tokenizer=tokenizer,
             train_rows=data.rows,
             eval_examples=data.eval_examples,
+            windows=data.windows,
             config=config,
             checkpoints=checkpoints,
         )
@@ -131,8 +155,15 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         best, history = trainer.best(), history_of(trainer.state.log_history)
         metrics = {
             "train_questions": data.train_questions,
+            "train_questions_without_answer": data.without_answer,
+            "questions_made_without_answer": data.made_without_answer,
             "questions_that_do_not_fit": len(data.too_long),
+            "window": data.windows.window,
+            "stride": data.windows.stride,
             "eval_questions": len(data.eval_examples),
+            "eval_passages": len({normalized(example.context) for example in data.eval_examples}),
+            "eval_questions_trained_on": data.overlap.same_question,
+            "eval_questions_on_passages_trained_on": data.overlap.same_passage,
             "steps": trainer.state.global_step,
             "best_step": best["step"],
             "losses": [[row["step"], row["loss"]] for row in history if "loss" in row],
@@ -143,7 +174,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> dict[str, Any]
         }
         if arguments.should_save:
             with writes_checkpoints(config.output):
-                _finish(trainer.best_directory(), config, data, overview, metrics, history)
+                _finish(trainer, config, data, overview, metrics, history)
         trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -157,8 +188,13 @@ class Data:
         eval_source: Of questions to evaluate with.
         eval_examples: These, as many as are wanted.
         rows: Tokenised training rows.
-        train_questions: How many questions are in them.
+        train_questions: How many questions of the sources are in them.
+        without_answer: How many of these have no answer.
+        made_without_answer: How many further questions without an answer are in the rows, made of the others.
+        windows: How long passages are read, in training, evaluation and use.
         too_long: What is wrong with each that was skipped because it fits into no window.
+        is_held_out: Whether the questions to evaluate are the sources' own, held out.
+        overlap: What the questions to evaluate share with those trained on.
     """
 
     sources: list[Source]
@@ -166,13 +202,20 @@ class Data:
     eval_examples: list[Example]
     rows: datasets.Dataset
     train_questions: int
+    without_answer: int
+    made_without_answer: int
+    windows: WindowSettings
     too_long: list[str]
+    is_held_out: bool
+    overlap: Overlap
 
     def warnings(self) -> list[str]:
         """What a user has to know, a line each."""
         lines = [line for source in (*self.sources, self.eval_source) for line in source.warnings()]
         if self.too_long:
             lines.append(f"skipped {len(self.too_long)} questions that do not fit, the first: {self.too_long[0]}")
+        if self.overlap:
+            lines.append(f"{self.overlap} Scores are too high by that; --eval {DEFAULT_EVAL} holds out by passage")
         return lines
 
 
@@ -185,53 +228,118 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
             )
     options = {"columns": parse_columns(config.columns), "skip_bad_rows": config.skip_bad_rows}
     sources = [load_source(name, "train", **options) for name in config.train]
-    eval_source = load_source(config.eval, "eval", **options)
-    eval_examples = list(eval_source.examples[: config.limit_eval])
-    _check_eval(eval_examples, tokenizer, max_length, config.max_new_tokens)
+    is_held_out = share_of(config.eval) is not None
+    if is_held_out:
+        sources, eval_source = hold_out(sources, config.eval, seed=config.seed)
+    else:
+        eval_source = load_source(config.eval, "eval", **options)
     weights = config.weights or (1.0,) * len(sources)
-    pairs = zip(sources, weights, strict=True)
-    examples = [example for source, weight in pairs for example in weighted(source, weight, config.seed)]
-    examples = examples[: config.limit_train]
-    if not examples:
+    parts = [weighted(source, weight, config.seed) for source, weight in zip(sources, weights, strict=True)]
+    parts = _limited(parts, config.limit_train)
+    if not any(parts):
         raise InvalidInputError(f"weights {list(weights)} leave no question to train on; expected larger ones")
+    windows = windows_for(
+        list(chain(*parts)),
+        tokenizer.backend_tokenizer,
+        window=config.window,
+        stride=config.stride,
+        max_positions=max_length,
+    )
+    asked = eval_source.examples if is_held_out else eval_source.examples[: config.limit_eval]
+    asked, not_asked = _fitting(asked, tokenizer, max_length, windows, config)
+    if is_held_out:  # `heldout.jsonl` has none that a bundle could not answer
+        eval_source = replace(eval_source, examples=tuple(asked), sha256=sha256_of(asked))
+    eval_examples = asked[: config.limit_eval]
     settings = RowSettings(
         loss_on=config.loss_on,
         text_loss_share=config.text_loss_share,
         max_positions=max_length,
+        windows=windows,
+        no_answer_windows=config.no_answer_windows,
+        seed=config.seed,
         packing=config.packing,
     )
-    problems: list[str | None] = []
+    made = make_unanswerable(parts, config.no_answer_share, seed=config.seed)
+    problems: list[str] = []
     try:
-        rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
+        rows = cached_rows([*chain(*parts), *made], tokenizer, settings, cache_dir=config.cache_dir)
     except PromptTooLongError as error:
-        problems = [too_long(example, tokenizer, settings) for example in examples]
-        if all(problems):
+        checked = [[(example, too_long(example, tokenizer, settings)) for example in part] for part in parts]
+        problems = [problem for part in checked for _, problem in part if problem is not None]
+        count = sum(map(len, parts))
+        if len(problems) == count:
             raise
-        if not config.skip_bad_rows:
-            count = sum(problem is not None for problem in problems)
+        if problems and not config.skip_bad_rows:
             raise PromptTooLongError(
-                f"{error}. Or leave such questions out, {count} of {len(examples)}, with --skip-bad-rows"
+                f"{error}. Or leave such questions out, {len(problems)} of {count}, with --skip-bad-rows"
             ) from error
-        examples = [example for example, problem in zip(examples, problems, strict=True) if problem is None]
-        rows = cached_rows(examples, tokenizer, settings, cache_dir=config.cache_dir)
+        parts = [[example for example, problem in part if problem is None] for part in checked]
+        made = make_unanswerable(parts, config.no_answer_share, seed=config.seed)
+        made = [example for example in made if too_long(example, tokenizer, settings) is None]
+        rows = cached_rows([*chain(*parts), *made], tokenizer, settings, cache_dir=config.cache_dir)
+    examples = list(chain(*parts))
     return Data(
         sources=sources,
         eval_source=eval_source,
         eval_examples=eval_examples,
         rows=rows,
         train_questions=len(examples),
-        too_long=[problem for problem in problems if problem is not None],
+        without_answer=sum(not example.answers for example in examples),
+        made_without_answer=len(made),
+        windows=windows,
+        too_long=[*problems, *not_asked],
+        is_held_out=is_held_out,
+        overlap=overlap_of(examples, eval_examples),
     )
 
 
-def _check_eval(
-    examples: Sequence[Example], tokenizer: GPT2TokenizerFast, max_length: int, max_new_tokens: int
-) -> None:
-    """What cannot be evaluated is refused before hours of training."""
+def _limited(parts: Sequence[Sequence[Example]], limit: int | None) -> list[Sequence[Example]]:
+    """The first questions of all parts together."""
+    left = sum(map(len, parts)) if limit is None else limit
+    limited = []
+    for part in parts:
+        limited.append(part[:left])
+        left -= len(limited[-1])
+    return limited
+
+
+def _fitting(
+    examples: Sequence[Example],
+    tokenizer: GPT2TokenizerFast,
+    max_length: int,
+    windows: WindowSettings,
+    config: FinetuneConfig,
+) -> tuple[list[Example], list[str]]:
+    """The questions that can be evaluated, and what is wrong with each other one.
+
+    Raises:
+        InvalidInputError: Two have the same id.
+        PromptTooLongError: One leaves no room for a window, and bad rows are not to be skipped, or it is all of them.
+    """
     (name, count), *_ = Counter(example.id for example in examples).most_common(1)
     if count > 1:
         raise InvalidInputError(f"{count} questions to evaluate have the id {name!r}; expected one of its own for each")
-    windows_of(examples, tokenizer, max_positions=max_length, max_new_tokens=max_new_tokens)
+
+    def check(asked: Sequence[Example]) -> None:
+        windows_of(asked, tokenizer, max_positions=max_length, max_new_tokens=config.max_new_tokens, settings=windows)
+
+    try:
+        check(examples)
+    except PromptTooLongError:
+        fitting, problems = [], []
+        for example in examples:
+            try:
+                check([example])
+                fitting.append(example)
+            except PromptTooLongError as error:
+                problems.append(str(error).replace("question 0 ", f"question {example.id} "))
+        if not fitting or not config.skip_bad_rows:
+            raise PromptTooLongError(
+                f"{problems[0]}. Or leave such questions out of the evaluation, {len(problems)} of {len(examples)}, "
+                "with --skip-bad-rows"
+            ) from None
+        return fitting, problems
+    return list(examples), []
 
 
 def _lock(output: Path) -> AbstractContextManager[None]:
@@ -302,7 +410,7 @@ def _train(trainer: GenerationTrainer, config: FinetuneConfig, checkpoint: Path 
 
 
 def _finish(
-    best: Path,
+    trainer: GenerationTrainer,
     config: FinetuneConfig,
     data: Data,
     overview: Overview,
@@ -310,18 +418,22 @@ def _finish(
     history: list[dict[str, Any]],
 ) -> None:
     """Copies the best model to the output directory, reports, and deletes the checkpoints."""
-    for path in sorted(best.iterdir()):
+    for path in sorted(trainer.best_directory().iterdir()):
         if path.name != CHECKSUMS_NAME:
             write_file(config.output / path.name, path.read_bytes())
     answers = read_predictions(config.output / PREDICTIONS_NAME)
+    if data.is_held_out:
+        write_file(config.output / HELDOUT_NAME, json_lines_of(data.eval_source.examples))
     write_report(
         config.output,
         config=config,
         sources=data.sources,
         eval_source=data.eval_source,
+        overlap=data.overlap,
         overview=overview,
         metrics=metrics,
         history=history,
+        learning_rates=trainer.learning_rates(),
         worst=worst_examples(data.eval_examples, answers),
     )
     delete_checkpoints(config.output, kept=())
@@ -427,12 +539,12 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
         eval_on_start=config.eval_at_start,
         save_strategy="steps",
         save_steps=config.save_steps,
-        logging_steps=20,
+        logging_steps=LOGGING_SHARE,
         logging_first_step=True,
         report_to=[],
         seed=config.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # TrainingProgress shows it
     )
     if not has_accelerator:  # several processes get cpu:0, which torch.load cannot put a checkpoint's tensors on
         arguments._setup_devices = torch.device("cpu")
@@ -441,7 +553,7 @@ def _training_arguments(config: FinetuneConfig) -> TrainingArguments:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line. What is not given is left out of the result, for a recipe or a default to fill in."""
-    default = FinetuneConfig(model="starter", train=("",), eval="", output=Path())
+    default = FinetuneConfig(model="starter", train=("",), output=Path())
     parser = argparse.ArgumentParser(
         prog="python -m training.finetune",
         description="Fine-tune a GPT-2 to answer questions about passages. The same command, started again, goes on "
@@ -461,12 +573,26 @@ def make_parser() -> argparse.ArgumentParser:
         help="squad, squad_v2 or an id of the hub; a SQuAD .json, .jsonl, .csv, .tsv or .parquet file; a folder of "
         "save_to_disk; sample or sample_v2",
     )
-    data.add_argument("--eval", required=True, metavar="SOURCE", help="as --train; scored at the end of each epoch")
+    data.add_argument(
+        "--eval",
+        metavar="SHARE|SOURCE",
+        help="scored at the end of each epoch: a percentage of the training passages, whose questions are held out, "
+        f"or a source as of --train (default: {default.eval}; a file of such a name: ./{default.eval})".replace(
+            "%", "%%"
+        ),
+    )
     data.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="how often an epoch has each source (default: 1 1 ...)"
     )
     add_columns_option(data)
     data.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out; the first ends the run else")
+    data.add_argument(
+        "--no-answer-share",
+        type=float,
+        metavar="X",
+        help="questions without an answer to train on, for each question; what the sources lack is made of questions "
+        f"that are asked about other passages (default: {default.no_answer_share})",
+    )
     data.add_argument("--limit-train", type=int, metavar="N", help="use only the first N training questions")
     data.add_argument("--limit-eval", type=int, metavar="N", help="use only the first N questions to evaluate")
     data.add_argument("--cache-dir", type=Path, metavar="DIR", help="where tokenised rows are kept")
@@ -502,6 +628,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(recipe, "packing", "questions of one passage in one row", action="store_true")
     add(recipe, "pad_to", "pad to so many tokens at least", type=int)
     add(recipe, "max_length", "tokens of prompt and answer; the model's positions unless given", type=int)
+    add(recipe, "window", "tokens of a passage read at once; unless given, one that holds 99 %% of them", type=int)
+    add(recipe, "stride", "tokens that neighboring windows share; a quarter of a window unless given", type=int)
+    add(recipe, "no_answer_windows", "windows without the answer to train on, for each with it", type=int)
     add(recipe, "precision", "of the products; auto: what the GPU has", choices=PRECISIONS)
     add(recipe, "gradient_checkpointing", "less memory, more time", action="store_true")
     add(recipe, "compile", "torch.compile the model", action="store_true")

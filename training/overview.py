@@ -14,7 +14,8 @@ from training.model import IGNORED
 from training.settings import FinetuneConfig
 from training.sources import Source
 
-HISTOGRAM_STEP, HISTOGRAM_WIDTH = 64, 40
+HISTOGRAM_STEPS = tuple(factor * 10**power for power in range(5) for factor in (1, 2, 5))
+MAX_CLASSES, BAR_WIDTH = 30, 40
 SHOWN = 3
 
 
@@ -26,33 +27,40 @@ class Overview:
         rows: How many there are.
         questions: How many questions stand in them, one for each window of a passage that was cut.
         windows: How many of these are asked about a part of a passage.
+        left_out: How many windows without an answer were not kept.
         tokens: Of all rows, padding left out.
         counted: How many of them count in the loss.
         padding: Share of the tokens of an epoch's batches that is padding.
-        lengths: First length of a class of `HISTOGRAM_STEP` tokens to how many rows are in it.
+        lengths: First length of a class of `length_step` tokens to how many rows are in it.
+        length_step: Lengths in a class; so many that there are 12 to 30 classes where lengths differ as much.
     """
 
     rows: int
     questions: int
     windows: int
+    left_out: int
     tokens: int
     counted: int
     padding: float
     lengths: dict[int, int]
+    length_step: int
 
 
 def overview_of(rows: Dataset, config: FinetuneConfig) -> Overview:
     """Counts what stands in the rows, and what padding an epoch of one process's batches adds."""
     lengths = list(rows["length"])
+    step = histogram_step(lengths)
     labels = compute.list_flatten(rows.with_format("arrow")["labels"][:])
     return Overview(
         rows=len(rows),
         questions=sum(len(tokens) for tokens in rows["question_tokens"]),
         windows=sum(rows["windows"]),
+        left_out=sum(rows["left_out"]),
         tokens=sum(lengths),
         counted=compute.sum(compute.not_equal(labels, IGNORED)).as_py(),
         padding=padding_share(lengths, batch_size=config.batch_size, pad_to=config.pad_to, seed=config.seed),
-        lengths=by_length(lengths, HISTOGRAM_STEP),
+        lengths=by_length(lengths, step),
+        length_step=step,
     )
 
 
@@ -81,8 +89,8 @@ def describe(sources: Sequence[Source], rows: Dataset, found: Overview, tokenize
     lines.append("tokens of a row:")
     most = max(found.lengths.values())
     for first, count in found.lengths.items():
-        bar = "=" * round(HISTOGRAM_WIDTH * count / most)
-        lines.append(f"  {first:5}-{first + HISTOGRAM_STEP - 1:<5} {count:7} {bar}")
+        bar = "=" * round(BAR_WIDTH * count / most)
+        lines.append(f"  {first:5}-{first + found.length_step - 1:<5} {count:7} {bar}")
     for index in range(min(SHOWN, len(rows))):
         row = rows[index]
         first = row["passage_tokens"] + row["question_tokens"][0]
@@ -94,6 +102,11 @@ def describe(sources: Sequence[Source], rows: Dataset, found: Overview, tokenize
             f"  in the loss: {decode(counted, skip_special_tokens=False)!r}",
         ]
     return "\n".join(lines)
+
+
+def histogram_step(values: Sequence[int]) -> int:
+    """The least of `HISTOGRAM_STEPS` by which values are in at most `MAX_CLASSES` classes."""
+    return next(step for step in HISTOGRAM_STEPS if max(values) // step - min(values) // step < MAX_CLASSES)
 
 
 def by_length(values: Sequence[int], step: int) -> dict[int, int]:

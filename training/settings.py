@@ -14,7 +14,8 @@ import torch
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.files import public_name
-from training.data import LOSS_ON, LossOn
+from training.data import LOSS_ON, NO_ANSWER_WINDOWS, LossOn
+from training.holdout import DEFAULT_EVAL, share_of
 from training.model import ARCHITECTURES
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -24,6 +25,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LEARNING_RATE_PRETRAINED, LEARNING_RATE_LORA = 5e-5, 2e-4
 LEARNING_RATE_STARTER, LEARNING_RATE_RANDOM = 1e-4, 5e-4
 """The smaller the model and the younger its weights, the larger the steps that it learns with."""
+NO_ANSWER_SHARE = 0.2
+"""Of questions without an answer, in the recipe for GPT-2."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Radford et al. (2018) fine-tuned the first GPT so: 3 epochs, batches of 32, 6.25e-5, a short warm-up. Eight packed
@@ -36,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.02,
         "precision": "auto",
         "patience": 2,
+        "no_answer_share": NO_ANSWER_SHARE,
     },
     # The notebook that this project replaces, as far as it can be right: its padding, batches, loss and schedule.
     "notebook": {
@@ -57,6 +61,7 @@ POSITIVE = (
     "limit_train",
     "limit_eval",
     "max_length",
+    "window",
     "lora_rank",
     "lora_alpha",
     "eval_steps",
@@ -66,7 +71,7 @@ POSITIVE = (
     "max_new_tokens",
     "eval_batch_size",
 )
-SHARES = ("warmup", "label_smoothing", "dropout", "lora_dropout", "text_loss_share")
+SHARES = ("no_answer_share", "warmup", "label_smoothing", "dropout", "lora_dropout", "text_loss_share")
 PATHS = ("model", "tokenizer", "eval", "output", "cache_dir")
 FREE_TO_CHANGE = (*PATHS, "train", "package_versions", "eval_at_start", "save_steps", "keep", "tensorboard")
 """What may differ when a run goes on from a checkpoint. Of model and data the content decides, not the name."""
@@ -82,9 +87,12 @@ class FinetuneConfig:
         tokenizer: The tokenizer's directory or hub id, with `from_scratch`.
         train: Sources of training questions (`training.sources.load_source`).
         weights: How many times an epoch has the questions of each source, fractions allowed; empty is once each.
-        eval: One source; answered and scored at the end of each epoch, or every `eval_steps`.
+        eval: A percentage of the training passages, whose questions are held out (`training.holdout`), or one source;
+            answered and scored at the end of each epoch, or every `eval_steps`.
         columns: `FIELD=NAME` of `qa_onnx.data.rows.FIELDS`, where JSONL, CSV or hub columns have other names.
         skip_bad_rows: Leave bad rows out and count them, instead of ending with the first.
+        no_answer_share: Questions without an answer to train on for each question. As many as the sources lack are made
+            of questions that are asked about other passages (`training.unanswerable`).
         limit_train: Use only the first so many training questions.
         limit_eval: Use only the first so many questions to evaluate.
         output: Directory to write to: new, empty, or this same run's, which then goes on from its last checkpoint.
@@ -104,6 +112,11 @@ class FinetuneConfig:
         packing: Several questions of one passage in one row.
         pad_to: Pad batches to so many tokens at least.
         max_length: The most tokens of a prompt with its answer; None is what the model has positions for.
+        window: Maximum number of tokens of a context that are read at once; None chooses one that holds 99 % of the
+            training passages (`training.windows`).
+        stride: Tokens that neighboring windows share; None is a quarter of a window, though no more than the default of
+            `qa_onnx`.
+        no_answer_windows: Windows without the answer to train on, for each with it (`training.data.RowSettings`).
         precision: Of the products while training: `bf16` and `fp16` are autocast, `auto` takes what the GPU has.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
         compile: `torch.compile` the model.
@@ -127,9 +140,10 @@ class FinetuneConfig:
     tokenizer: str | None = None
     train: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    eval: str
+    eval: str = DEFAULT_EVAL
     columns: tuple[str, ...] = ()
     skip_bad_rows: bool = False
+    no_answer_share: float = 0.0
     limit_train: int | None = None
     limit_eval: int | None = None
     output: Path
@@ -149,6 +163,9 @@ class FinetuneConfig:
     packing: bool = False
     pad_to: int = 0
     max_length: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    no_answer_windows: int = NO_ANSWER_WINDOWS
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -184,6 +201,10 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InvalidInputError(f"got {name} {value}; expected a number above 0")
+        for name in ("stride", "no_answer_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InvalidInputError(f"got {name} {value}; expected a whole number of at least 0")
         for name in SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -197,6 +218,7 @@ class FinetuneConfig:
         if not all(0 < weight < math.inf for weight in self.weights):
             raise InvalidInputError(f"got weights {list(self.weights)}; expected numbers above 0")
         parse_columns(self.columns)
+        share_of(self.eval)
         if self.from_scratch is not None and self.lora_rank is not None:
             raise InvalidInputError("--lora-rank and --from-scratch do not go together: random weights would stay")
         if self.packing and self.pad_to:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -101,19 +101,24 @@ def load_source(
         check_skipped(bad_rows, len(examples))
     checked = [_checked(example) for example in examples]
     kept = tuple(example for example, _, _ in checked)
-    digest = hashlib.sha256()
-    for example in kept:
-        content = asdict(example)
-        del content["place"]  # the same data in another file is the same data
-        digest.update(json.dumps(content).encode())
     return Source(
         name=name,
         examples=kept,
-        sha256=digest.hexdigest(),
+        sha256=sha256_of(kept),
         bad_rows=tuple(bad_rows),
         repaired=sum(repaired for _, repaired, _ in checked),
         absent_answers=tuple(problem for _, _, absent in checked for problem in absent),
     )
+
+
+def sha256_of(examples: Iterable[Example]) -> str:
+    """The SHA-256 of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        content = asdict(example)
+        del content["place"]  # the same data in another file is the same data
+        digest.update(json.dumps(content).encode())
+    return digest.hexdigest()
 
 
 def weighted(source: Source, weight: float, seed: int) -> list[Example]:

@@ -15,13 +15,24 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
 from torch.utils.data import Sampler
-from transformers import GPT2TokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GPT2TokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from qa_onnx.checkpoint.windows import write_windows
 from qa_onnx.data.example import Example
 from qa_onnx.evaluation.metrics import evaluate
 from qa_onnx.files import write_file
+from qa_onnx.text.windows import WindowSettings
 from training.checkpoints import (
     BEST_PREFIX,
     UNFINISHED_NAME,
@@ -36,6 +47,7 @@ from training.checkpoints import (
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
 from training.model import GPT2LMHeadModel, PeftModel, merged, whole
+from training.progress import TrainingProgress
 from training.settings import FinetuneConfig
 from training.tensorboard import TensorBoardLog
 
@@ -54,10 +66,11 @@ class GenerationTrainer(Trainer):
         tokenizer: GPT2TokenizerFast,
         train_rows: datasets.Dataset,
         eval_examples: list[Example],
+        windows: WindowSettings,
         config: FinetuneConfig,
         checkpoints: Sequence[Path] = (),
     ) -> None:
-        """Takes the tokenised training rows, the questions to evaluate with, and the good checkpoints of before."""
+        """Takes the rows to train on, the questions to evaluate with, and the good checkpoints of before."""
         self.stop = StopWhenAsked()
         super().__init__(
             model=model,
@@ -68,11 +81,14 @@ class GenerationTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[
                 self.stop,
+                TrainingProgress(),
                 *([TensorBoardLog(config.output / TENSORBOARD_NAME)] if config.tensorboard else []),
             ],
         )
+        self.remove_callback(PrinterCallback)
         self._tokenizer = tokenizer
         self._eval_examples = eval_examples
+        self._windows = windows
         self._config = config
         self._checkpoints = list(checkpoints)
 
@@ -107,6 +123,7 @@ class GenerationTrainer(Trainer):
             max_new_tokens=self._config.max_new_tokens,
             batch_size=self._config.eval_batch_size,
             max_length=self._config.max_length,
+            windows=self._windows,
         )
         answers = dict(gather_object(list(answered.items())))
         scores = evaluate(self._eval_examples, answers)
@@ -118,6 +135,17 @@ class GenerationTrainer(Trainer):
         if self.is_patience_used_up():
             self.control.should_training_stop = True
         return metrics
+
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each step that was made, the first one's first."""
+        rate = self.args.learning_rate
+        schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=rate),
+            num_warmup_steps=self.args.get_warmup_steps(self.state.max_steps),
+            num_training_steps=self.state.max_steps,
+        )
+        return [rate * schedule.lr_lambdas[0](step) for step in range(self.state.global_step)]
 
     def is_at_its_end(self) -> bool:
         """Whether there is nothing left to train."""
@@ -167,6 +195,7 @@ class GenerationTrainer(Trainer):
             with writes_checkpoints(self._config.output):
                 model.save_pretrained(unfinished)
                 self._tokenizer.save_pretrained(unfinished)
+                write_windows(unfinished, self._windows)
                 write_file(unfinished / PREDICTIONS_NAME, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
                 finish_checkpoint(self._config.output, name)
         self.accelerator.wait_for_everyone()

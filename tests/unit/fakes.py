@@ -205,6 +205,7 @@ def manifest_fields(**changes):
         "package_versions": {"qa_onnx": "0"},
         "parity": {},
         "precision_loss": {},
+        "windows": {},
     } | changes
 
 
@@ -215,6 +216,7 @@ def echo_answerer(no_answer=None, config=None, **manifest_changes):
         prompt_template="",
         files={},
         no_answer=no_answer or {},
+        scores={},
         **manifest_fields(**manifest_changes),
     )
     tokenizer = small_tokenizer()

@@ -50,7 +50,7 @@ def problem_of(bundle):
 def test_what_is_written_is_read(bundle):
     opened = Bundle.open(str(bundle))
     content = b"content of config.json"
-    assert opened.manifest.format_version == 4
+    assert opened.manifest.format_version == 5
     assert opened.manifest.prompt_template == PROMPT_TEMPLATE
     assert opened.manifest.files["config.json"] == {"bytes": 22, "sha256": hashlib.sha256(content).hexdigest()}
     assert sorted(opened.manifest.files) == [
@@ -235,7 +235,7 @@ def test_a_file_entry_without_size_or_checksum_does_not_pass(bundle, listed):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"format_version": 4,', "cannot be read as JSON"),
+        (b'{"format_version": 5,', "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),
@@ -319,7 +319,7 @@ def test_what_is_no_bundle_at_all_is_said(tmp_path):
 def test_a_kept_threshold_goes_to_the_manifest_alone(bundle, tmp_path):
     (tmp_path / "victim").write_text("precious")
     (bundle / "qa_onnx.json.partial").symlink_to(tmp_path / "victim")
-    Bundle.open(bundle).keep_no_answer({"threshold": 0.25})
+    Bundle.open(bundle).keep({"no_answer": {"threshold": 0.25}})
     assert Bundle.open(bundle).manifest.no_answer_threshold == 0.25
     assert (tmp_path / "victim").read_text() == "precious"
 
@@ -331,7 +331,7 @@ def test_a_manifest_that_cannot_be_written_is_named_and_unchanged(bundle, monkey
     monkeypatch.setattr("os.fsync", full)
     before = (bundle / "qa_onnx.json").read_bytes()
     with pytest.raises(BundleError, match=r"qa_onnx.json: cannot be written \(No space left"):
-        Bundle.open(bundle).keep_no_answer({"threshold": 0.25})
+        Bundle.open(bundle).keep({"no_answer": {"threshold": 0.25}})
     assert (bundle / "qa_onnx.json").read_bytes() == before
 
 

@@ -1,0 +1,75 @@
+"""How far a training is, on standard error: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows step, total, loss, learning rate and time left with each log, and the scores of each evaluation.
+
+    On a terminal loss and learning rate stand behind a bar that is drawn again; elsewhere each log is a line.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._started = 0.0
+        self._first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remembers where and when training starts, which may be in the middle."""
+        self._started, self._first = time.monotonic(), state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the bar on."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shows a loss or an evaluation; what else is logged, such as the time at the end, is in the report."""
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        step = f"step {state.global_step}/{state.max_steps}"
+        if "eval_f1" in logs:
+            self._say(f"{step}  exact match {logs['eval_exact_match']:.2f}  F1 {logs['eval_f1']:.2f}")
+        elif "loss" in logs:
+            loss, rate = f"{logs['loss']:.4f}", f"{logs['learning_rate']:.2e}"
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"loss {loss}, learning rate {rate}")
+            else:
+                self._say(f"{step}  loss {loss}  learning rate {rate}  {self._time_left(state)} left")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _time_left(self, state: TrainerState) -> str:
+        """From the steps of this process and their time, evaluations and checkpoints included."""
+        done = max(state.global_step - self._first, 1)
+        seconds = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
+        return tqdm.format_interval(round(seconds))
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
