@@ -143,6 +143,7 @@ def _choose(sequence: Sequence, logprobs: np.ndarray, eos_token_id: int) -> int:
     if config.num_answers > 1:
         before, length = sum(sequence.logprobs), len(sequence.token_ids)
         best = np.argpartition(-scores, min(config.num_answers, len(scores) - 1))[: config.num_answers + 1]
+        best = np.union1d(best, eos_token_id)  # a whole answer, however many beginnings are more probable
         limit = ALTERNATIVES_PER_ANSWER * config.num_answers
         least = sequence.alternatives[-1].logprob - before if len(sequence.alternatives) == limit else -np.inf
         best = best[(best != chosen) & (scores[best] > least)]

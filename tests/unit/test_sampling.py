@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qa_onnx import EngineError, GenerationConfig
-from qa_onnx.engine.sampling import Predictions, accept, make_random, repeating_tokens, sampling_probabilities
+from qa_onnx.engine.sampling import Predictions, accept, make_random, repeating_tokens, repeats, sampling_probabilities
 from qa_onnx.engine.sequence import Prompt, make_sequence
 
 VOCABULARY, END = 6, 5
@@ -80,9 +80,47 @@ def test_a_threshold_decides_on_no_answer_alone(threshold, reason):
     scores = np.zeros(VOCABULARY)
     scores[END] = 3.0
     accept(sequence, predictions_of(*scores), 0, eos_token_id=END)
-    assert sequence.is_finished
+    if not sequence.is_finished:  # one more run, for the probability of the end
+        accept(sequence, predictions_of(*scores), 0, eos_token_id=END)
     assert sequence.finish_reason == reason
     assert sequence.no_answer_probability == pytest.approx(math.exp(3) / (math.exp(3) + 5))
+
+
+def test_an_answer_that_is_cut_counts_the_probability_of_its_end():
+    sequence = sequence_of(max_new_tokens=2)
+    for _ in range(2):
+        accept(sequence, predictions_of(0, 4, 0, 0, 0, 0), 0, eos_token_id=END)
+    assert (sequence.token_ids, sequence.is_finished) == ([1, 1], False)
+    accept(sequence, predictions_of(0, 4, 0, 0, 0, 1), 0, eos_token_id=END)
+    assert (sequence.token_ids, sequence.finish_reason) == ([1, 1], "length")
+    end = log_softmax(np.array([0, 4, 0, 0, 0, 1.0]))[END]
+    assert sequence.logprobs[2:] == [pytest.approx(end, abs=1e-5)]
+
+
+@pytest.mark.parametrize(("prompt", "options"), [(98, {}), (1, {"ignore_eos": True})])
+def test_an_end_that_cannot_be_read_is_not_waited_for(prompt, options):
+    sequence = sequence_of([1] * prompt, max_new_tokens=2, **options)
+    while not sequence.is_finished:
+        accept(sequence, predictions_of(0, 4, 0, 0, 0, 0), 0, eos_token_id=END)
+    assert (len(sequence.token_ids), len(sequence.logprobs), sequence.finish_reason) == (2, 2, "length")
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "is_repetition"),
+    [
+        ([1] * 5, False),
+        ([1] * 6, True),
+        ([9, 1, 1, 1, 1, 1, 1], True),
+        ([1, 2, 1, 2], False),
+        ([1, 2, 1, 2, 1, 2], True),
+        ([1, 2, 3] * 2, False),
+        ([7, *[1, 2, 3] * 3], True),
+        ([1, 2, 3] * 3 + [4], False),
+        ([], False),
+    ],
+)
+def test_repetitions_are_found_at_the_end(token_ids, is_repetition):
+    assert repeats(token_ids) == is_repetition
 
 
 def test_only_the_first_token_of_a_threshold_needs_all_log_probabilities():
