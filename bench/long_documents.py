@@ -1,0 +1,205 @@
+"""Are answers found in long documents? `python -m bench.long_documents --help`.
+
+Each question is asked about its own passage among passages of other articles, at a random place. For comparison: the
+passage alone, and an oracle that asks only the window of the document that holds the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.machine import describe_machine
+from qa_onnx import Answerer, EngineConfig, GenerationConfig, InvalidInputError
+from qa_onnx.bundle import Bundle
+from qa_onnx.cli import add_data_options, positive, read_data, run_command
+from qa_onnx.data.example import Example
+from qa_onnx.evaluation.metrics import evaluate
+from qa_onnx.files import write_file
+from qa_onnx.text.windows import encode_windows
+
+OTHERS = (0, 1, 3, 12, 50)
+BETWEEN = "\n\n"
+
+
+def documents_of(examples: Sequence[Example], others: int, *, seed: int) -> list[tuple[str, int]]:
+    """For each question a document and the character at which its own passage starts there.
+
+    Raises:
+        InvalidInputError: The other articles have fewer than `others` passages.
+    """
+    draw = random.Random(seed)
+    titles = {example.context: example.title for example in examples}
+    documents = []
+    for example in examples:
+        strangers = [context for context, title in titles.items() if title != example.title]
+        if len(strangers) < others:
+            raise InvalidInputError(
+                f"question {example.id} has {len(strangers)} passages of other articles; expected at least {others}. "
+                "Give more data, with titles"
+            )
+        passages = draw.sample(strangers, others)
+        place = draw.randint(0, others)
+        before = "".join(passage + BETWEEN for passage in passages[:place])
+        after = "".join(BETWEEN + passage for passage in passages[place:])
+        documents.append((before + example.context + after, len(before)))
+    return documents
+
+
+def measure(
+    bundle: Path,
+    examples: Sequence[Example],
+    *,
+    others: Sequence[int],
+    threads: int | None,
+    config: GenerationConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Asks every question about documents of each size.
+
+    Args:
+        bundle: Written by `export.to_onnx`.
+        examples: All questions have an answer.
+        others: How many passages of other articles a document has.
+        threads: As of `EngineConfig`.
+        config: How to answer; its windows are the bundle's where it has none.
+        seed: Of the documents.
+
+    Returns:
+        For each size exact match and F1, of the oracle, too, seconds, windows, and peak memory in MiB.
+    """
+    manifest, tokenizer = Bundle.open(bundle).manifest, Bundle.open(bundle).load_tokenizer()
+    settings = manifest.window_settings
+    questions = [example.question for example in examples]
+    rows = []
+    with Answerer.from_pretrained(bundle, provider="cpu", config=EngineConfig(threads=threads)) as answerer:
+        for count in others:
+            documents = documents_of(examples, count, seed=seed)
+            _reset_peak_memory()
+            started = time.perf_counter()
+            answers = answerer.answer_batch(questions, [text for text, _ in documents], config=config, progress=True)
+            seconds = time.perf_counter() - started
+            peak = _peak_memory()
+            windows = encode_windows(
+                tokenizer,
+                questions,
+                [text for text, _ in documents],
+                max_positions=manifest.max_positions,
+                max_new_tokens=config.max_new_tokens,
+                settings=settings,
+            )
+            parts = []
+            for example, (_, start), found in zip(examples, documents, windows, strict=True):
+                first = start + example.answers[0].start
+                last = first + len(example.answers[0].text)
+                parts.append(next((w.text for w in found if w.start <= first and last <= w.start + len(w.text)), "-"))
+            oracle = answerer.answer_batch(questions, parts, config=config, progress=True)
+            rows.append(
+                {
+                    "others": count,
+                    **_scores(examples, [answer.text for answer in answers]),
+                    "oracle": _scores(examples, [answer.text for answer in oracle]),
+                    "no_answer": sum(answer.finish_reason == "no_answer" for answer in answers),
+                    "windows": sum(answer.windows for answer in answers) / len(answers),
+                    "characters": sum(len(text) for text, _ in documents) / len(documents),
+                    "seconds": seconds,
+                    "peak_mib": peak,
+                }
+            )
+    return {
+        "questions": len(examples),
+        "precision": manifest.precision,
+        "windows": asdict(settings),
+        "config": asdict(config),
+        "rows": rows,
+        **describe_machine(),
+    }
+
+
+def _scores(examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
+    scores = evaluate(examples, {example.id: text for example, text in zip(examples, texts, strict=True)})
+    return {"exact_match": scores.exact_match, "f1": scores.f1}
+
+
+def _reset_peak_memory() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    alone = next((row["exact_match"] for row in result["rows"] if row["others"] == 0), None)
+    lines = [
+        "| other passages | windows | exact match | of the passage alone | F1 | oracle window | s | peak MiB |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        share = f"{100 * row['exact_match'] / alone:.0f} %" if alone else ""
+        lines.append(
+            f"| {row['others']} | {row['windows']:.1f} | {row['exact_match']:.1f} | {share} | {row['f1']:.1f} | "
+            f"{row['oracle']['exact_match']:.1f} | {row['seconds']:.1f} | {row['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.long_documents",
+        description="Ask about passages alone, and among passages of other articles, in one long document.",
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
+    add_data_options(parser)
+    parser.add_argument("--questions", type=positive, default=200, metavar="N", help="default: %(default)s, drawn")
+    parser.add_argument("--others", type=int, nargs="+", default=OTHERS, metavar="N", help="default: 0 1 3 12 50")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
+    parser.add_argument("--window", type=int, metavar="N", help="default: the bundle's")
+    parser.add_argument("--extractive", action="store_true", help="answers are spans of the document")
+    parser.add_argument(
+        "--no-answer-threshold", type=float, metavar="X", help="default: the bundle's; 1 answers every question"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status (see `qa_onnx.cli.run_command`)."""
+    arguments = make_parser().parse_args(argv)
+    return run_command(lambda: _measure_and_report(arguments))
+
+
+def _measure_and_report(arguments: argparse.Namespace) -> None:
+    examples = [example for example in read_data(arguments) if example.answers]
+    if len(examples) > arguments.questions:
+        examples = random.Random(arguments.seed).sample(examples, arguments.questions)
+    config = GenerationConfig(
+        extractive=arguments.extractive, window=arguments.window, no_answer_threshold=arguments.no_answer_threshold
+    )
+    result = measure(
+        arguments.model,
+        examples,
+        others=arguments.others,
+        threads=arguments.threads,
+        config=config,
+        seed=arguments.seed,
+    )
+    print(table(result))
+    print(json.dumps(result))
+    if arguments.output is not None:
+        write_file(arguments.output, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
