@@ -56,8 +56,8 @@ def calibrate(
         max_new_tokens: Maximum number of tokens of an answer.
 
     Returns:
-        The manifest's fields `no_answer` (without a `threshold` where no question without an answer could be made) and
-        `scores` (empty where fewer than `MIN_SCORED` questions were answered).
+        The manifest's fields `no_answer` (where no question without an answer could be made, without a `threshold` and
+        with the `reason`) and `scores` (left out where fewer than `MIN_SCORED` questions with an answer got one).
     """
     chosen = list(examples)
     if len(chosen) > QUESTIONS:
@@ -89,7 +89,8 @@ def calibrate(
     if 0 < unanswerable < len(chosen):
         no_answer |= _find_threshold(chosen, answers, made=made)
     asked = [pair for pair in zip(chosen, answers, strict=True) if pair[0].answers]
-    return {"no_answer": no_answer, "scores": _calibrate_scores(asked, about)}
+    scores = _calibrate_scores(asked, about)
+    return {"no_answer": no_answer} | ({"scores": scores} if scores else {})
 
 
 def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, made: bool) -> dict[str, Any]:

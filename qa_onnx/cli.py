@@ -205,6 +205,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             extractive=arguments.extractive,
             max_new_tokens=arguments.max_new_tokens,
         )
+    if "threshold" not in found["no_answer"]:
+        raise InvalidInputError(f"{_names(arguments.data)}: no threshold can be found. {found['no_answer']['reason']}")
     Bundle.open(arguments.model).keep(found)
     _write_json(found)
 

@@ -75,11 +75,13 @@ def _scores(found: dict[str, Any]) -> str:
 def _no_answer(found: dict[str, Any]) -> str:
     if "threshold" not in found:
         return "no threshold; `python -m qa_onnx calibrate` finds one"
+    made = ", made of the others" if found.get("pairs_made") is True else ""
+    share = found.get("no_answer_percent")
+    got = f"; {_value(share)} % of those get none" if _is_number(share) else ""
     return (
         f"above a probability of {_value(found['threshold'])}, found on {_value(found.get('source'))} "
-        f"({_value(found.get('questions'))} questions, {_value(found.get('without_answer'))} without an answer"
-        f"{', made of the others' if found.get('pairs_made') is True else ''}), where "
-        f"{_value(found.get('no_answer_percent'))} % of those without one get none"
+        f"({_value(found.get('questions'))} questions, {_value(found.get('without_answer'))} without an answer{made}"
+        f"{got})"
     )
 
 

@@ -42,15 +42,31 @@ def fit_calibration(logprobs: Sequence[float], is_right: Sequence[bool]) -> Scor
         is_right: Whether each of them is right.
     """
     features = np.stack([_logits(logprobs), np.ones(len(logprobs))], axis=1)
-    targets = np.asarray(is_right, np.float64)
-    weights = np.array([1.0, 0.0])
-    ridge = RIDGE * len(targets) * np.eye(2)
+    weights = _fit(features, np.asarray(is_right, np.float64), np.array([1.0, 0.0]))
+    if weights[0] < 0:  # the more probable, the less often right: probabilities tell nothing
+        features[:, 0] = 0.0
+        weights = _fit(features, np.asarray(is_right, np.float64), np.zeros(2))
+    return ScoreCalibration(slope=float(weights[0]), intercept=float(weights[1]))
+
+
+def _fit(features: np.ndarray, targets: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """The weights, float64 [2], of a logistic regression that are pulled to a prior a little."""
+    ridge = RIDGE * len(targets)
+
+    def loss(weights: np.ndarray) -> float:
+        logits = features @ weights
+        return float((np.logaddexp(0.0, logits) - targets * logits).sum() + ridge / 2 * ((weights - prior) ** 2).sum())
+
+    weights = prior.copy()
     for _ in range(NEWTON_STEPS):
         found = _sigmoid(features @ weights)
-        gradient = features.T @ (found - targets) + ridge @ (weights - [1.0, 0.0])
-        curvature = (features * (found * (1.0 - found))[:, None]).T @ features + ridge
-        weights -= np.linalg.solve(curvature, gradient)
-    return ScoreCalibration(slope=max(0.0, float(weights[0])), intercept=float(weights[1]))
+        gradient = features.T @ (found - targets) + ridge * (weights - prior)
+        curvature = (features * (found * (1.0 - found))[:, None]).T @ features + ridge * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        while loss(weights - step) > loss(weights) and abs(step).max() > 1e-9:  # Newton's step may be too long
+            step /= 2
+        weights = weights - step
+    return weights
 
 
 def expected_calibration_error(scores: Sequence[float], is_right: Sequence[bool]) -> float:
@@ -72,5 +88,5 @@ def _logits(logprobs: Sequence[float]) -> np.ndarray:
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
-    probabilities: np.ndarray = 1.0 / (1.0 + np.exp(-values))
+    probabilities: np.ndarray = np.exp(-np.logaddexp(0.0, -values))
     return probabilities

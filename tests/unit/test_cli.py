@@ -104,11 +104,22 @@ def test_evaluate_reads_whole_answers_and_writes_the_worst_and_a_plot(files, loa
 def test_calibrate_keeps_the_best_threshold_in_the_bundle(files, loaded, capsys):
     status, out, err = run(capsys, "calibrate --model bundle --data data.json")
     assert (status, err) == (0, "")
-    kept = json.loads(out)
+    kept = json.loads(out)["no_answer"]
     assert (kept["questions"], kept["without_answer"], kept["source"]) == (3, 1, "data.json")
+    assert kept["pairs_made"] is False
     assert Bundle.open("bundle").manifest.no_answer == kept
     assert Bundle.open("bundle").manifest.no_answer_threshold == kept["threshold"] == kept["best_f1_thresh"]
     assert list(files.glob("bundle/*.partial")) == []
+
+
+def test_a_calibration_needs_answers_and_two_passages(files, loaded, capsys):
+    rows_file(files / "none.jsonl", {"context": CONTEXT, "question": "Who?", "answers": None})
+    rows_file(files / "one.jsonl", {"context": CONTEXT, "question": "Who?", "answers": "Rollo"})
+    before = (files / "bundle/qa_onnx.json").read_bytes()
+    for name, message in (("none", "none of 1 questions has an answer"), ("one", "expected at least two passages")):
+        status, out, err = run(capsys, f"calibrate --model bundle --data {name}.jsonl")
+        assert (status, out, message in err, err.count("\n")) == (2, "", True, 1)
+    assert (files / "bundle/qa_onnx.json").read_bytes() == before
 
 
 def test_generation_options_reach_the_answerer(files, loaded, capsys):
@@ -283,7 +294,6 @@ EVALUATE = "evaluate --data data.json --predictions predictions.json"
             "--plot needs answers with scores",
         ),
         ("evaluate --data data.json --predictions predictions.json --worst nowhere/x", "nowhere/x: cannot be written"),
-        ("calibrate --model bundle --data data.json --limit 2", "0 of 2 questions have no answer; expected some"),
     ],
 )
 def test_bad_input_gives_status_2_and_one_line(files, capsys, command, words):
@@ -703,7 +713,8 @@ def test_several_files_are_answered_and_evaluated_together(files, loaded, capsys
     status, out, err = run(capsys, "evaluate --data data.json ./a.jsonl b.jsonl --predictions out.json")
     assert (status, err, json.loads(out.splitlines()[-1])["total"]) == (0, "", 5)
     status, out, _ = run(capsys, "calibrate --model bundle --data a.jsonl data.json")
-    assert (status, json.loads(out)["source"], json.loads(out)["questions"]) == (0, "a.jsonl, data.json", 4)
+    kept = json.loads(out)["no_answer"]
+    assert (status, kept["source"], kept["questions"]) == (0, "a.jsonl, data.json", 4)
 
 
 def test_no_output_is_one_of_several_inputs(files, loaded, capsys):

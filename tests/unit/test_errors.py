@@ -17,6 +17,7 @@ INSIDE = {
     "OSError": {"files.py"},
     "StopIteration": {"answerer.py"},
     "ArgumentTypeError": {"cli.py"},
+    "ConnectionError": {"tables.py"},
 }
 """Other classes and the modules that raise them: their callers or argparse catch them; the iterator's end is none."""
 

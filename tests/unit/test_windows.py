@@ -82,7 +82,7 @@ def test_windows_end_with_paragraphs_and_sentences_where_these_are_near():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"window": 15}, "got window 15; expected a whole number of at least 16"),
+        ({"window": 15}, "got window 15; expected None or a whole number of at least 16"),
         ({"window": True}, "got window True"),
         ({"window": "64"}, "got window '64'"),
         ({"stride": -1}, "got stride -1; expected a whole number of at least 0"),
