@@ -26,6 +26,7 @@ from transformers import GPT2TokenizerFast, TrainerState, TrainingArguments, set
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from qa_onnx.checkpoint.windows import read_windows
 from qa_onnx.cli import EXIT_INTERRUPTED, add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.data.example import Example
@@ -244,6 +245,7 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         window=config.window,
         stride=config.stride,
         max_positions=max_length,
+        least=read_windows(config.model).window or 0 if config.model is not None else 0,
     )
     asked = eval_source.examples if is_held_out else eval_source.examples[: config.limit_eval]
     asked, not_asked = _fitting(asked, tokenizer, max_length, windows, config)

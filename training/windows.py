@@ -21,7 +21,13 @@ QUESTION_ROOM = 96
 
 
 def windows_for(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, window: int | None, stride: int | None, max_positions: int
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    window: int | None,
+    stride: int | None,
+    max_positions: int,
+    least: int = 0,
 ) -> WindowSettings:
     """Window and stride of a training: those that are given, or else those that fit its examples.
 
@@ -31,6 +37,7 @@ def windows_for(
         window: In tokens; None chooses one (`choose_window`).
         stride: In tokens; None is `DEFAULT_STRIDE`, or a quarter of the window where that is less.
         max_positions: Maximum number of tokens of prompt and answer together.
+        least: The window that the model read before this training: short passages do not make it shorter.
 
     Raises:
         InvalidInputError: A window or stride that is too small, or a window that leaves no room for an answer.
@@ -41,7 +48,7 @@ def windows_for(
         lengths = {context: len(passage) for context, passage in zip(contexts, passages, strict=True)}
         targets = [(example.context, target) for example in examples if (target := target_answer(example)) is not None]
         answers = encode_answers(tokenizer, [target.text for _, target in targets])
-        least = max((2 * len(answer) + WINDOW_STEP for answer in answers), default=0)
+        least = max([least, *(2 * len(answer) + WINDOW_STEP for answer in answers)])
         for context, target in targets:  # an answer in other words can only be trained on with the whole passage
             if not context.startswith(target.text, target.start):
                 least = max(least, lengths[context])

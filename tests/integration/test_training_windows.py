@@ -110,6 +110,7 @@ def test_window_and_stride_are_chosen_where_they_are_not_given(tokenizer):
     assert windows_for([document(3)], bpe, window=None, stride=8, max_positions=256) == WindowSettings(
         window=160, stride=8
     )
+    assert windows_for([short], bpe, window=None, stride=None, max_positions=1024, least=256).window == 256
     assert windows_for([short], bpe, window=200, stride=None, max_positions=256) == WindowSettings(
         window=200, stride=min(DEFAULT_STRIDE, 50)
     )

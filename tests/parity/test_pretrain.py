@@ -12,7 +12,7 @@ from transformers import set_seed
 from qa_onnx.data.squad import parse_squad
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 from training.data import Collator
-from training.starter import circuits, pretrain, vectors
+from training.starter import augment, circuits, pretrain, vectors
 from training.starter.sample import generate
 
 
@@ -213,3 +213,59 @@ def test_a_few_steps_are_trained_and_gone_on_from(tmp_path):
     pretrain.main([*map(str, shared), "--output", str(tmp_path / "second"), "--model", str(tmp_path / "first")])
     for name in ("first", "second"):
         assert (tmp_path / name / "model.safetensors").stat().st_size > 1_000_000
+
+
+def test_questions_without_an_answer_are_of_other_passages_and_lost_sentences():
+    data = [generate("train", questions=300)]
+    data[0]["data"] = [
+        {"title": str(number), "paragraphs": data[0]["data"][0]["paragraphs"][4 * number : 4 * number + 4]}
+        for number in range(10)
+    ]
+    made = augment.augment(data, copies=2, cloze=0, seed=1, no_answer_share=0.5, joined_share=0.5)
+    examples = parse_squad(made, source="made")
+    without = [example for example in examples if not example.answers]
+    assert 0.2 < len(without) / len(examples) < 0.5
+    answers = {
+        qa["question"]: qa["answers"][0]["text"].lower()
+        for article in data[0]["data"]
+        for paragraph in article["paragraphs"]
+        for qa in paragraph["qas"]
+    }
+    known = [example for example in without if example.question in answers]
+    assert len(known) > 10
+    assert not any(answers[example.question] in example.context.lower() for example in known)
+    for example in examples:
+        for answer in example.answers:
+            assert example.context.startswith(answer.text, answer.start)
+    lengths = [len(example.context) for example in examples]
+    assert max(lengths) > 1.5 * max(len(p["context"]) for a in data[0]["data"] for p in a["paragraphs"])
+    assert max(lengths) < augment.MAX_JOINED_CHARACTERS + 20
+
+
+def test_a_question_without_an_answer_is_followed_by_the_end_of_text_and_points_nowhere(tokenizer):
+    paragraph = {"context": "Mara founded Tolvik.", "qas": [{"id": "1", "question": "Who left?", "answers": []}]}
+    examples = parse_squad({"data": [{"paragraphs": [paragraph]}]}, source="x")
+    (row,) = pretrain.rows_of(examples, tokenizer.backend_tokenizer, 0.0, random.Random(0))
+    assert (row["votes"], row["points"]) == ([], [])
+    assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
+    assert sum(label != -100 for label in row["labels"]) == 1
+
+
+def test_word_vectors_bring_words_of_like_use_together_in_the_free_dimensions(tokenizer, written, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    words = {word: torch.randn(100, generator=draw) for word in ("january", "april", "bridge", "the", "river")}
+    words["april"] = words["january"] + 0.1 * words["april"]
+    filler = {f"word{number}": torch.randn(100, generator=draw) for number in range(300)}
+    path = tmp_path / "vectors.json"
+    path.write_text(json.dumps({"vectors": {word: vector.tolist() for word, vector in (words | filler).items()}}))
+    model, bpe = pretrain.copy.deepcopy(written), tokenizer.backend_tokenizer
+    before = model.transformer.wte.weight.detach().clone()
+    vectors.add_word_vectors(model, bpe, path)
+    added = model.transformer.wte.weight.detach() - before
+    ids = {word: bpe.encode(f" {word}").ids for word in ("January", "April", "bridge")}
+    assert all(len(found) == 1 for found in ids.values())
+    january, april, bridge = (added[found[0]] for found in ids.values())
+    assert torch.nn.functional.cosine_similarity(january, april, dim=0) > 0.9
+    assert abs(torch.nn.functional.cosine_similarity(january, bridge, dim=0)) < 0.5
+    assert not added[:, : circuits.FREE.start].any()
+    assert not added[bpe.encode("\n").ids[0]].any()

@@ -1,9 +1,10 @@
 """Makes more questions of real passages: `python -m training.starter.augment --help`.
 
-Two ways. Cloze questions: a span of a sentence is the answer, the rest of the sentence, shortened and shuffled, is the
+Four ways. Cloze questions: a span of a sentence is the answer, the rest of the sentence, shortened and shuffled, is the
 question (Lewis et al., 2019, "Unsupervised Question Answering by Cloze Translation"). Altered passages: sentences
 change places or come from elsewhere, so that a place cannot be learned by heart; the passage's own questions are asked
-again there.
+again there. Joined passages: several as one, as a window of a long document is. Questions without an answer: those on
+other passages of the same article, and those whose sentence an altered passage has lost.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ SPANS = {  # kinds of answers, and what is asked for them
 }
 SPAN_SHARES = {"date": 3.0, "number": 2.0, "name": 4.0, "phrase": 4.0}
 MIN_SENTENCE_WORDS = 6
+MAX_JOINED_CHARACTERS = 1700
+LOST_SHARE = 0.5
+"""Of the questions whose sentence a passage has lost; they are asked there without an answer."""
+SAME_ARTICLE_SHARE = 0.8
+"""Of the questions without an answer that come from the passage's own article, where that has other passages."""
+SHORTENED_SHARE, DROPPED_SHARE = 0.35, 0.15
+"""Of the questions, and of the words of one, that are left out, so that no word can be relied on alone."""
 
 
 def sentences_of(context: str) -> list[str]:
@@ -147,7 +155,8 @@ def cloze_questions(context: str, count: int, draw: random.Random) -> list[dict[
 def altered(paragraph: dict[str, Any], strangers: list[str], draw: random.Random) -> dict[str, Any]:
     """The passage with its sentences shuffled, dropped or joined by strangers; questions go where their sentences go.
 
-    A question stays if the sentence that its answer starts in stays, and its answer is whole there.
+    A question stays if the sentence that its answer starts in stays, and its answer is whole there; some of the others
+    stay without an answer.
     """
     context = paragraph["context"]
     sentences, starts, place = sentences_of(context), [], 0
@@ -175,6 +184,8 @@ def altered(paragraph: dict[str, Any], strangers: list[str], draw: random.Random
         answer = qa["answers"][0]
         index = max((i for i, start in enumerate(starts) if start <= answer["answer_start"]), default=None)
         if index is None or index not in moved:
+            if draw.random() < LOST_SHARE and not holds_answer(text, qa):
+                qas.append(unanswerable(qa))
             continue
         start = answer["answer_start"] - starts[index] + moved[index]
         if text.startswith(answer["text"], start):
@@ -182,17 +193,84 @@ def altered(paragraph: dict[str, Any], strangers: list[str], draw: random.Random
     return {"context": text, "qas": qas}
 
 
-def augment(data: list[dict[str, Any]], *, copies: int, cloze: int, seed: int) -> dict[str, Any]:
-    """Makes one SQuAD v1.1 data set of several, with altered passages and cloze questions.
+def unanswerable(qa: dict[str, Any]) -> dict[str, Any]:
+    """The question without an answer, as SQuAD v2.0 has it; `plausible_answers` are those of its own passage."""
+    return {**qa, "answers": [], "plausible_answers": qa["answers"], "is_impossible": True}
+
+
+def holds_answer(context: str, qa: dict[str, Any]) -> bool:
+    """Whether one of a question's answers occurs in a passage."""
+    return any(answer["text"].lower() in context.lower() for answer in qa.get("plausible_answers") or qa["answers"])
+
+
+def questions_of_others(
+    context: str, own: list[dict[str, Any]], others: list[dict[str, Any]], count: int, draw: random.Random
+) -> list[dict[str, Any]]:
+    """Up to `count` questions on other passages that a passage does not answer."""
+    found = []
+    for _ in range(count):
+        qa = draw.choice(draw.choice(others)["qas"])
+        if qa not in own and not holds_answer(context, qa):
+            found.append(unanswerable(qa))
+    return found
+
+
+def shortened(question: str, draw: random.Random) -> str:
+    """The question without some of its words, now and then."""
+    if draw.random() > SHORTENED_SHARE:
+        return question
+    words = question.split()
+    kept = [word for number, word in enumerate(words) if number == 0 or draw.random() > DROPPED_SHARE]
+    return " ".join(kept) if len(kept) > 2 else question
+
+
+def joined(passage: dict[str, Any], contexts: list[str], draw: random.Random) -> dict[str, Any]:
+    """The passage at a random place among others, as many as `MAX_JOINED_CHARACTERS` allow, with its own questions.
+
+    Questions without an answer that one of the others answers are left out.
+    """
+    room = MAX_JOINED_CHARACTERS - len(passage["context"])
+    before, after = [], []
+    for context in draw.sample(contexts, min(draw.randint(1, 3), len(contexts))):
+        room -= len(context)
+        if room > 0:
+            draw.choice((before, after)).append(context)
+    between = draw.choice((" ", "\n", "\n\n"))
+    shift = sum(len(context) + len(between) for context in before)
+    text = between.join([*before, passage["context"], *after])
+    qas = [
+        {**qa, "answers": [{**answer, "answer_start": answer["answer_start"] + shift} for answer in qa["answers"]]}
+        for qa in passage["qas"]
+        if qa["answers"] or not holds_answer(text, qa)
+    ]
+    return {"context": text, "qas": qas}
+
+
+def augment(
+    data: list[dict[str, Any]],
+    *,
+    copies: int,
+    cloze: int,
+    seed: int,
+    no_answer_share: float = 0.0,
+    joined_share: float = 0.0,
+) -> dict[str, Any]:
+    """Makes one SQuAD data set of several, with altered and joined passages, and further questions.
 
     Args:
         data: SQuAD data sets.
         copies: How many times each passage comes; the first time as it is, later altered.
-        cloze: The most cloze questions on a passage, each time others.
+        cloze: Maximum number of cloze questions on a passage, each time others.
         seed: The same seed gives the same data set.
+        no_answer_share: How many questions of other passages a passage gets for each of its own, without an answer;
+            with it, questions are shortened now and then.
+        joined_share: Share of the passages that are joined with others.
     """
     draw = random.Random(seed)
-    paragraphs = [paragraph for part in data for article in part["data"] for paragraph in article["paragraphs"]]
+    articles = [article["paragraphs"] for part in data for article in part["data"]]
+    paragraphs = [paragraph for article in articles for paragraph in article]
+    article_of = [article for article in articles for _ in article]
+    asked = [paragraph for paragraph in paragraphs if paragraph["qas"]]
     strangers = [sentence for paragraph in paragraphs for sentence in sentences_of(paragraph["context"])]
     made = []
     for copy in range(copies):
@@ -200,9 +278,22 @@ def augment(data: list[dict[str, Any]], *, copies: int, cloze: int, seed: int) -
             is_whole = copy == 0 and len(sentences_of(paragraph["context"])) > 1
             passage = paragraph if is_whole else altered(paragraph, strangers, draw)
             qas = [*passage["qas"], *cloze_questions(passage["context"], cloze, draw)]
+            if no_answer_share:
+                near = [other for other in article_of[number] if other is not paragraph and other["qas"]]
+                others = near if near and draw.random() < SAME_ARTICLE_SHARE else asked
+                count = int(no_answer_share * len(qas) + draw.random())
+                qas += questions_of_others(passage["context"], paragraph["qas"], others, count, draw)
+                qas = [{**qa, "question": shortened(qa["question"], draw)} for qa in qas]
             numbered = [{**qa, "id": f"{seed}-{copy}-{number}-{index}"} for index, qa in enumerate(qas)]
             if numbered:
                 made.append({"context": passage["context"], "qas": numbered})
+    short = [passage["context"] for passage in made if len(passage["context"]) < MAX_JOINED_CHARACTERS // 2]
+    made = [
+        joined(passage, short, draw)
+        if draw.random() < joined_share and len(passage["context"]) < MAX_JOINED_CHARACTERS
+        else passage
+        for passage in made
+    ]
     return {"version": "1.1", "data": [{"title": "", "paragraphs": made}]}
 
 
@@ -213,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the SQuAD v1.1 JSON file to write")
     parser.add_argument("--copies", type=int, default=2, help="how often each passage comes (default: %(default)s)")
     parser.add_argument("--cloze", type=int, default=4, help="cloze questions a passage (default: %(default)s)")
+    parser.add_argument("--no-answer-share", type=float, default=0.0, help="questions without an answer for each other")
+    parser.add_argument("--joined-share", type=float, default=0.0, help="share of passages that are joined with others")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     return run_command(lambda: _write(arguments))
@@ -220,7 +313,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(arguments: argparse.Namespace) -> None:
     data = [read_json(path) for path in arguments.text]
-    made = augment(data, copies=arguments.copies, cloze=arguments.cloze, seed=arguments.seed)
+    made = augment(
+        data,
+        copies=arguments.copies,
+        cloze=arguments.cloze,
+        seed=arguments.seed,
+        no_answer_share=arguments.no_answer_share,
+        joined_share=arguments.joined_share,
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_file(arguments.output, json.dumps(made, ensure_ascii=False))
     questions = sum(len(paragraph["qas"]) for paragraph in made["data"][0]["paragraphs"])

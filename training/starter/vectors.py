@@ -12,16 +12,23 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+
+from qa_onnx.data.json_text import read_json
+from training.model import GPT2LMHeadModel
+from training.starter.circuits import FREE, FREE_WIDTH
 
 NEIGHBOUR_DIMENSIONS = 72
 NEIGHBOUR_SHARE = 0.4
 """Of a token vector's squared length; spelling has the rest."""
 WINDOW = 3
 """Tokens to either side that count as neighbours, the nearer the more."""
+COMMON_WORDS, WORD_DIMENSIONS, WORD_SHARE = 40_000, 80, 0.5
+"""Of `add_word_vectors`: words that directions are found in, dimensions kept, length over that of a token's vector."""
 NOT_ASKED_FOR = ("\n", "Answer", ":", "?", "Question", "Context", ".", ",")
 """Tokens of the prompt and of every sentence: as if they were the most frequent of all."""
 
@@ -38,6 +45,36 @@ def token_vectors(bpe: Tokenizer, texts: Sequence[str], width: int) -> torch.Ten
     neighbours = _neighbours([encoding.ids for encoding in bpe.encode_batch(texts)], bpe.get_vocab_size())
     parts = [neighbours * NEIGHBOUR_SHARE**0.5, spelling * (1.0 - NEIGHBOUR_SHARE) ** 0.5]
     return torch.cat(parts, dim=1) * width**0.5
+
+
+@torch.no_grad()
+def add_word_vectors(model: GPT2LMHeadModel, bpe: Tokenizer, path: Path) -> None:
+    """Adds pretrained word vectors to the embeddings of the tokens that are whole words.
+
+    GloVe (Pennington et al., 2014): words are alike that are used alike. Without their mean and two largest directions
+    (Mu and Viswanath, 2018, "All-but-the-Top"), in random orthonormal directions of the stream's free dimensions, in
+    which the model compares words.
+
+    Args:
+        model: Of `circuits.first_model`'s shape; trained already or not.
+        bpe: Its tokenizer.
+        path: JSON with `vectors`: for each word, the most frequent first, 100 numbers and what follows them.
+    """
+    table = read_json(path)["vectors"]
+    words = np.array([values[:100] for values in table.values()], np.float32)
+    words /= np.linalg.norm(words, axis=1, keepdims=True).clip(1e-6)
+    mean = words[:COMMON_WORDS].mean(0)
+    basis = np.linalg.svd(words[:COMMON_WORDS] - mean, full_matrices=False)[2][2 : 2 + WORD_DIMENSIONS]
+    place_of = {word: place for place, word in enumerate(table)}
+    found = torch.zeros(bpe.get_vocab_size(), WORD_DIMENSIONS)
+    for token in range(len(found)):
+        text = bpe.decode([token])
+        word = text.strip().lower()
+        if word in place_of and (text.startswith(" ") or not word.isalpha()):
+            found[token] = torch.tensor((words[place_of[word]] - mean) @ basis.T)
+    directions = torch.linalg.qr(torch.randn(FREE_WIDTH, WORD_DIMENSIONS))[0].T
+    embeddings = model.transformer.wte.weight[:, FREE]
+    embeddings += WORD_SHARE * embeddings.norm(dim=1).mean() * (_unit(found) @ directions)
 
 
 def token_rarity(bpe: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
