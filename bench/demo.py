@@ -41,7 +41,7 @@ SHOWN = 6
 COMMANDS = (
     f"-m training.starter.sample --split heldout --output {HELDOUT}",
     f"-m training.finetune --model starter --train sample --eval {HELDOUT} --output {MODEL} --limit-train "
-    f"{TRAIN_QUESTIONS} --epochs 1 --eval-at-start",
+    f"{TRAIN_QUESTIONS} --no-answer-share 0.2 --epochs 1 --eval-at-start",
     f"-m export.to_onnx --model {MODEL} --output {BUNDLE} --verify {HELDOUT}",
     f"-m bench.accuracy --model {BUNDLE} --torch {MODEL} --data {HELDOUT} --output {ACCURACY}",
 )
@@ -72,8 +72,8 @@ What to type next:
 
 With questions of your own, in a CSV file with the columns context, question and answer (here own.csv):
 
-  {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --output runs/own/model --dry-run
-  {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --output runs/own/model
+  {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --no-answer-share 0.2 --output runs/own/model --dry-run
+  {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --no-answer-share 0.2 --output runs/own/model
   {PYTHON} -m export.to_onnx --model runs/own/model --output runs/own/bundle --verify runs/own/model/heldout.jsonl
   {PYTHON} -m qa_onnx answer --model runs/own/bundle --context @FILE --question "..."
 """
