@@ -78,5 +78,5 @@ def starter_bundle(tmp_path_factory, heldout_file) -> Path:
     from export.to_onnx import export
 
     path = tmp_path_factory.mktemp("starter-bundle") / "bundle"
-    export("starter", path, verify=heldout_file)
+    export("starter", path, verify=[heldout_file])
     return path

@@ -33,7 +33,7 @@ def expected(starter_bundle, texts):
 @pytest.fixture(scope="module")
 def fp16_bundle(heldout_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("fp16") / "bundle"
-    export("starter", path, precision="fp16", verify=heldout_file, max_f1_drop=5)
+    export("starter", path, precision="fp16", verify=[heldout_file], max_f1_drop=5)
     return path
 
 

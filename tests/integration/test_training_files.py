@@ -406,7 +406,7 @@ def test_no_file_of_a_training_or_an_export_tells_of_the_machine(tiny_model_dir,
     assert json.loads((output / "training_config.json").read_text())["model"] == "small"
     if options:
         return
-    export(str(output), alice / "work" / "bundle", keep_optimum=True, verify=alice / "heldout.json")
+    export(str(output), alice / "work" / "bundle", keep_optimum=True, verify=[alice / "heldout.json"])
     assert leaks(alice / "work" / "bundle") == []
     assert leaks(alice / "work" / "bundle-optimum") == []
     export(str(alice / "models" / "small"), alice / "work" / "bundle", force=True)

@@ -78,7 +78,7 @@ def test_the_report_counts_equal_answers_tokens_and_the_loss_of_f1(monkeypatch):
 def int8_bundle(tiny_model_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("int8")
     data = write_sample(directory / "data.json", 12)
-    to_onnx.export(str(tiny_model_dir), directory / "bundle", precision="int8", verify=data, max_f1_drop=100)
+    to_onnx.export(str(tiny_model_dir), directory / "bundle", precision="int8", verify=[data], max_f1_drop=100)
     return directory / "bundle"
 
 
@@ -116,14 +116,16 @@ def test_a_loss_beyond_the_limit_fails_the_export(tiny_model_dir, tmp_path, monk
     monkeypatch.setattr(to_onnx, "measure_loss", lambda *_: {"f1_drop": 0.7})
     data = write_sample(tmp_path / "data.json", 4)
     with pytest.raises(ParityError, match=r"int8 loses 0\.70 points of F1 on .*data\.json; at most 0\.5 are allowed"):
-        to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=data)
+        to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=[data])
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
-    to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=data, max_f1_drop=0.7)
+    to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=[data], max_f1_drop=0.7)
 
 
 def test_an_fp16_bundle_is_measured_and_asks_for_cuda(tiny_model_dir, tmp_path):
     data = write_sample(tmp_path / "data.json", 8)
-    manifest = to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="fp16", verify=data, max_f1_drop=100)
+    manifest = to_onnx.export(
+        str(tiny_model_dir), tmp_path / "bundle", precision="fp16", verify=[data], max_f1_drop=100
+    )
     assert manifest.precision_loss["equal_tokens_percent"] > 90
     with pytest.raises(ProviderError, match="fp16 does not run on provider 'cpu'"):
         Answerer.from_pretrained(tmp_path / "bundle", provider="cpu")
