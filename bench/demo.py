@@ -63,6 +63,10 @@ REAL_QUESTIONS = (
 )
 
 PYTHON = public_name(sys.executable)
+TRAIN_OWN = (
+    f"{PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --no-answer-share 0.2 "
+    "--output runs/own/model"
+)
 NEXT = f"""
 What to type next:
 
@@ -72,8 +76,8 @@ What to type next:
 
 With questions of your own, in a CSV file with the columns context, question and answer (here own.csv):
 
-  {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --no-answer-share 0.2 --output runs/own/model --dry-run
-  {PYTHON} -m training.finetune --model starter --train own.csv --eval 20% --no-answer-share 0.2 --output runs/own/model
+  {TRAIN_OWN} --dry-run
+  {TRAIN_OWN}
   {PYTHON} -m export.to_onnx --model runs/own/model --output runs/own/bundle --verify runs/own/model/heldout.jsonl
   {PYTHON} -m qa_onnx answer --model runs/own/bundle --context @FILE --question "..."
 """
