@@ -23,7 +23,7 @@ class Answer:
             does not occur.
         end: The character behind it, so that `context[start:end] == text`; None where `start` is.
         no_answer_probability: Probability under the model that the context holds no answer. Of a context of several
-            windows the mean of theirs, each weighted by the window's prior (`qa_onnx.text.windows.log_priors`).
+            windows, of all of it (`qa_onnx.text.windows.weigh_windows`).
         finish_reason: `stop` where the model ended the answer, `length` where `max_new_tokens` or its positions did,
             `no_answer` where there is none.
         prompt_tokens: Tokens of the prompt; of all windows' prompts together.

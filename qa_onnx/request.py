@@ -17,7 +17,7 @@ from qa_onnx.scores import ScoreCalibration
 from qa_onnx.search import Candidate, Search
 from qa_onnx.text.constraint import SpanConstraint, Spans, find_span
 from qa_onnx.text.prompt import decode
-from qa_onnx.text.windows import Window, answer_logprobs
+from qa_onnx.text.windows import Window, answer_logprobs, weigh_windows
 
 CERTAIN = 0.99
 """A window of several whose probability of no answer is above this is not searched further."""
@@ -86,19 +86,13 @@ class Request:
     def answer(self) -> Answer:
         """The most probable answer, once all sequences have ended."""
         found = [(window, candidate) for window, search in enumerate(self._all) for candidate in search.candidates]
+        weights, no_answer_probability = weigh_windows(
+            self._windows, [search.no_answer_probability for search in self._all]
+        )
         # Of equal texts that of the window in which it is most probable tells where it is.
-        found.sort(key=lambda pair: self._windows[pair[0]].log_prior + pair[1].logprob)
+        found.sort(key=lambda pair: weights[pair[0]] + pair[1].logprob)
         of_text = {candidate.text: (window, candidate) for window, candidate in found}
-        logprobs = answer_logprobs(
-            (self._windows[window], candidate.text, candidate.logprob) for window, candidate in found
-        )
-        no_answer_probability = min(
-            1.0,
-            sum(
-                math.exp(window.log_prior) * search.no_answer_probability
-                for window, search in zip(self._windows, self._all, strict=True)
-            ),
-        )
+        logprobs = answer_logprobs((candidate.text, weights[window] + candidate.logprob) for window, candidate in found)
         ranked = sorted(logprobs, key=lambda text: -logprobs[text])
         if len(self._windows) > 1:  # a window without the answer says so; that is no reason to doubt the one with it
             ranked.sort(key=lambda text: not text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, GPT2TokenizerFast, L
 
 from qa_onnx.data.example import Example
 from qa_onnx.request import CERTAIN
-from qa_onnx.text.windows import Window, WindowSettings, answer_logprobs, encode_windows
+from qa_onnx.text.windows import Window, WindowSettings, answer_logprobs, encode_windows, weigh_windows
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 
 
@@ -76,7 +75,7 @@ def generate_answers(
     roomy = [index for index, length in enumerate(lengths) if length + max_new_tokens <= positions]
     batches = plan_batches([lengths[index] for index in roomy], max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS)
     found: dict[str, list[tuple[Window, str, float]]] = {example.id: [] for example in examples}
-    no_answer = dict.fromkeys(found, 0.0)
+    no_answer: dict[str, list[float]] = {example.id: [] for example in examples}
     was_training = model.training
     model.eval()
     with tqdm(total=len(prompts), desc="answering", disable=None if progress else True) as bar:
@@ -111,20 +110,22 @@ def generate_answers(
                 example, window = asked[index]
                 found[example.id].append((window, text, float(row_logprobs[: end + 1].sum())))
             for index, probability in zip(batch, decision.probabilities.tolist(), strict=True):
-                example, window = asked[index]
-                no_answer[example.id] += math.exp(window.log_prior) * probability
+                no_answer[asked[index][0].id].append(probability)
             bar.update(len(batch))
     model.train(was_training)
     return {name: _best(parts, no_answer[name], no_answer_threshold) for name, parts in found.items()}
 
 
-def _best(parts: list[tuple[Window, str, float]], no_answer: float, threshold: float | None) -> str:
+def _best(parts: list[tuple[Window, str, float]], no_answer: list[float], threshold: float | None) -> str:
     """The text that `qa_onnx` chooses, of the texts of all windows."""
     if len(parts) == 1:
         return parts[0][1]
-    if threshold is not None and no_answer > threshold:
+    weights, probability = weigh_windows([window for window, _, _ in parts], no_answer)
+    if threshold is not None and probability > threshold:
         return ""
-    logprobs = answer_logprobs(parts)
+    logprobs = answer_logprobs(
+        (text, weight + logprob) for (_, text, logprob), weight in zip(parts, weights, strict=True)
+    )
     return max(logprobs, key=lambda text: (text != "", logprobs[text]))
 
 

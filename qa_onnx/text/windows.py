@@ -17,6 +17,7 @@ from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode, encode
 WORD, SENTENCE, PARAGRAPH = 1, 2, 3
 SENTENCE_ENDS = tuple(".!?\u3002\uff01\uff1f")
 WORD_LETTERS = 6
+MIN_NO_ANSWER = 0.01
 RESERVE_STEP = 64
 """What a window leaves to question and answer is a multiple of this, so that questions of like length share windows."""
 
@@ -167,18 +168,38 @@ def _words(text: str) -> set[str]:
     return {word[:WORD_LETTERS] for word in re.findall(r"\w+", text.lower())}
 
 
-def answer_logprobs(found: Iterable[tuple[Window, str, float]]) -> dict[str, float]:
-    """The log-probability of each text as the answer that a document gives.
+def weigh_windows(windows: Sequence[Window], no_answer: Sequence[float]) -> tuple[list[float], float]:
+    """What each window's answers count for, and the probability that the document holds no answer.
 
-    A document is a mixture of its windows: a text's probability is the sum of its probabilities in the windows, each
-    times the window's prior.
+    At most one window holds the answer, and before reading each is as likely to as its prior says. Reading one changes
+    the odds by (1 - p) / p, where p is its probability of no answer; Bayes' rule gives the rest. Where a model was not
+    trained on questions without an answer, p says nothing: below `MIN_NO_ANSWER` all are alike.
 
     Args:
-        found: Windows, texts found in them, and their log-probabilities there.
+        windows: Of one document.
+        no_answer: For each of them, the probability from 0 to 1 that it holds no answer.
+
+    Returns:
+        Logarithms of what the probability of an answer in each window is multiplied with, to get its probability in the
+        document; and the probability of no answer. Of a single window these are 0 and its own.
+    """
+    if len(windows) == 1:
+        return [0.0], no_answer[0]
+    clipped = [min(max(probability, MIN_NO_ANSWER), 1.0) for probability in no_answer]
+    pairs = zip(windows, clipped, strict=True)
+    total = 1.0 + sum(math.exp(window.log_prior) * (1.0 - p) / p for window, p in pairs)
+    weights = [window.log_prior - math.log(p * total) for window, p in zip(windows, clipped, strict=True)]
+    return weights, 1.0 / total
+
+
+def answer_logprobs(found: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The log-probability of each text as the answer of a document: of equal texts the probabilities add up.
+
+    Args:
+        found: Texts, and their log-probabilities in a window, weighed as of `weigh_windows`.
     """
     logprobs: dict[str, float] = {}
-    for window, text, logprob in found:
-        logprob += window.log_prior
+    for text, logprob in found:
         known = logprobs.get(text, -math.inf)
         higher, lower = max(known, logprob), min(known, logprob)
         logprobs[text] = higher + math.log1p(math.exp(lower - higher))

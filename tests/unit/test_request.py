@@ -12,7 +12,7 @@ from qa_onnx import GenerationConfig
 from qa_onnx.engine.sampling import Predictions, accept
 from qa_onnx.request import Request
 from qa_onnx.scores import ScoreCalibration
-from qa_onnx.text.windows import Window, answer_logprobs, encode_windows, log_priors
+from qa_onnx.text.windows import Window, answer_logprobs, encode_windows, log_priors, weigh_windows
 
 END = 0
 
@@ -63,7 +63,9 @@ def test_windows_weigh_as_much_as_their_priors():
     first, second = answer_of(windows_of(0.7, 0.3), found), answer_of(windows_of(0.3, 0.7), found)
     assert (first.window, second.window) == (0, 1)
     assert first.text != second.text
-    assert first.score == pytest.approx(0.7 * 0.9, abs=1e-3)
+    odds = 0.9 / 0.1
+    assert first.score == pytest.approx(0.7 * odds / (1 + odds), abs=1e-3)
+    assert first.no_answer_probability == pytest.approx(0.1, abs=1e-3)
     assert second.start == 100
 
 
@@ -71,15 +73,17 @@ def test_a_text_that_several_windows_give_adds_up():
     found = [(" the", 0.0), (" Rollo", 0.0), (" Rollo", 0.0)]
     answer = answer_of(windows_of(0.4, 0.28, 0.32), found)
     assert (answer.window, answer.start) == (2, 200)  # the window in which it is most probable
-    assert answer.score == pytest.approx(0.6, abs=1e-3)
-    assert answer.logprob == pytest.approx(math.log(0.6), abs=1e-3)
+    held = 0.99  # the least probability of no answer that is told apart is 0.01
+    assert answer.score == pytest.approx(0.6 * 100 / (1 + held * 100), abs=1e-2)
+    assert answer.logprob == pytest.approx(math.log(answer.score))
 
 
 def test_no_answer_is_decided_over_all_windows():
     windows, found = windows_of(0.9, 0.1), [(" Rollo", 0.3), (" the", 0.95)]
     answer = answer_of(windows, found, no_answer_threshold=0.5)
     assert (answer.finish_reason, answer.window) == ("stop", 0)
-    assert answer.no_answer_probability == pytest.approx(0.9 * 0.3 + 0.1 * 0.95, abs=1e-3)
+    odds = 0.9 * 0.7 / 0.3 + 0.1 * 0.05 / 0.95
+    assert answer.no_answer_probability == pytest.approx(1 / (1 + odds), abs=1e-3)
     none = answer_of(windows, found, no_answer_threshold=0.3)
     assert (none.text, none.finish_reason, none.start, none.token_ids) == ("", "no_answer", None, ())
     assert none.score == none.no_answer_probability == answer.no_answer_probability
@@ -109,7 +113,23 @@ def test_priors_add_up_and_follow_the_rare_words_of_the_question():
 
 
 def test_probabilities_of_texts_add_up_over_windows():
-    one, other = windows_of(0.25, 0.75)
-    found = answer_logprobs([(one, "x", math.log(0.5)), (other, "x", math.log(0.2)), (other, "y", -1e9)])
-    assert found["x"] == pytest.approx(math.log(0.25 * 0.5 + 0.75 * 0.2))
+    found = answer_logprobs([("x", math.log(0.5)), ("x", math.log(0.2)), ("y", -1e9)])
+    assert found["x"] == pytest.approx(math.log(0.7))
     assert math.exp(found["y"]) == 0.0
+
+
+def test_many_windows_without_the_answer_neither_hide_it_nor_make_one():
+    windows = windows_of(*[0.02] * 50)
+    weights, no_answer = weigh_windows(windows, [0.01] + [0.95] * 49)
+    assert no_answer < 0.4
+    assert max(range(50), key=weights.__getitem__) == 0
+    assert weigh_windows(windows, [0.95] * 50)[1] == pytest.approx(0.95)
+
+
+def test_tiny_probabilities_of_no_answer_are_all_alike():
+    weights, _ = weigh_windows(windows_of(0.4, 0.6), [1e-12, 1e-4])
+    assert weights[1] - weights[0] == pytest.approx(math.log(0.6 / 0.4))
+
+
+def test_a_single_window_stays_as_it_is():
+    assert weigh_windows(windows_of(1.0), [1e-5]) == ([0.0], 1e-5)
