@@ -26,9 +26,8 @@ def main(bundle: str, path: str, *questions: str) -> None:
     document = Path(path).read_text(encoding="utf-8")
     with Answerer.from_pretrained(bundle) as answerer:
         config = GenerationConfig(extractive=True, num_answers=3)
-        for question, answer in zip(
-            questions, answerer.answer_batch(questions, [document] * len(questions), config=config), strict=True
-        ):
+        answers = answerer.answer_batch(questions, document, config=config)
+        for question, answer in zip(questions, answers, strict=True):
             print(f"{question}  ({answer.windows} windows)")
             for found in (answer, *answer.alternatives):
                 print(show(document, found))

@@ -99,7 +99,7 @@ def _answer(arguments: argparse.Namespace) -> None:
     questions = arguments.question if arguments.questions is None else _read_questions(arguments.questions)
     config, context = _config(arguments), _text_or_file(arguments.context)
     with _load(arguments) as answerer:
-        answers = answerer.answer_batch(questions, [context] * len(questions), config=config)
+        answers = answerer.answer_batch(questions, context, config=config)
     for question, answer in zip(questions, answers, strict=True):
         if arguments.json:
             _write_json(answer.to_dict())

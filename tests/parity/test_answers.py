@@ -147,3 +147,15 @@ def test_long_prefixes_get_the_same_bits_in_any_batch(tmp_path):
         single, _, alone = prefill(engine, [prompts[number]], max_rows=1)
         np.testing.assert_array_equal(alone.logprobs[0], steps[0][place])
         np.testing.assert_array_equal(engine.decode_step(single, [tokens[place]]).logprobs[0], steps[1][place])
+
+
+def test_padding_around_a_passage_does_not_drown_its_answer(starter_bundle, heldout_file):
+    examples = list({example.context: example for example in read_examples(heldout_file)}.values())[:6]
+    questions = [example.question for example in examples]
+    padded = [f"{'blah ' * 1500}{example.context}{' blah' * 1500}" for example in examples]
+    with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:
+        alone = answerer.answer_batch(questions, [example.context for example in examples])
+        found = answerer.answer_batch(questions, padded)
+    assert min(answer.windows for answer in found) > 10
+    assert [answer.text for answer in found] == [answer.text for answer in alone]
+    assert all(answer.text == text[answer.start : answer.end] for answer, text in zip(found, padded, strict=True))
