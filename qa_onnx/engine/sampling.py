@@ -119,8 +119,8 @@ def _choose(sequence: Sequence, logprobs: np.ndarray, eos_token_id: int) -> int:
     must_answer = config.no_answer_threshold is not None and not sequence.token_ids
     if sequence.constraint is not None:
         ids = sequence.constraint.allowed_ids(sequence.tokens_left)
-        if sequence.constraint.may_end:
-            ids = np.array([token for token in ids.tolist() if not repeats([*sequence.token_ids, token])], np.int64)
+        if sequence.constraint.may_end and repeats(sequence.token_ids):
+            ids = ids[:0]
         if sequence.constraint.may_end or (not sequence.token_ids and not (must_answer and len(ids))):
             ids = np.append(ids, eos_token_id)
         if config.num_answers == 1 and sequence.random is None:

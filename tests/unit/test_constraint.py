@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from fakes import CONTEXT, small_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qa_onnx import GenerationConfig
+from qa_onnx.engine.sampling import Predictions, accept
+from qa_onnx.engine.sequence import Prompt, make_sequence
 from qa_onnx.text.constraint import SpanConstraint, Spans, TokenBytes, find_span, word_boundaries
 from qa_onnx.text.prompt import encode_answers
 
@@ -139,3 +143,23 @@ def test_spans_are_counted_by_their_texts():
     assert Spans("no no", TOKENS).count(9) == 2
     assert Spans("one two three", TOKENS).count(9) == 6
     assert Spans(CONTEXT, TOKENS).count(9) == 9
+
+
+@pytest.mark.parametrize("phrase", ["Rollo", "Rollo and", "15:00 and", "the Normans, the"])
+def test_an_answer_does_not_repeat_a_phrase_for_ever(phrase):
+    """A model that never wants to end: the constraint's tokens are all likelier than the end-of-text."""
+    context = " ".join([phrase] * 60)
+    sequence = make_sequence(
+        Prompt(prefix_ids=[], suffix_ids=[1]),
+        GenerationConfig(extractive=True, max_new_tokens=100),
+        eos_token_id=0,
+        max_positions=999,
+        constraint=SpanConstraint(Spans(context, TOKENS)),
+    )
+    logprobs = np.full((1, small_tokenizer().get_vocab_size()), -3.0, np.float32)
+    logprobs[0, 0] = -9.0
+    while not sequence.is_finished:
+        accept(sequence, Predictions.from_logprobs(logprobs, 0), 0, eos_token_id=0)
+    assert sequence.finish_reason == "stop"
+    start, end = sequence.constraint.span()
+    assert context[start:end].count(phrase.split()[0]) <= 7
