@@ -82,14 +82,15 @@ def generate_answers(
         for batch in [[roomy[place] for place in places] for places in batches] + [[index] for index in crowded]:
             input_ids, attention_mask = pad_left([prompts[index].ids for index in batch], tokenizer.eos_token_id)
             several = torch.tensor([has_windows[asked[index][0].id] for index in batch], device=model.device)
-            is_scored = no_answer_threshold is not None or bool(several.any())
+            is_weighed = bool(several.any())
             decision = NoAnswerDecision(no_answer_threshold, several, tokenizer.eos_token_id)
             config = GenerationConfig(
                 do_sample=False,
-                max_new_tokens=min(max_new_tokens, positions - input_ids.shape[1] + 1),
+                # One more, where answers are weighed: an answer that is cut counts the probability of its end.
+                max_new_tokens=min(max_new_tokens + is_weighed, positions - input_ids.shape[1] + 1),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,
-                output_logits=is_scored,
+                output_logits=is_weighed,
                 return_dict_in_generate=True,
             )
             with torch.inference_mode():
@@ -99,9 +100,10 @@ def generate_answers(
                     generation_config=config,
                     logits_processor=LogitsProcessorList([decision]),
                 )
-            new_ids = generated.sequences[:, input_ids.shape[1] :]
+            new_ids = generated.sequences[:, input_ids.shape[1] :].clone()
             logprobs = torch.zeros(new_ids.shape)
-            if is_scored:
+            if is_weighed:
+                new_ids[:, max_new_tokens:] = tokenizer.eos_token_id
                 scores = torch.stack(generated.logits, dim=1).float().log_softmax(dim=-1)
                 logprobs = scores.gather(2, new_ids[..., None])[..., 0].cpu()
             for index, row, row_logprobs in zip(batch, new_ids.tolist(), logprobs, strict=True):

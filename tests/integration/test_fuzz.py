@@ -23,6 +23,7 @@ CONTEXT = "Ada led the crew in 1803."
 ANSWER = Answer(
     text="Ada",
     score=0.5,
+    logprob=-1.4,
     mean_logprob=-0.7,
     start=0,
     end=3,
