@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -34,8 +35,9 @@ def check_answer(answer: Answer, context: str, *, extractive: bool = False) -> N
         WrongResultError: Its span is not its text, its score is no probability, or it is not extractive.
     """
     for found in (answer, *answer.alternatives):
-        if not (0 <= found.score <= 1 and 0 <= found.no_answer_probability <= 1 and found.mean_logprob <= 0):
-            raise WrongResultError(f"wrong score {found.score}, {found.mean_logprob}, {found.no_answer_probability}")
+        probabilities = found.score, found.no_answer_probability, math.exp(found.logprob), math.exp(found.mean_logprob)
+        if not all(0 <= probability <= 1 for probability in probabilities):
+            raise WrongResultError(f"wrong probabilities: {probabilities}")
         if (found.start is None) != (found.end is None):
             raise WrongResultError(f"wrong span: it starts at {found.start} and ends at {found.end}")
         if found.start is not None and context[found.start : found.end] != found.text:

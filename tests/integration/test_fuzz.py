@@ -107,6 +107,7 @@ def test_findings_of_one_cause_have_one_signature():
         {"score": 1.5},
         {"no_answer_probability": -0.1},
         {"mean_logprob": float("nan")},
+        {"logprob": 0.1},
         {"alternatives": (replace(ANSWER, start=4, end=7),)},
     ],
 )
