@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.machine import describe_machine
+from bench.machine import describe_machine, peak_rss_mib, reset_peak
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, InvalidInputError
 from qa_onnx.bundle import Bundle
 from qa_onnx.cli import add_data_options, positive, read_data, run_command
@@ -82,11 +82,11 @@ def measure(
     with Answerer.from_pretrained(bundle, provider="cpu", config=EngineConfig(threads=threads)) as answerer:
         for count in others:
             documents = documents_of(examples, count, seed=seed)
-            _reset_peak_memory()
+            reset_peak()
             started = time.perf_counter()
             answers = answerer.answer_batch(questions, [text for text, _ in documents], config=config, progress=True)
             seconds = time.perf_counter() - started
-            peak = _peak_memory()
+            peak = peak_rss_mib()
             windows = encode_windows(
                 tokenizer,
                 questions,
@@ -126,15 +126,6 @@ def measure(
 def _scores(examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
     scores = evaluate(examples, {example.id: text for example, text in zip(examples, texts, strict=True)})
     return {"exact_match": scores.exact_match, "f1": scores.f1}
-
-
-def _reset_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def table(result: dict[str, Any]) -> str:

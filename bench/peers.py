@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from bench.machine import peak_rss_mib
+
 Tokens = list[list[int]]
 
 
@@ -189,12 +191,6 @@ RUNNERS: dict[str, tuple[Callable[[Settings, str], tuple[Answer, Callable[[Any],
     "CTranslate2 fp32": (ctranslate2, "fp32"),
     "CTranslate2 int8": (ctranslate2, "int8"),
 }
-
-
-def peak_rss_mib() -> float:
-    """Peak memory of this process. `getrusage` would give its parent's where that was higher."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024  # in kB
 
 
 def serve(name: str, settings: Settings, requests: TextIO, replies: TextIO) -> None:

@@ -24,8 +24,7 @@ import torch
 import transformers
 from transformers import set_seed
 
-from bench.machine import describe_machine
-from bench.peers import peak_rss_mib
+from bench.machine import describe_machine, peak_rss_mib
 from bench.report import training_table
 from qa_onnx.data.reader import read_examples
 from training.data import Collator, LengthGroupedSampler, RowSettings, tokenize

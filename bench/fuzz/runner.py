@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
+from bench.machine import peak_rss_mib, reset_peak
+
 TIME_LIMIT_SECONDS = 20.0
 """Of processor time; `PATIENCE` times as long on the clock, for a machine that does other things."""
 PATIENCE = 3
@@ -73,16 +75,6 @@ class Outcome:
     seconds: float
     peak_bytes: int
     finding: Finding | None = None
-
-
-def reset_peak() -> None:
-    """Has the kernel measure this process's peak of memory anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def _used_seconds(pid: int | None) -> float:
@@ -156,7 +148,7 @@ def _run_case(
         result, error = "wrong", raised
     except BaseException as raised:  # noqa: BLE001 - a panic of tokenizers is no Exception
         result, error = "exception", raised
-    seconds, peak = time.monotonic() - started, _peak_bytes()
+    seconds, peak = time.monotonic() - started, int(peak_rss_mib() * 2**20)
     if error is None and elsewhere:
         result, error = "exception", elsewhere[0]
     if error is None and peak > memory_limit:

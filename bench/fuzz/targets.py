@@ -18,7 +18,8 @@ from bench.fuzz.bundles import OUTSIDE_NAME, WEIGHTS_NAME, MutableBundle, mutate
 from bench.fuzz.data_files import WRITERS, WRITTEN_OUT
 from bench.fuzz.inputs import CONTEXT, QUESTIONS, WAYS, make_odd_input, make_options, make_text
 from bench.fuzz.mutations import mutate_bytes
-from bench.fuzz.runner import Case, WrongResultError, reset_peak
+from bench.fuzz.runner import Case, WrongResultError
+from bench.machine import reset_peak
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig, QAOnnxError, cli
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
