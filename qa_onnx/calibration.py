@@ -26,6 +26,10 @@ SEED = 0
 MAX_F1_DROP = 1.0
 """Points of F1 on questions with an answer that a threshold may cost, where questions without one are made. On other
 questions it costs more, about twice as much on the starter's."""
+MAX_SHARE_DROP = 1.0
+"""Percent of the questions without an answer that a higher threshold, which is kinder to the others, may cost."""
+MIN_THRESHOLD = 0.05
+"""Where questions without one are made: less doubt is no reason to give no answer, however clear the questions are."""
 CURVE_POINTS = 21
 MIN_SCORED = 20
 """Fewer questions tell nothing of scores."""
@@ -44,10 +48,10 @@ def calibrate(
 ) -> dict[str, dict[str, Any]]:
     """Finds the no-answer threshold and the calibration of scores.
 
-    Where all questions have an answer, as many questions without one are made, each asked about another passage
-    (`unanswerable_pairs`); the threshold is then the one that leaves most of these without an answer and costs no more
-    than `MAX_F1_DROP` points of F1 on the others. Where the questions come with and without answers, it is the one with
-    the best F1 on all, as the evaluation script of SQuAD v2.0 finds it.
+    Where all questions have an answer, as many without one are made, each asked about another passage
+    (`unanswerable_pairs`). The threshold is then the highest that leaves nearly as many of these without an answer as
+    can be (`MAX_SHARE_DROP`) at a cost of at most `MAX_F1_DROP` points of F1 on the others. Where the questions come
+    with and without answers, it is the one with the best F1 on all, as the evaluation script of SQuAD v2.0 finds it.
 
     Args:
         answerer: Of the bundle.
@@ -114,7 +118,9 @@ def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, m
     before = at(1.0)["f1_answerable"]
     more: dict[str, float] = {}
     if made:
-        kept = next(value for value in ordered if before - at(value)["f1_answerable"] <= MAX_F1_DROP)
+        within = [value for value in ordered if before - at(value)["f1_answerable"] <= MAX_F1_DROP]
+        wanted = at(within[0])["no_answer_percent"] - MAX_SHARE_DROP
+        kept = max(value for value in within if at(value)["no_answer_percent"] >= wanted)
     else:
         more = best_thresholds(
             examples,
@@ -123,7 +129,8 @@ def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, m
         )
         kept = more["best_f1_thresh"]
     higher = [value for value in ordered if value > kept]
-    found = at((kept + higher[0]) / 2 if higher else kept)  # no question is so near that rounding decides on it
+    threshold = (kept + higher[0]) / 2 if higher else kept  # no question is so near that rounding decides on it
+    found = at(max(threshold, MIN_THRESHOLD) if made else threshold)
     steps = [ordered[index * (len(ordered) - 1) // (CURVE_POINTS - 1)] for index in range(CURVE_POINTS)]
     curve = [[round(value, 6) for value in at(threshold).values()] for threshold in sorted(set(steps))]
     return {**found, "f1_without_threshold": before, **more, "curve": curve}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qa_onnx import Answerer, EngineConfig
+from qa_onnx.bundle import Bundle
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
 from qa_onnx.engine.sequence import Prompt
@@ -84,10 +85,25 @@ def test_threads_share_an_answerer(tiny_answerer):
         assert list(answers) == expected
 
 
+def expected_of_starter(bundle, examples):
+    """PyTorch's answers, with the bundle's windows and its threshold."""
+    model, tokenizer = load_model("starter")
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.no_answer_threshold is not None
+    return generate_answers(
+        model,
+        tokenizer,
+        examples,
+        max_new_tokens=12,
+        windows=manifest.window_settings,
+        no_answer_threshold=manifest.no_answer_threshold,
+        progress=False,
+    )
+
+
 def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_file):
     examples = read_examples(heldout_file)
-    model, tokenizer = load_model("starter")
-    expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
+    expected = expected_of_starter(starter_bundle, examples)
     with Answerer.from_pretrained(starter_bundle, provider="cpu", config=EngineConfig(batch_size=7)) as answerer:
         answers = answerer.answer_batch(
             [e.question for e in examples], [e.context for e in examples], max_new_tokens=12
@@ -97,8 +113,7 @@ def test_the_trained_starter_answers_as_pytorch_does(starter_bundle, heldout_fil
 
 def test_real_questions_get_pytorchs_answers(starter_bundle, real_data):
     examples = read_examples(real_data / "squad" / "dev.json")[::50]
-    model, tokenizer = load_model("starter")
-    expected = generate_answers(model, tokenizer, examples, max_new_tokens=12, progress=False)
+    expected = expected_of_starter(starter_bundle, examples)
     with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:
         answers = answerer.answer_batch(
             [e.question for e in examples], [e.context for e in examples], max_new_tokens=12

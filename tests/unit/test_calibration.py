@@ -62,12 +62,28 @@ def test_pairs_are_made_and_the_threshold_leaves_them_without_an_answer():
 
 def test_a_threshold_costs_at_most_a_point_of_f1():
     def probability(question, context):
-        return int(question.split()[2]) / 100 if is_own(question, context) else 0.5
+        return int(question.split()[2]) / 100 if is_own(question, context) else 0.985
 
     no_answer = calibrate(Oracle(probability), examples_of(100), source="own.csv")["no_answer"]
     assert no_answer["f1_without_threshold"] - no_answer["f1_answerable"] == pytest.approx(1.0)
-    assert no_answer["threshold"] == pytest.approx(0.985)  # one of a hundred is above
-    assert no_answer["no_answer_percent"] == 0.0
+    assert no_answer["threshold"] == pytest.approx((0.98 + 0.985) / 2)  # one of a hundred is above
+    assert no_answer["no_answer_percent"] == 100.0
+
+
+def test_of_thresholds_that_are_nearly_as_good_the_highest_is_kept():
+    def probability(question, context):
+        number = int(question.split()[2])
+        if is_own(question, context):
+            return 0.1
+        return 0.2 if number == 0 else 0.8  # one of a hundred is near the others
+
+    no_answer = calibrate(Oracle(probability), examples_of(100), source="own.csv")["no_answer"]
+    assert (no_answer["threshold"], no_answer["no_answer_percent"]) == (pytest.approx(0.5), 99.0)
+
+
+def test_a_threshold_is_no_lower_than_a_doubt():
+    oracle = Oracle(lambda question, context: 1e-6 if is_own(question, context) else 2e-6)
+    assert calibrate(oracle, examples_of(40), source="own.csv")["no_answer"]["threshold"] == 0.05
 
 
 def test_questions_that_come_without_an_answer_are_used_as_they_are():
