@@ -56,7 +56,6 @@ from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.files import REPLACED_SUFFIX, public_name, put_in_place, set_default_modes
 from qa_onnx.lock import folder_lock
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
-from qa_onnx.text.windows import WindowSettings
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
 VERIFY_PASSAGES, LOSS_QUESTIONS, CALIBRATION_PROMPTS = 64, 256, 32
@@ -169,8 +168,9 @@ def export(
                 save_decoder(build(quantized), bundle / MODEL_NAME)
             else:
                 save_decoder(build(half=True), bundle / MODEL_NAME)
-            session, narrow_engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
-            precision_loss = measure_loss(engine, narrow_engine, asked or prompts, fitting, bpe)
+            reference = engine
+            session, engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
+            precision_loss = measure_loss(reference, engine, asked or prompts, fitting, bpe)
             precision_loss["products_kept_in_fp32"] = kept
             if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
                 raise ParityError(
@@ -198,23 +198,16 @@ def export(
         written = Bundle.open(bundle)
         written.check_files()
         if examples:
-            manifest = written.keep(_calibrate(bundle, examples, windows, source=source)).manifest
+            with Answerer(manifest=manifest, engine=engine, tokenizer=bpe, provider="cpu") as answerer:
+                found = calibrate(answerer, examples, source=source)
+                found["windows"] = choose_windows(answerer, examples, windows, max_positions=config.n_positions)
+            manifest = written.keep(found).manifest
         for path, marker in markers.items():
             _check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
             directory = bundle if path == output else plain
             set_default_modes(directory)
             put_in_place(directory, path, replace=force)
     return manifest
-
-
-def _calibrate(
-    bundle: Path, examples: Sequence[Example], windows: WindowSettings, *, source: str
-) -> dict[str, dict[str, Any]]:
-    """The manifest's fields that are calibrated on the questions of `--verify`."""
-    with Answerer.from_pretrained(bundle) as answerer:
-        found = calibrate(answerer, examples, source=source)
-        max_positions = answerer.manifest.max_positions
-        return {**found, "windows": choose_windows(answerer, examples, windows, max_positions=max_positions)}
 
 
 def _fitting(examples: list[Example], bpe: Tokenizer, *, longest: int) -> tuple[list[Example], list[Prompt]]:

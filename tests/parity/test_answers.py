@@ -164,13 +164,19 @@ def test_long_prefixes_get_the_same_bits_in_any_batch(tmp_path):
         np.testing.assert_array_equal(engine.decode_step(single, [tokens[place]]).logprobs[0], steps[1][place])
 
 
-def test_padding_around_a_passage_does_not_drown_its_answer(starter_bundle, heldout_file):
-    examples = list({example.context: example for example in read_examples(heldout_file)}.values())[:6]
-    questions = [example.question for example in examples]
-    padded = [f"{'blah ' * 1500}{example.context}{' blah' * 1500}" for example in examples]
+def test_padding_around_a_passage_does_not_drown_its_answer(starter_bundle):
+    passage = (
+        "Velden Bridge crosses the Tolvik. It was opened in 1803 and is 412 metres long. The engineer Mara Lindqvist "
+        "designed it for the town of Aldersund."
+    )
+    answers = {
+        "When was Velden Bridge opened?": "1803",
+        "How long is Velden Bridge?": "412 metres",
+    }
+    padded = f"{'blah ' * 1500}{passage}{' blah' * 1500}"
     with Answerer.from_pretrained(starter_bundle, provider="cpu") as answerer:
-        alone = answerer.answer_batch(questions, [example.context for example in examples])
-        found = answerer.answer_batch(questions, padded)
+        for context in (passage, padded):
+            found = answerer.answer_batch(list(answers), context)
+            assert [answer.text for answer in found] == list(answers.values())
+            assert all(answer.text == context[answer.start : answer.end] for answer in found)
     assert min(answer.windows for answer in found) > 10
-    assert [answer.text for answer in found] == [answer.text for answer in alone]
-    assert all(answer.text == text[answer.start : answer.end] for answer, text in zip(found, padded, strict=True))

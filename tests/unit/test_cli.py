@@ -390,7 +390,7 @@ def test_a_context_from_standard_input_a_file_or_the_command_line(files, capsys,
             pass
 
         def answer_batch(self, questions, contexts, *, config):
-            asked.extend(contexts)
+            asked.append(contexts)
             return echo_answerer().answer_batch(questions, contexts, config=config)
 
     monkeypatch.setattr(cli, "_load", lambda arguments: Asked())
