@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE
+from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_STRIDE, MIN_WINDOW_TOKENS
 from qa_onnx.data.example import Example
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.text.prompt import PASSAGE_TEMPLATE, encode, encode_answers
@@ -53,6 +53,8 @@ def windows_for(
             if not context.startswith(target.text, target.start):
                 least = max(least, lengths[context])
         window = choose_window(list(lengths.values()), least, max_positions=max_positions)
+        if window < MIN_WINDOW_TOKENS:  # so few positions that what does not fit says so
+            return WindowSettings()
     settings = WindowSettings(window=window, stride=min(DEFAULT_STRIDE, window // 4) if stride is None else stride)
     room, needed = max_positions - window, min(DEFAULT_MAX_NEW_TOKENS, max_positions // 4)
     if room < needed:

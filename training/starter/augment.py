@@ -152,11 +152,13 @@ def cloze_questions(context: str, count: int, draw: random.Random) -> list[dict[
     return qas
 
 
-def altered(paragraph: dict[str, Any], strangers: list[str], draw: random.Random) -> dict[str, Any]:
+def altered(
+    paragraph: dict[str, Any], strangers: list[str], draw: random.Random, *, keeps_lost: bool = False
+) -> dict[str, Any]:
     """The passage with its sentences shuffled, dropped or joined by strangers; questions go where their sentences go.
 
-    A question stays if the sentence that its answer starts in stays, and its answer is whole there; some of the others
-    stay without an answer.
+    A question stays if the sentence that its answer starts in stays, and its answer is whole there; with `keeps_lost`
+    some of the others stay, too, without an answer.
     """
     context = paragraph["context"]
     sentences, starts, place = sentences_of(context), [], 0
@@ -184,7 +186,7 @@ def altered(paragraph: dict[str, Any], strangers: list[str], draw: random.Random
         answer = qa["answers"][0]
         index = max((i for i, start in enumerate(starts) if start <= answer["answer_start"]), default=None)
         if index is None or index not in moved:
-            if draw.random() < LOST_SHARE and not holds_answer(text, qa):
+            if keeps_lost and draw.random() < LOST_SHARE and not holds_answer(text, qa):
                 qas.append(unanswerable(qa))
             continue
         start = answer["answer_start"] - starts[index] + moved[index]
@@ -276,7 +278,7 @@ def augment(
     for copy in range(copies):
         for number, paragraph in enumerate(paragraphs):
             is_whole = copy == 0 and len(sentences_of(paragraph["context"])) > 1
-            passage = paragraph if is_whole else altered(paragraph, strangers, draw)
+            passage = paragraph if is_whole else altered(paragraph, strangers, draw, keeps_lost=no_answer_share > 0)
             qas = [*passage["qas"], *cloze_questions(passage["context"], cloze, draw)]
             if no_answer_share:
                 near = [other for other in article_of[number] if other is not paragraph and other["qas"]]
