@@ -387,7 +387,7 @@ def test_an_adapter_of_another_base_or_with_nan_is_refused(folder, tmp_path):
 def test_a_downloaded_model_is_fetched_without_pickles_or_code(folder, monkeypatch):
     asked = {}
 
-    def snapshot_download(repository, *, revision, allow_patterns):
+    def snapshot_download(repository, *, revision, allow_patterns, **options):
         asked.update(repository=repository, revision=revision, patterns=allow_patterns)
         return str(folder)
 
