@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from bench import accuracy, latency, report, roofline, scaling, throughput, training
+from bench import accuracy, latency, long_documents, reliability, report, roofline, scaling, throughput, training
 from export import to_onnx
 from qa_onnx import cli
 from tests.conftest import ROOT
@@ -35,6 +35,8 @@ PARSERS = {
     "export.to_onnx": to_onnx.make_parser,
     "bench.accuracy": accuracy.make_parser,
     "bench.latency": latency.make_parser,
+    "bench.long_documents": long_documents.make_parser,
+    "bench.reliability": reliability.make_parser,
     "bench.report": report.make_parser,
     "bench.roofline": roofline.make_parser,
     "bench.scaling": scaling.make_parser,
