@@ -37,14 +37,14 @@ def test_windows_fit_and_cover_the_document(context, stride):
     covered = set()
     for window in windows:
         assert context.startswith(window.text, window.start)
-        assert len(window.prompt) + 7 <= 128
+        assert len(window.prompt) + 8 <= 128
         assert window.prompt == encode_prompts(small_tokenizer(), ["Who led them?"], [window.text])[0]
         covered |= set(range(window.start, window.start + len(window.text)))
     assert {index for index, character in enumerate(context) if not character.isspace()} <= covered
     starts = [window.start for window in windows]
     assert starts == sorted(set(starts))
     whole = encode_prompts(small_tokenizer(), ["Who led them?"], [context])[0]
-    assert (len(windows) == 1) == (len(whole) + 7 <= 128) or len(windows) == 1
+    assert (len(windows) == 1) == (len(whole) + 8 <= 128) or len(windows) == 1
 
 
 def test_a_document_that_fits_is_one_window_unchanged():
