@@ -380,7 +380,7 @@ def command(tiny_model_dir, output, *more, launcher=()):
 
 @pytest.fixture(scope="module")
 def whole(tiny_model_dir, tmp_path_factory):
-    """A run of 60 steps that nothing disturbed."""
+    """A run that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole") / "model"
     subprocess.run(command(tiny_model_dir, output), cwd=ROOT, check=True, capture_output=True)
     return output
@@ -397,7 +397,7 @@ def test_the_same_command_goes_on_after_an_end_and_gives_the_same_weights(tiny_m
         return subprocess.run([*same, *more], cwd=ROOT, check=False, capture_output=True, text=True)
 
     process = subprocess.Popen(same, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    next(line for line in process.stderr if line.startswith("step 20/60  loss "))
+    next(line for line in process.stderr if line.startswith("step 20/"))
     process.send_signal(number)
     rest, log = process.communicate(timeout=120)
     assert process.returncode == (-9 if killed else 130), log
@@ -423,8 +423,8 @@ def test_the_same_command_goes_on_after_an_end_and_gives_the_same_weights(tiny_m
     (tmp_path / "elsewhere").rename(settings)
     again = run()
     assert (again.returncode, f"going on from {checkpoint}" in again.stderr) == (0, True)
-    assert "step 60/60  loss" in again.stderr
-    assert "step 1/60" not in again.stderr  # the first step was not made again
+    assert re.search(r"^step (\d+)/\1  loss", again.stderr, re.MULTILINE)
+    assert "\nstep 1/" not in again.stderr  # the first step was not made again
     weights, expected = (load_file(path / "model.safetensors") for path in (output, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     metrics = [json.loads((path / "metrics.json").read_text()) for path in (output, whole)]
