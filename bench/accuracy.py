@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -17,6 +16,7 @@ import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from bench.machine import processor
+from bench.questions import report
 from qa_onnx import Answerer, EngineConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.cli import add_data_options, positive, read_data, run_command
@@ -186,10 +186,7 @@ def _compare_and_report(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
-    print(table(result))
-    print(json.dumps(result, ensure_ascii=False))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    report(result, table(result), arguments.output)
     return 0 if result["of_these_ties"] == result["texts_differing_from_torch"] else EXIT_DIFFERENT
 
 

@@ -7,7 +7,6 @@ passage alone, and an oracle that asks only the window of the document that hold
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine, peak_rss_mib, reset_peak
+from bench.questions import add_question_options, read_answerable, report
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, InvalidInputError
 from qa_onnx.bundle import Bundle
-from qa_onnx.cli import add_data_options, positive, read_data, run_command
+from qa_onnx.cli import run_command
 from qa_onnx.data.example import Example
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.files import write_file
 from qa_onnx.text.windows import encode_windows
 
 OTHERS = (0, 1, 3, 12, 50)
@@ -76,7 +75,7 @@ def measure(
         For each size exact match and F1, of the oracle, too, seconds, windows, and peak memory in MiB.
     """
     manifest, tokenizer = Bundle.open(bundle).manifest, Bundle.open(bundle).load_tokenizer()
-    settings = manifest.window_settings
+    settings = manifest.window_settings.with_given(window=config.window, stride=config.stride)
     questions = [example.question for example in examples]
     rows = []
     with Answerer.from_pretrained(bundle, provider="cpu", config=EngineConfig(threads=threads)) as answerer:
@@ -150,18 +149,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m bench.long_documents",
         description="Ask about passages alone, and among passages of other articles, in one long document.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
-    add_data_options(parser)
-    parser.add_argument("--questions", type=positive, default=200, metavar="N", help="default: %(default)s, drawn")
+    add_question_options(parser, questions=200, seed=0)
     parser.add_argument("--others", type=int, nargs="+", default=OTHERS, metavar="N", help="default: 0 1 3 12 50")
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
     parser.add_argument("--window", type=int, metavar="N", help="default: the bundle's")
-    parser.add_argument("--extractive", action="store_true", help="answers are spans of the document")
     parser.add_argument(
         "--no-answer-threshold", type=float, metavar="X", help="default: the bundle's; 1 answers every question"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
     return parser
 
 
@@ -172,24 +165,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_and_report(arguments: argparse.Namespace) -> None:
-    examples = [example for example in read_data(arguments) if example.answers]
-    if len(examples) > arguments.questions:
-        examples = random.Random(arguments.seed).sample(examples, arguments.questions)
     config = GenerationConfig(
         extractive=arguments.extractive, window=arguments.window, no_answer_threshold=arguments.no_answer_threshold
     )
     result = measure(
         arguments.model,
-        examples,
+        read_answerable(arguments),
         others=arguments.others,
         threads=arguments.threads,
         config=config,
         seed=arguments.seed,
     )
-    print(table(result))
-    print(json.dumps(result))
-    if arguments.output is not None:
-        write_file(arguments.output, json.dumps(result, indent=1) + "\n")
+    report(result, table(result), arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,19 @@ questions that neither the training nor the calibration has seen.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine
+from bench.questions import add_question_options, read_answerable, report
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig, InvalidInputError
-from qa_onnx.cli import add_data_options, positive, read_data, run_command
+from qa_onnx.cli import run_command
 from qa_onnx.data.example import Example
 from qa_onnx.data.pairs import unanswerable_pairs
 from qa_onnx.evaluation.metrics import evaluate, score_example
-from qa_onnx.files import write_file
 from qa_onnx.scores import expected_calibration_error
 
 
@@ -108,15 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m bench.reliability",
         description="Measure a bundle's no-answer threshold and its scores on questions that it was not calibrated on.",
     )
-    parser.add_argument(
-        "--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx --verify"
-    )
-    add_data_options(parser)
-    parser.add_argument("--limit", type=positive, metavar="N", help="only N questions, drawn")
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
-    parser.add_argument("--extractive", action="store_true", help="answers are spans of the passage")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
+    add_question_options(parser, questions=None, seed=1)
     return parser
 
 
@@ -127,16 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_and_report(arguments: argparse.Namespace) -> None:
-    examples = [example for example in read_data(arguments) if example.answers]
-    if arguments.limit is not None and len(examples) > arguments.limit:
-        examples = random.Random(arguments.seed).sample(examples, arguments.limit)
     result = measure(
-        arguments.model, examples, threads=arguments.threads, extractive=arguments.extractive, seed=arguments.seed
+        arguments.model,
+        read_answerable(arguments),
+        threads=arguments.threads,
+        extractive=arguments.extractive,
+        seed=arguments.seed,
     )
-    print(table(result))
-    print(json.dumps(result))
-    if arguments.output is not None:
-        write_file(arguments.output, json.dumps(result, indent=1) + "\n")
+    report(result, table(result), arguments.output)
 
 
 if __name__ == "__main__":

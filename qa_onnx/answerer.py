@@ -28,7 +28,7 @@ from qa_onnx.loop import EngineLoop
 from qa_onnx.progress import Progress
 from qa_onnx.request import Request
 from qa_onnx.text.constraint import Spans, TokenBytes, check_byte_level
-from qa_onnx.text.windows import WindowSettings, encode_windows
+from qa_onnx.text.windows import encode_windows
 
 INLINE_CHARACTERS = 10_000
 """Contexts shorter than this are tokenized in the event loop, which takes a millisecond or two."""
@@ -366,11 +366,6 @@ class Answerer:
             config = replace(config, no_answer_threshold=self._manifest.no_answer_threshold)
         return config
 
-    def _window_settings(self, config: GenerationConfig) -> WindowSettings:
-        """The caller's windows, with the bundle's where the caller gave none."""
-        given = {name: value for name in ("window", "stride") if (value := getattr(config, name)) is not None}
-        return replace(self._manifest.window_settings, **given)
-
     def _make_requests(
         self,
         questions: Sequence[str],
@@ -385,7 +380,7 @@ class Answerer:
             contexts,
             max_positions=engine.max_positions,
             max_new_tokens=config.max_new_tokens,
-            settings=self._window_settings(config),
+            settings=self._manifest.window_settings.with_given(window=config.window, stride=config.stride),
         )
         if config.extractive and config.num_answers > 1:
             for index, context in enumerate(contexts):

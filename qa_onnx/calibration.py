@@ -118,9 +118,9 @@ def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, m
     before = at(1.0)["f1_answerable"]
     more: dict[str, float] = {}
     if made:
-        within = [value for value in ordered if before - at(value)["f1_answerable"] <= MAX_F1_DROP]
-        wanted = at(within[0])["no_answer_percent"] - MAX_SHARE_DROP
-        kept = max(value for value in within if at(value)["no_answer_percent"] >= wanted)
+        within = [point for point in map(at, ordered) if before - point["f1_answerable"] <= MAX_F1_DROP]
+        wanted = within[0]["no_answer_percent"] - MAX_SHARE_DROP
+        kept = max(point["threshold"] for point in within if point["no_answer_percent"] >= wanted)
     else:
         more = best_thresholds(
             examples,

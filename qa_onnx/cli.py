@@ -431,7 +431,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     calibrate = commands.add_parser(
-        "calibrate", help="find the no-answer threshold that is best on data files, and keep it in the bundle"
+        "calibrate", help="find the no-answer threshold and calibrate scores on data files, and keep both in the bundle"
     )
     calibrate.add_argument("--extractive", action="store_true", help="with answers that are spans of the context")
     calibrate.set_defaults(run=_calibrate)

@@ -245,7 +245,7 @@ def _load_data(config: FinetuneConfig, tokenizer: GPT2TokenizerFast, positions: 
         window=config.window,
         stride=config.stride,
         max_positions=max_length,
-        least=read_windows(config.model).window or 0 if config.model is not None else 0,
+        least=(read_windows(config.model).window or 0) if config.model is not None else 0,
     )
     asked = eval_source.examples if is_held_out else eval_source.examples[: config.limit_eval]
     asked, not_asked = _fitting(asked, tokenizer, max_length, windows, config)

@@ -46,6 +46,12 @@ class WindowSettings:
         if type(self.stride) is not int or self.stride < 0:
             raise InvalidInputError(f"got stride {short_repr(self.stride)}; expected a whole number of at least 0")
 
+    def with_given(self, *, window: int | None, stride: int | None) -> WindowSettings:
+        """These settings, but for what is given: None keeps a setting."""
+        return WindowSettings(
+            window=self.window if window is None else window, stride=self.stride if stride is None else stride
+        )
+
     def check_fit(self, max_positions: int) -> None:
         """Refuses a window that is longer than a model.
 
@@ -111,7 +117,7 @@ def encode_windows(
     prompts = encode_prompts(tokenizer, questions, contexts)
     room = min(max_new_tokens, max_positions // 4)
     (label,) = encode(tokenizer, [QUESTION_LABEL])
-    cut: dict[tuple[str, int], list[tuple[int, str]]] = {}
+    cut: dict[tuple[str, int], tuple[list[tuple[int, str]], list[set[str]]]] = {}
     windows: list[list[Window]] = []
     for index, (question, context, prompt) in enumerate(zip(questions, contexts, prompts, strict=True)):
         size = len(prompt.prefix_ids) - len(label.ids)
@@ -130,10 +136,11 @@ def encode_windows(
             )
         budget = min(budget, settings.window or budget)
         if (context, budget) not in cut:
-            cut[context, budget] = _cut(tokenizer, context, budget, min(settings.stride, budget // 2))
-        parts = cut[context, budget]
+            parts = _cut(tokenizer, context, budget, min(settings.stride, budget // 2))
+            cut[context, budget] = parts, [_words(text) for _, text in parts]
+        parts, words = cut[context, budget]
         encoded = encode_prompts(tokenizer, [question] * len(parts), [text for _, text in parts])
-        priors = log_priors(question, [text for _, text in parts])
+        priors = _log_priors(_words(question), words)
         windows.append(
             [
                 Window(start=start, text=text, prompt=part, log_prior=prior)
@@ -153,11 +160,14 @@ def log_priors(question: str, texts: Sequence[str]) -> list[float]:
     Returns:
         Logarithms of probabilities that add up to 1.
     """
-    words = [_words(text) for text in texts]
-    scores = [0.0] * len(texts)
-    for word in sorted(_words(question)):
+    return _log_priors(_words(question), [_words(text) for text in texts])
+
+
+def _log_priors(asked: set[str], words: Sequence[set[str]]) -> list[float]:
+    scores = [0.0] * len(words)
+    for word in sorted(asked):
         holds = [word in found for found in words]
-        rarity = math.log((len(texts) + 1) / (sum(holds) + 0.5))
+        rarity = math.log((len(words) + 1) / (sum(holds) + 0.5))
         scores = [score + rarity * is_there for score, is_there in zip(scores, holds, strict=True)]
     best = max(scores)
     total = best + math.log(sum(math.exp(score - best) for score in scores))
