@@ -15,7 +15,20 @@ import sys
 import onnx
 import pytest
 
-from bench import accuracy, cuda_counts, demo, latency, report, roofline, runner, scaling, throughput, training
+from bench import (
+    accuracy,
+    cuda_counts,
+    demo,
+    latency,
+    long_documents,
+    reliability,
+    report,
+    roofline,
+    runner,
+    scaling,
+    throughput,
+    training,
+)
 from bench.peers import RUNNERS, Settings, serve
 from export import to_onnx
 from qa_onnx import cli
@@ -485,3 +498,40 @@ def test_the_answers_of_the_demo_are_shown_with_what_was_expected(starter_bundle
         assert f"Q: {question}" in out
         assert f"expected: {expected})" in out
     assert re.search(rf"\n[0-{len(demo.REAL_QUESTIONS)}] of {len(demo.REAL_QUESTIONS)} are right", out)
+
+
+def articles_of(heldout_file, path):
+    """The passages of the held-out sample as articles of two passages each."""
+    paragraphs = [part for article in json.loads(heldout_file.read_text())["data"] for part in article["paragraphs"]]
+    data = [{"title": f"part {first}", "paragraphs": paragraphs[first : first + 2]} for first in range(0, 12, 2)]
+    path.write_text(json.dumps({"data": data}))
+    return path
+
+
+def test_long_documents_hold_the_own_passage_and_others_of_other_articles(starter_bundle, heldout_file, tmp_path):
+    data, output = articles_of(heldout_file, tmp_path / "articles.json"), tmp_path / "long.json"
+    examples = read_examples(data)
+    for example, (document, start) in zip(examples, long_documents.documents_of(examples, 5, seed=0), strict=True):
+        assert document.startswith(example.context, start)
+        others = {other.context for other in examples if other.context in document} - {example.context}
+        assert len(others) == 5
+        assert not others & {other.context for other in examples if other.title == example.title}
+    command = ["--model", starter_bundle, "--data", data, "--questions", "8", "--others", "0", "3", "--window", "64"]
+    assert long_documents.main([*map(str, command), "--output", str(output)]) == 0
+    alone, among = json.loads(output.read_text())["rows"]
+    assert alone["windows"] < among["windows"]
+    assert 50 <= among["exact_match"] <= 100
+    command[-3] = "99"
+    assert long_documents.main([*map(str, command)]) == 2
+
+
+def test_reliability_is_measured_with_pairs_that_have_no_answer(starter_bundle, heldout_file, tmp_path):
+    data, output = articles_of(heldout_file, tmp_path / "articles.json"), tmp_path / "reliability.json"
+    assert reliability.main([*map(str, ("--model", starter_bundle, "--data", data, "--output", output))]) == 0
+    result = json.loads(output.read_text())
+    assert result["without_answer"] == result["questions"] > 10
+    assert result["f1_answerable_forced"] > 80
+    assert result["f1_answerable"] <= result["f1_answerable_forced"]
+    assert result["no_answer_percent"] > result["answerable_without_answer_percent"] + 10
+    assert result["threshold"] == Bundle.open(starter_bundle).manifest.no_answer_threshold
+    assert 0 <= result["ece_of_score"] <= 1

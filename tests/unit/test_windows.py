@@ -133,3 +133,9 @@ def test_a_book_is_cut_in_time_that_grows_with_its_length():
         return time.process_time() - started
 
     assert seconds(16_000) < 16 * max(seconds(2_000), 0.05)
+
+
+def test_settings_that_are_given_replace_those_of_the_bundle():
+    own = WindowSettings(window=64, stride=8)
+    assert own.with_given(window=None, stride=None) == own
+    assert own.with_given(window=32, stride=0) == WindowSettings(window=32, stride=0)
