@@ -122,7 +122,7 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
     manifest, layout = bundle.manifest, bundle.manifest.cache_layout
     config = EngineConfig(threads=threads)
     engine = Engine(
-        Session(bundle.model_path, provider="cpu", config=config),
+        Session(bundle.graph_path(), provider="cpu", config=config),
         load_copier(bundle.cache_copy_path, provider="cpu", config=config),
         layout=layout,
         eos_token_id=manifest.eos_token_id,

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +66,8 @@ OPSET, CONTRIB_OPSET, IR_VERSION = 24, 1, 11
 CONTRIB = "com.microsoft"
 LOWEST = np.finfo(np.float32).min
 """Added to the scores of keys that a token does not attend to. Not infinite: a row of nothing else would give NaN."""
+PANEL, INT8_GROUP = 16, 4
+"""Columns that lie together in a packed weight, and values of one column (`pack_weight`)."""
 TOKEN_EMBEDDING, POSITION_EMBEDDING, OUTPUT_WEIGHTS = "wte.weight", "wpe.weight", "lm_head.weight"
 
 
@@ -101,6 +102,20 @@ class QuantizedWeight:
     def columns(self, chosen: slice) -> QuantizedWeight:
         """Some of the columns."""
         return QuantizedWeight(values=np.ascontiguousarray(self.values[:, chosen]), scales=self.scales[chosen])
+
+
+def pack_weight(matrix: np.ndarray, group: int) -> np.ndarray:
+    """Lays a matrix [K, N] out for the kernels, which both graphs of a bundle share.
+
+    Panels of `PANEL` columns follow each other, and in each the groups of K: [N / 16, K / group, 16, group], with zeros
+    where K or N is not a multiple. So a kernel reads a weight from its start to its end, and `group` products of a
+    column are added up in one lane of a vector.
+    """
+    width, columns = matrix.shape
+    padded = np.zeros((aligned(width, group), aligned(columns, PANEL)), matrix.dtype)
+    padded[:width, :columns] = matrix
+    blocks = padded.reshape(len(padded) // group, group, padded.shape[1] // PANEL, PANEL)
+    return np.ascontiguousarray(blocks.transpose(2, 0, 3, 1))
 
 
 def weights_of(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -172,7 +187,7 @@ def build_decoder(
         )
     if config.add_cross_attention:
         raise InvalidInputError("the model has cross-attention; expected a GPT-2 that reads one text")
-    builder = _Builder(weights, config, quantized or {}, eos_token_id=eos_token_id, half=half)
+    builder = DecoderBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, half=half)
     model = builder.build()
     unused = sorted(weights.keys() - builder.used)
     if unused:
@@ -201,20 +216,13 @@ def _values(signature: Signature) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def _make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+def _make_model(graph: onnx.GraphProto, *domains: str) -> onnx.ModelProto:
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
+    opsets += [helper.make_opsetid(domain, 1) for domain in domains]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qa_onnx")
 
 
-def save_decoder(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a graph, and its weights beside it in `{path}_data`, which ONNX Runtime maps into memory as it loads.
-
-    Weights inside of the graph would be in memory two or three times until they are loaded.
-    """
-    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}_data")
-
-
-class _Builder:
+class DecoderBuilder:
     """Adds node after node; every method returns the name of what it computes."""
 
     def __init__(
@@ -224,7 +232,7 @@ class _Builder:
         quantized: Mapping[str, QuantizedWeight],
         *,
         eos_token_id: int,
-        half: bool,
+        half: bool = False,
     ) -> None:
         self.weights, self.config, self.quantized = dict(weights), config, dict(quantized)
         self.eos_token_id, self.half = eos_token_id, half
@@ -241,16 +249,20 @@ class _Builder:
         self.used: set[str] = set()
 
     def build(self) -> onnx.ModelProto:
+        """Adds all nodes; returns the model."""
         self._prepare_indices()
-        positions = self.op("Gather", self.weight(POSITION_EMBEDDING), "position_ids")
-        residual = self.op("Add", self._embedding(), positions)
+        residual = self._input()
         for layer in range(self.config.n_layer):
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
         self._choice(self._logits(self._layer_norm("ln_f", residual)))
+        return self.finish(decoder_inputs(self.layout))
+
+    def finish(self, inputs: Signature, *domains: str) -> onnx.ModelProto:
+        """The model of all nodes that were added; `domains` are those of operators that are not ONNX Runtime's."""
         initializers = [numpy_helper.from_array(array, name) for name, array in self.initializers.items()]
-        inputs, outputs = decoder_inputs(self.layout), decoder_outputs(self.layout, self.config.vocab_size)
+        outputs = decoder_outputs(self.layout, self.config.vocab_size)
         graph = helper.make_graph(self.nodes, "qa_onnx", _values(inputs), _values(outputs), initializers)
-        return _make_model(graph)
+        return _make_model(graph, *domains)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
@@ -263,6 +275,7 @@ class _Builder:
         return output
 
     def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
+        """A constant of the graph; returns its name."""
         self.initializers[name] = np.asarray(value, dtype)
         return name
 
@@ -409,12 +422,15 @@ class _Builder:
             if quantized is not None:
                 self.quantized[f"{name}.{part}.weight"] = quantized.columns(chosen)
 
+    def _attention_scale(self, layer: int) -> float:
+        """What the scores of a layer are multiplied by."""
+        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
+        return float(scale / (layer + 1) if self.config.scale_attn_by_inverse_layer_idx else scale)
+
     def _attention(self, layer: int, query: str, key: str, value: str, *, is_last: bool) -> str:
         """Attention of one layer: from queries, keys and values [G, H, R, T, D] to each token's context, [N, E]."""
         grid = "last_" if is_last else ""
-        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
-        if self.config.scale_attn_by_inverse_layer_idx:
-            scale /= layer + 1
+        scale = self._attention_scale(layer)
         prefix_key, prefix_value = (f"{PREFIX_NAME}{layer}.{part}" for part in ("key", "value"))
         own_key, own_value = (
             self.op(
@@ -465,9 +481,22 @@ class _Builder:
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight not in self.quantized:
             return self.op("Gemm", hidden, self.factor(weight), self.factor(bias))
-        self.initializers[weight] = self.quantized[weight].values
-        self.used.add(weight)
+        self._unpack(weight)
         return self.op("Add", self._quantized_product(weight, hidden), self.weight(bias))
+
+    def packed(self, name: str) -> str:
+        """An int8 weight as it is stored (`pack_weight`)."""
+        self.used.add(name)
+        self.initializers[f"{name}.packed"] = pack_weight(self.quantized[name].values, INT8_GROUP)
+        return f"{name}.packed"
+
+    def _unpack(self, name: str) -> None:
+        """Makes int8 [K, N] of a packed weight; ONNX Runtime does that once, as it loads the graph."""
+        width, columns = self.quantized[name].values.shape
+        groups = self.op("Transpose", self.packed(name), perm=[1, 3, 0, 2])
+        rows = self.op("Reshape", groups, self.constant(f"{name}.shape", [aligned(width, INT8_GROUP), -1]))
+        self.constant("origin", [0, 0])
+        self.op("Slice", rows, "origin", self.constant(f"{name}.end", [width, columns]), name=name)
 
     def _quantized_product(self, weight: str, hidden: str) -> str:
         """Multiplies in int8 with one scale a row of `hidden`, so that no row depends on its neighbours.
@@ -489,14 +518,17 @@ class _Builder:
         product = self.op("MatMulIntegerToFloat", values, weight, "unit", scales, "zero_point", domain=CONTRIB)
         return self.op("Mul", product, self.op("Div", magnitude, "largest"))
 
+    def _input(self) -> str:
+        """The residual before the first layer: embeddings of tokens and positions."""
+        positions = self.op("Gather", self.weight(POSITION_EMBEDDING), "position_ids")
+        return self.op("Add", self._embedding(), positions)
+
     def _embedding(self) -> str:
         if TOKEN_EMBEDDING not in self.quantized:
             return self.widen(self.op("Gather", self.factor(TOKEN_EMBEDDING), "input_ids"))
-        # Stored once, [V, E]; ONNX Runtime transposes it for the output layer as it loads.
-        self.used.add(TOKEN_EMBEDDING)
-        self.initializers[f"{TOKEN_EMBEDDING}.rows"] = np.ascontiguousarray(self.quantized[TOKEN_EMBEDDING].values.T)
+        self._unpack(TOKEN_EMBEDDING)
         self.initializers[f"{TOKEN_EMBEDDING}.scales"] = self.quantized[TOKEN_EMBEDDING].scales
-        rows = self.op("Gather", f"{TOKEN_EMBEDDING}.rows", "input_ids")
+        rows = self.op("Gather", self.op("Transpose", TOKEN_EMBEDDING, perm=[1, 0]), "input_ids")
         scales = self.op("Unsqueeze", self.op("Gather", f"{TOKEN_EMBEDDING}.scales", "input_ids"), "one")
         return self.op("Mul", self.op("Cast", rows, to=TensorProto.FLOAT), scales)
 
@@ -505,11 +537,8 @@ class _Builder:
         name = TOKEN_EMBEDDING if tied else OUTPUT_WEIGHTS
         if name not in self.quantized:
             return self.widen(self.op("Gemm", hidden, self.factor(name), transB=1))
-        if tied:
-            self.op("Transpose", f"{name}.rows", name=name, perm=[1, 0])
-        else:
-            self.used.add(name)
-            self.initializers[name] = self.quantized[name].values
+        if not tied:
+            self._unpack(name)
         return self._quantized_product(name, hidden)
 
     def _choice(self, logits: str) -> None:

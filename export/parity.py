@@ -7,7 +7,7 @@ prefixes that prompts share or that are in the prefix cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,15 @@ def _logprobs(logprobs: np.ndarray | None) -> np.ndarray:
     return logprobs
 
 
-def verify_parity(model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[Prompt], *, source: str) -> dict[str, Any]:
-    """Compares the engine with the PyTorch model on every prompt, in every way.
+def verify_parity(
+    model: GPT2LMHeadModel, engines: Mapping[str, Engine], prompts: Sequence[Prompt], *, source: str
+) -> dict[str, Any]:
+    """Compares engines with the PyTorch model on every prompt, in every way.
 
     Args:
         model: In evaluation mode, float32, on the CPU.
-        engine: Of the exported graph on the CPU, with room in its prefix cache.
+        engines: Of the exported graphs on the CPU, with room in their prefix caches, by what the names of their
+            differences begin with in the report.
         prompts: Each of at most `max_positions - NEW_TOKENS + 1` tokens, in mixed order of length.
         source: Where the prompts are from, for the report.
 
@@ -132,14 +135,15 @@ def verify_parity(model: GPT2LMHeadModel, engine: Engine, prompts: Sequence[Prom
         ("without_cache", without_cache, [LAST_STEP]),
     )
     differences = {}
-    for mode, compute, steps in modes:
-        for suffix, batch_size in (("batched", BATCH_SIZE), ("alone", 1)):
-            name = f"{mode}_{suffix}"
-            differences[name] = max(
-                _compare(name, compute(engine, batch), batch, steps) for batch in _batches(references, batch_size)
-            )
-    for _ in range(2):  # the second time some prefixes are in the prefix cache
-        _compare_generation(engine, references)
+    for prefix, engine in engines.items():
+        for mode, compute, steps in modes:
+            for suffix, batch_size in (("batched", BATCH_SIZE), ("alone", 1)):
+                name = f"{prefix}{mode}_{suffix}"
+                differences[name] = max(
+                    _compare(name, compute(engine, batch), batch, steps) for batch in _batches(references, batch_size)
+                )
+        for _ in range(2):  # the second time some prefixes are in the prefix cache
+            _compare_generation(engine, references)
     return {
         "source": source,
         "prompts": len(references),

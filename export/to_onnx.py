@@ -26,13 +26,18 @@ import transformers
 from optimum.exporters.onnx import onnx_export_from_model
 from tokenizers import Tokenizer
 
-from export.decoder import QuantizedWeight, build_cache_copy, build_decoder, save_decoder, weights_of
+from export.decoder import QuantizedWeight, build_cache_copy, build_decoder, weights_of
+from export.kernel_decoder import build_kernel_decoder
 from export.parity import NEW_TOKENS, random_prompts, verify_parity
 from export.quantize import measure_loss, quantize_weights
+from export.weight_file import save_graphs
 from qa_onnx import Answerer, __version__
 from qa_onnx.bundle import (
     CACHE_COPY_NAME,
     CONFIG_NAME,
+    DATA_NAME,
+    GRAPHS,
+    KERNEL_MODEL_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
     PRECISIONS,
@@ -54,6 +59,7 @@ from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.files import REPLACED_SUFFIX, public_name, put_in_place, set_default_modes
+from qa_onnx.kernels import KernelLibrary, choose_kernels
 from qa_onnx.lock import folder_lock
 from qa_onnx.text.prompt import encode_prompts, load_tokenizer
 
@@ -96,11 +102,14 @@ def export(
     Raises:
         InvalidInputError: The model, the precision or the output is not what it has to be, or the disk is full.
         ParityError: The graph does not compute what PyTorch computes, or loses more F1 than it may.
+        ProviderError: The precision is bf16, and this machine cannot run it.
     """
     if precision not in PRECISIONS:
         raise InvalidInputError(f"got precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if not max_f1_drop >= 0:
         raise InvalidInputError(f"got max_f1_drop {max_f1_drop}; expected points of F1, at least 0")
+    if precision == "bf16":
+        choose_kernels("auto", provider="cpu", precision=precision)  # before anything is computed
     versions = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
     versions |= {name: version(name) for name in PACKAGES}
     output = Path(os.path.realpath(output))  # where a link leads to
@@ -131,26 +140,37 @@ def export(
         config = model.config
         shape = {"layers": config.n_layer, "heads": config.n_head, "head_size": config.n_embd // config.n_head}
 
-        def load(path: Path, dtype: str = "float32") -> tuple[Session, Engine]:
+        def load(directory: Path, dtype: str = "float32", *, kernels: KernelLibrary | None = None) -> Engine:
             layout = CacheLayout(**shape, dtype=dtype)
-            cache_copy = path.with_name(CACHE_COPY_NAME)
-            onnx.save_model(build_cache_copy(layout), cache_copy)
-            session = Session(path, provider="cpu")
-            return session, Engine(
-                session,
-                load_copier(cache_copy, provider="cpu"),
+            onnx.save_model(build_cache_copy(layout), directory / CACHE_COPY_NAME)
+            name = MODEL_NAME if kernels is None else KERNEL_MODEL_NAME
+            return Engine(
+                Session(directory / name, provider="cpu", kernels=kernels),
+                load_copier(directory / CACHE_COPY_NAME, provider="cpu"),
                 layout=layout,
                 eos_token_id=tokenizer.eos_token_id,
                 max_positions=config.n_positions,
                 prefix_cache_bytes=VERIFY_CACHE_BYTES,
             )
 
-        def build(quantized: Mapping[str, QuantizedWeight] | None = None, *, half: bool = False) -> onnx.ModelProto:
-            return build_decoder(weights, config, quantized, eos_token_id=tokenizer.eos_token_id, half=half)
+        def save(directory: Path, name: str, quantized: Mapping[str, QuantizedWeight] | None = None) -> None:
+            """Writes the graphs of a precision."""
+            eos: dict[str, int] = {"eos_token_id": tokenizer.eos_token_id}
+            graphs = {
+                MODEL_NAME: lambda: build_decoder(weights, config, quantized, **eos, half=name == "fp16"),
+                KERNEL_MODEL_NAME: lambda: build_kernel_decoder(
+                    weights, config, quantized, **eos, bfloat16=name == "bf16"
+                ),
+            }
+            save_graphs({directory / graph: graphs[graph]() for graph in GRAPHS[name]}, directory / DATA_NAME)
 
-        fp32_path = (bundle if precision == "fp32" else staging) / MODEL_NAME
-        save_decoder(build(), fp32_path)
-        session, engine = load(fp32_path)
+        reference_directory = bundle if precision == "fp32" else staging
+        save(reference_directory, "fp32")
+        engine = load(reference_directory)
+        engines = {"": engine}
+        fp32_kernels = choose_kernels("auto", provider="cpu", precision="fp32").library
+        if fp32_kernels is not None:
+            engines["kernels_"] = load(reference_directory, kernels=fp32_kernels)
         prompts = random_prompts(config.vocab_size, config.n_positions)
         sources = [f"{len(prompts)} of random tokens"]
         bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
@@ -159,17 +179,16 @@ def export(
             first_on_passage = list({tuple(prompt.prefix_ids): prompt for prompt in reversed(asked)}.values())[::-1]
             prompts += first_on_passage
             sources.append(f"{len(first_on_passage)} of {source}")
-        parity = verify_parity(model, engine, prompts, source=", ".join(sources))
+        parity = verify_parity(model, engines, prompts, source=", ".join(sources))
         precision_loss: dict[str, Any] = {}
         if precision != "fp32":
             kept: dict[str, float] = {}
+            quantized: dict[str, QuantizedWeight] = {}
             if precision == "int8":
                 quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
-                save_decoder(build(quantized), bundle / MODEL_NAME)
-            else:
-                save_decoder(build(half=True), bundle / MODEL_NAME)
-            reference = engine
-            session, engine = load(bundle / MODEL_NAME, "float16" if precision == "fp16" else "float32")
+            save(bundle, precision, quantized)
+            kernels = choose_kernels("auto", provider="cpu", precision=precision).library
+            reference, engine = engine, load(bundle, "float16" if precision == "fp16" else "float32", kernels=kernels)
             precision_loss = measure_loss(reference, engine, asked or prompts, fitting, bpe)
             precision_loss["products_kept_in_fp32"] = kept
             if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
@@ -182,8 +201,6 @@ def export(
             bundle,
             {
                 "precision": precision,
-                "inputs": list(session.inputs),
-                "outputs": list(session.outputs),
                 "eos_token_id": tokenizer.eos_token_id,
                 "max_positions": config.n_positions,
                 "vocab_size": config.vocab_size,

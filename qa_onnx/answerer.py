@@ -24,6 +24,7 @@ from qa_onnx.engine.prefix_cache import PrefixCacheStats
 from qa_onnx.engine.scheduler import Scheduler
 from qa_onnx.engine.session import Session, load_copier, resolve_provider
 from qa_onnx.errors import ClosedError, InvalidInputError
+from qa_onnx.kernels import KernelChoice, choose_kernels
 from qa_onnx.loop import EngineLoop
 from qa_onnx.progress import Progress
 from qa_onnx.request import Request
@@ -48,6 +49,8 @@ class AnswererStats:
         answered: Requests that were answered.
         batch_size: Maximum number of sequences computed together; lower than `EngineConfig.batch_size` after a batch
             for which there was no memory.
+        kernels: The instruction set of the kernels that compute (`avx512`...); None where ONNX Runtime's own do.
+        kernels_reason: Why it is None.
         uses_cuda_graphs: Whether decode steps are captured in CUDA graphs.
         engine: Counts of what was computed.
         prefix_cache: What the prefix cache holds, and how often it helped.
@@ -59,6 +62,8 @@ class AnswererStats:
     running: int
     answered: int
     batch_size: int
+    kernels: str | None
+    kernels_reason: str
     uses_cuda_graphs: bool
     engine: EngineStats
     prefix_cache: PrefixCacheStats
@@ -78,6 +83,7 @@ class Answerer:
         tokenizer: Tokenizer,
         provider: str,
         config: EngineConfig | None = None,
+        kernels: KernelChoice | None = None,
     ) -> None:
         """Takes the loaded parts; `from_pretrained` loads them."""
         config = config or EngineConfig()
@@ -86,6 +92,7 @@ class Answerer:
         self._tokenizer = tokenizer
         self._provider = provider
         self._config = config
+        self._kernels = kernels or KernelChoice(reason="loaded without them")
         self._pid = os.getpid()
         self._loop = EngineLoop(
             Scheduler(engine, batch_size=config.batch_size),
@@ -120,7 +127,9 @@ class Answerer:
         provider = resolve_provider(provider, bundle.manifest.precision)
         bundle.check_files()
         tokenizer = bundle.load_tokenizer()
-        session = Session(bundle.model_path, provider=provider, config=config)
+        kernels = choose_kernels(config.kernels, provider=provider, precision=bundle.manifest.precision)
+        path = bundle.graph_path(has_kernels=kernels.library is not None)
+        session = Session(path, provider=provider, config=config, kernels=kernels.library)
         copier = load_copier(bundle.cache_copy_path, provider=provider, config=config)
         bundle.check_graphs(session, copier)
         return cls(
@@ -136,6 +145,7 @@ class Answerer:
             tokenizer=tokenizer,
             provider=session.provider,
             config=config,
+            kernels=kernels,
         )
 
     @property
@@ -306,6 +316,8 @@ class Answerer:
             running=scheduler.running,
             answered=self._loop.answered,
             batch_size=scheduler.batch_size,
+            kernels=None if self._kernels.library is None else self._kernels.library.instruction_set,
+            kernels_reason=self._kernels.reason,
             uses_cuda_graphs=engine.uses_cuda_graphs,
             engine=replace(engine.stats),
             prefix_cache=engine.prefix_cache.stats(),

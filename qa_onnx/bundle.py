@@ -25,19 +25,30 @@ from qa_onnx.engine.session import Session, Signature
 from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
 from qa_onnx.errors import BundleError, InvalidInputError, short_repr
 from qa_onnx.files import write_file
-from qa_onnx.graph_file import INT8_OPERATOR, GraphFile
+from qa_onnx.graph_file import PRECISION_OPERATORS, GraphFile
 from qa_onnx.scores import ScoreCalibration
 from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, PROMPT_TEMPLATE, load_tokenizer
 from qa_onnx.text.windows import WindowSettings
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST_NAME = "qa_onnx.json"
 MODEL_NAME = "model.onnx"
+KERNEL_MODEL_NAME = "model.kernels.onnx"
+"""The decoder of this package's own operators (`qa_onnx.kernels`), for the CPU."""
+DATA_NAME = "model.onnx_data"
+"""The weights of both."""
 CACHE_COPY_NAME = "cache_copy.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
-REQUIRED_FILES = (MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME)
-PRECISIONS = ("fp32", "fp16", "int8")
+REQUIRED_FILES = (CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME)
+GRAPHS = {
+    "fp32": (MODEL_NAME, KERNEL_MODEL_NAME),
+    "bf16": (KERNEL_MODEL_NAME,),
+    "int8": (MODEL_NAME, KERNEL_MODEL_NAME),
+    "fp16": (MODEL_NAME,),
+}
+"""The decoder's graphs in each precision: ONNX Runtime multiplies in bfloat16 on no x86 processor."""
+PRECISIONS = tuple(GRAPHS)
 MAX_JSON_BYTES = 2**20
 """Of the manifest, and of the model's configuration."""
 MAX_COUNTS = {"max_positions": 2**20, "layers": 1000, "heads": 2**12, "head_size": 2**16, "vocab_size": 2**24}
@@ -53,8 +64,6 @@ class Manifest:
     Attributes:
         format_version: `FORMAT_VERSION` of the code that wrote it.
         precision: One of `PRECISIONS`.
-        inputs: The graph's input names, in order.
-        outputs: The graph's output names, in order.
         prompt_template: The prompt that the model was trained on.
         eos_token_id: The token that ends an answer.
         max_positions: How many tokens prompt and answer may have together.
@@ -74,8 +83,6 @@ class Manifest:
 
     format_version: int
     precision: str
-    inputs: list[str]
-    outputs: list[str]
     prompt_template: str
     eos_token_id: int
     max_positions: int
@@ -97,6 +104,11 @@ class Manifest:
         """What keys and values of this model look like."""
         dtype = "float16" if self.precision == "fp16" else "float32"
         return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size, dtype=dtype)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The files of the decoder's graphs."""
+        return GRAPHS[self.precision]
 
     @property
     def no_answer_threshold(self) -> float | None:
@@ -126,10 +138,9 @@ class Bundle:
     directory: Path
     manifest: Manifest
 
-    @property
-    def model_path(self) -> Path:
-        """The decoder's graph."""
-        return self.directory / MODEL_NAME
+    def graph_path(self, *, has_kernels: bool = False) -> Path:
+        """The decoder's graph; with `has_kernels`, the one of this package's own operators."""
+        return self.directory / (KERNEL_MODEL_NAME if has_kernels else MODEL_NAME)
 
     @property
     def cache_copy_path(self) -> Path:
@@ -157,7 +168,8 @@ class Bundle:
         except OSError as error:  # such as a directory of another user
             raise BundleError(f"{directory} cannot be read ({error.strerror}); expected read permission") from error
         problems = [problem for name in sorted(manifest.files) for problem in _file_problems(directory, name, manifest)]
-        problems += [f"{name}: not listed in the manifest" for name in REQUIRED_FILES if name not in manifest.files]
+        required = (*manifest.graphs, *REQUIRED_FILES)
+        problems += [f"{name}: not listed in the manifest" for name in required if name not in manifest.files]
         if problems:
             raise BundleError(
                 f"{directory} is not a whole bundle: {_listed(problems)}. "
@@ -209,26 +221,19 @@ class Bundle:
             for name, value in expected.items()
             if type(config.get(name)) is not type(value) or config[name] != value
         ]
-        decoder, copier = GraphFile.read(self.model_path), GraphFile.read(self.cache_copy_path)
-        embedding = "wte.weight.rows" if "wte.weight.rows" in decoder.shapes else "wte.weight"
-        for name, shape in (
-            (embedding, (manifest.vocab_size, width)),
-            ("wpe.weight", (manifest.max_positions, width)),
-            ("columns", (2 * aligned(manifest.max_positions) + 8 * ALIGNMENT,)),
-        ):
-            if decoder.shapes.get(name) != shape:
-                problems.append(f"{name} in {MODEL_NAME} is {decoder.shapes.get(name)}, the manifest says {shape}")
-        if decoder.constants.get("eos_token_id") != manifest.eos_token_id.to_bytes(8, "little"):
-            problems.append(f"{MODEL_NAME} has another eos_token_id than the manifest's {manifest.eos_token_id}")
-        if (INT8_OPERATOR in decoder.operators) != (manifest.precision == "int8"):
-            problems.append(f"{MODEL_NAME} is not of the manifest's precision, {manifest.precision}")
-        for name in sorted(decoder.data_files & manifest.files.keys()):
-            if (self.directory / name).resolve().parent != self.model_path.resolve().parent:
-                problems.append(
-                    f"{MODEL_NAME} and {name} are links to different directories, and ONNX Runtime wants one; "
-                    "copy the files themselves into the bundle"
-                )
-        unlisted = sorted((decoder.data_files | copier.data_files) - manifest.files.keys())
+        copier = GraphFile.read(self.cache_copy_path)
+        data_files = set(copier.data_files)
+        for graph in manifest.graphs:
+            decoder = GraphFile.read(self.directory / graph)
+            problems += [f"{problem} in {graph}" for problem in _graph_problems(decoder, graph, manifest)]
+            data_files |= decoder.data_files
+            for name in sorted(decoder.data_files & manifest.files.keys()):
+                if (self.directory / name).resolve().parent != (self.directory / graph).resolve().parent:
+                    problems.append(
+                        f"{graph} and {name} are links to different directories, and ONNX Runtime wants one; "
+                        "copy the files themselves into the bundle"
+                    )
+        unlisted = sorted(data_files - manifest.files.keys())
         problems += [f"{short_repr(name)}, which a graph reads, is not listed in the manifest" for name in unlisted]
         self._raise(problems)
 
@@ -238,18 +243,13 @@ class Bundle:
         Raises:
             BundleError: They differ.
         """
-        manifest, layout = self.manifest, self.manifest.cache_layout
-        outputs = decoder_outputs(layout, manifest.vocab_size)
-        listed = (("inputs", manifest.inputs, decoder.inputs), ("outputs", manifest.outputs, decoder.outputs))
+        layout, name = self.manifest.cache_layout, decoder.path.name
+        inputs = decoder_inputs(layout, has_kernels=decoder.has_kernels)
+        outputs = decoder_outputs(layout, self.manifest.vocab_size)
         self._raise(
             [
-                *[
-                    f"the manifest lists other {what} than {MODEL_NAME} has"
-                    for what, one, other in listed
-                    if one != [*other]
-                ],
-                *_differences(f"{MODEL_NAME} input", decoder.inputs, decoder_inputs(layout)),
-                *_differences(f"{MODEL_NAME} output", decoder.outputs, outputs),
+                *_differences(f"{name} input", decoder.inputs, inputs),
+                *_differences(f"{name} output", decoder.outputs, outputs),
                 *_differences(f"{CACHE_COPY_NAME} input", copier.inputs, copier_inputs(layout)),
                 *_differences(f"{CACHE_COPY_NAME} output", copier.outputs, copier_outputs(layout)),
             ]
@@ -348,6 +348,32 @@ def _read_manifest(directory: Path) -> Manifest:
     if problems:
         raise BundleError(f"{path} is not a valid manifest: {_listed(problems)}. Export the model again")
     return Manifest(**values)
+
+
+def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[str]:
+    """How a decoder's file contradicts the manifest."""
+    width = manifest.heads * manifest.head_size
+    shapes: dict[str, tuple[int, ...]] = {"wpe.weight": (manifest.max_positions, width)}
+    if graph == MODEL_NAME:
+        shapes["columns"] = (2 * aligned(manifest.max_positions) + 8 * ALIGNMENT,)
+    for group in (2, 4):  # of a packed weight in bfloat16 and in int8
+        if decoder.shapes.get("wte.weight.packed", (0,))[-1] == group:
+            panels = aligned(manifest.vocab_size) // ALIGNMENT
+            shapes["wte.weight.packed"] = (panels, aligned(width, group) // group, ALIGNMENT, group)
+    if "wte.weight.packed" not in shapes:
+        shapes["wte.weight"] = (manifest.vocab_size, width)
+    problems = [
+        f"{name} is {decoder.shapes.get(name)}, the manifest says {shape}"
+        for name, shape in shapes.items()
+        if decoder.shapes.get(name) != shape
+    ]
+    if decoder.constants.get("eos_token_id") != manifest.eos_token_id.to_bytes(8, "little"):
+        problems.append(f"eos_token_id is not the manifest's {manifest.eos_token_id}")
+    for precision, operators in PRECISION_OPERATORS.items():
+        if bool(operators & decoder.operators) != (manifest.precision == precision):
+            problems.append(f"the precision is not the manifest's, {manifest.precision},")
+            break
+    return problems
 
 
 def _calibration_problems(values: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from qa_onnx.answer import Answer
 from qa_onnx.answerer import Answerer
 from qa_onnx.bundle import Bundle
 from qa_onnx.calibration import calibrate
-from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, EngineConfig, GenerationConfig
+from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, KERNELS, EngineConfig, GenerationConfig
 from qa_onnx.data.columns import FIELDS, parse_columns
 from qa_onnx.data.example import Example
 from qa_onnx.data.json_text import shown
@@ -31,6 +31,7 @@ from qa_onnx.evaluation import error_analysis
 from qa_onnx.evaluation.metrics import best_thresholds, evaluate
 from qa_onnx.evaluation.predictions import read_answers, read_predictions
 from qa_onnx.files import check_outputs, keep_lines, partial_of, read_text, write_file
+from qa_onnx.kernels import find_kernels
 
 DATA_HELP = (
     "questions: SQuAD JSON, JSON lines, CSV, TSV, Parquet, a folder of `save_to_disk` or a hub id; one or several"
@@ -238,6 +239,7 @@ def _names(sources: Sequence[Path]) -> str:
 def _load(arguments: argparse.Namespace) -> Answerer:
     engine = EngineConfig(
         threads=arguments.threads,
+        kernels=arguments.kernels,
         device_id=arguments.device_id,
         batch_size=getattr(arguments, "batch_size", DEFAULT_BATCH_SIZE),
     )
@@ -279,7 +281,9 @@ def _info(arguments: argparse.Namespace) -> None:
         _write_json(bundle.manifest.to_dict(), indent=2)
         return
     _write(str(arguments.model))
-    for label, value in describe(bundle.manifest):
+    found = find_kernels(bundle.manifest.precision)
+    here = f"{found.library.instruction_set}, on this machine" if found.library else f"none: {found.reason}"
+    for label, value in [*describe(bundle.manifest), ("kernels", here)]:
         _write(f"  {label:<18}{_on_one_line(value)}")
 
 
@@ -450,6 +454,12 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
         command.add_argument("--provider", choices=PROVIDERS, default="auto", help="default: %(default)s")
         command.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
+        command.add_argument(
+            "--kernels",
+            choices=KERNELS,
+            default="auto",
+            help="our own operators, on the CPU; default: %(default)s",
+        )
         command.add_argument("--device-id", type=int, default=0, metavar="N", help="GPU; default: %(default)s")
         command.add_argument(
             "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"

@@ -20,6 +20,7 @@ DEFAULT_STRIDE = 128
 MIN_WINDOW_TOKENS = 16
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_PREFIX_CACHE_BYTES = 256 * 2**20
+KERNELS = ("auto", "off", "required")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,9 @@ class EngineConfig:
     Attributes:
         threads: CPU threads of one operator, at most as many as the machine has processors; None is one per physical
             core.
+        kernels: `auto` computes with this package's own operators for the CPU where they run (`qa_onnx.kernels`), `off`
+            with ONNX Runtime's alone, and `required` refuses to load where they cannot run. `Answerer.stats()` says
+            which it is.
         device_id: The GPU to run on. For several GPUs load one `Answerer` per device.
         memory_limit: Maximum bytes of GPU memory that ONNX Runtime allocates for a session's weights and activations;
             KV caches are bounded by `max_batch_bytes` and `prefix_cache_bytes`. None is no limit.
@@ -156,6 +160,7 @@ class EngineConfig:
     """
 
     threads: int | None = None
+    kernels: str = "auto"
     device_id: int = 0
     memory_limit: int | None = None
     cuda_graphs: bool = True
@@ -185,6 +190,8 @@ class EngineConfig:
                 "only wait for each other. Pass at most as many, or None"
             )
         _set_bool(self, "cuda_graphs")
+        if self.kernels not in KERNELS:
+            raise InvalidInputError(f"got kernels {short_repr(self.kernels)}; expected one of {', '.join(KERNELS)}")
         _set_number(self, "max_wait_ms", "milliseconds from 0 to 60,000")
         if not 0 <= self.max_wait_ms <= 60_000:
             raise InvalidInputError(f"got max_wait_ms {self.max_wait_ms:g}; expected milliseconds from 0 to 60,000")

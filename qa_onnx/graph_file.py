@@ -22,10 +22,16 @@ OPERATORS = frozenset(
         *("QuantizeLinear", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Shape", "Slice", "Softmax", "Split", "Sub"),
         *("TensorScatter", "TopK", "Transpose", "Unsqueeze", "Where"),
         *("com.microsoft.FastGelu", "com.microsoft.FusedMatMul", "com.microsoft.MatMulIntegerToFloat"),
+        *("qa_onnx.LinearBFloat16", "qa_onnx.LinearInt8", "qa_onnx.SharedAttention"),
+        *("qa_onnx.UnpackBFloat16", "qa_onnx.UnpackInt8"),
     }
 )
-"""The operators that `export.decoder` uses."""
-INT8_OPERATOR = "com.microsoft.MatMulIntegerToFloat"
+"""The operators that `export.decoder` and `export.kernel_decoder` use."""
+PRECISION_OPERATORS = {
+    "int8": {"com.microsoft.MatMulIntegerToFloat", "qa_onnx.LinearInt8"},
+    "bf16": {"qa_onnx.LinearBFloat16"},
+}
+"""Operators that a graph has one of in that precision, and in no other."""
 _MODEL_GRAPH = 7
 _MODEL_REFUSED = {20: "training steps", 25: "functions"}
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5

@@ -65,10 +65,10 @@ class Segment:
     position: int
 
 
-def layout_inputs(
+def grid_inputs(
     segments: SequenceOf[Segment], *, groups: int, rows: int, heads: int, right_aligned: bool
 ) -> dict[str, np.ndarray]:
-    """Lays segments out for the graph (`export/decoder.py` says what each input is).
+    """Lays segments out for the plain graph (`export/decoder.py` says what each input is).
 
     Args:
         segments: At most one for each slot; their groups count from 0.
@@ -81,28 +81,56 @@ def layout_inputs(
         `input_ids`, `position_ids`, `slot_index`, `context_index`, and for the last token of each segment
         `output_index`, `output_slot_index` and `output_context_index`.
     """
-    lengths = np.array([len(segment.token_ids) for segment in segments])
-    width = aligned(int(lengths.max()))
-    starts = np.cumsum(lengths) - lengths
-    group = np.array([segment.group for segment in segments])
-    row = np.array([segment.row for segment in segments])
-    # Of each token: its number within its segment, and its column.
-    number = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    group, row, lengths, _, number = _flatten(segments)
+    width = segment_width(segments)
     column = number + np.repeat(width - lengths, lengths) if right_aligned else number
     token_group, token_row = np.repeat(group, lengths), np.repeat(row, lengths)
     slot_index = np.zeros((groups, rows, width), np.int64)
     slot_index[token_group, token_row, column] = np.arange(lengths.sum())
     output_slot_index = np.zeros((groups, rows, 1), np.int64)
     output_slot_index[group, row, 0] = np.arange(len(segments))
-    return {
-        "input_ids": np.concatenate([np.asarray(segment.token_ids, np.int64) for segment in segments]),
-        "position_ids": np.repeat([segment.position for segment in segments], lengths) + number,
+    return _token_inputs(segments) | {
         "slot_index": slot_index,
         "context_index": context_index(token_group, token_row * width + column, rows * width, heads),
-        "output_index": starts + lengths - 1,
         "output_slot_index": output_slot_index,
         "output_context_index": context_index(group, row, rows, heads),
     }
+
+
+def segment_inputs(segments: SequenceOf[Segment], first_columns: np.ndarray) -> dict[str, np.ndarray]:
+    """Lays segments out for the graph with kernels (`export/kernel_decoder.py` says what each input is).
+
+    Args:
+        segments: At most one for each slot; their groups count from 0.
+        first_columns: int64 [S], the column that each one's first token goes to.
+    """
+    group, row, lengths, starts, _ = _flatten(segments)
+    table = np.stack([group, row, starts, lengths, first_columns], axis=1)
+    return _token_inputs(segments) | {"segments": table}
+
+
+def segment_width(segments: SequenceOf[Segment]) -> int:
+    """Columns for the longest of some segments."""
+    return aligned(max(len(segment.token_ids) for segment in segments))
+
+
+def _token_inputs(segments: SequenceOf[Segment]) -> dict[str, np.ndarray]:
+    """What both graphs are told: tokens, their positions, and the last token of each segment."""
+    _, _, lengths, starts, number = _flatten(segments)
+    return {
+        "input_ids": np.concatenate([np.asarray(segment.token_ids, np.int64) for segment in segments]),
+        "position_ids": np.repeat([segment.position for segment in segments], lengths) + number,
+        "output_index": starts + lengths - 1,
+    }
+
+
+def _flatten(segments: SequenceOf[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each segment its group, row, length and first packed token; of each token its number in its segment."""
+    lengths = np.array([len(segment.token_ids) for segment in segments])
+    starts = np.cumsum(lengths) - lengths
+    group = np.array([segment.group for segment in segments])
+    row = np.array([segment.row for segment in segments])
+    return group, row, lengths, starts, np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
 def context_index(group: np.ndarray, slot: np.ndarray, slots: int, heads: int) -> np.ndarray:

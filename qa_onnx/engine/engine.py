@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qa_onnx.engine.batch import Batch, Segment, context_index, layout_inputs
+from qa_onnx.engine.batch import Batch, Segment, context_index, grid_inputs, segment_inputs, segment_width
 from qa_onnx.engine.kv_cache import (
     PAST_NAME,
     PREFIX_NAME,
@@ -31,6 +31,7 @@ from qa_onnx.engine.prefix_cache import PrefixCache
 from qa_onnx.engine.sampling import Predictions
 from qa_onnx.engine.sequence import Sequence
 from qa_onnx.engine.session import Binding, Limits, Session
+from qa_onnx.engine.signature import SEGMENTS
 from qa_onnx.errors import InvalidInputError
 
 SCORE_BYTES = 12
@@ -192,21 +193,27 @@ class Engine:
             place = batch.groups * batch.suffix.rows + batch.rows
         tokens, positions = np.zeros(len(group), np.int64), np.zeros(len(group), np.int64)
         tokens[place], positions[place] = token_ids, batch.positions
-        slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
-        slot_index[group, row, 0] = np.arange(len(group))
-        index = context_index(group, row, batch.suffix.rows, self._layout.heads)
         inputs = {
             "input_ids": tokens,
             "position_ids": positions,
-            "slot_index": slot_index,
-            "context_index": index,
             "output_index": np.arange(len(group)),
-            "output_slot_index": slot_index,
-            "output_context_index": index,
             "prefix_lengths": batch.prefix_lengths,
             "suffix_starts": batch.suffix_starts,
-            "write_index": np.where(live, batch.write_index, 0),
         }
+        if self._session.has_kernels:
+            ones = np.ones(len(group), np.int64)
+            inputs[SEGMENTS] = np.stack([group, row, np.arange(len(group)), ones, batch.write_index[group]], axis=1)
+        else:
+            slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
+            slot_index[group, row, 0] = np.arange(len(group))
+            index = context_index(group, row, batch.suffix.rows, self._layout.heads)
+            inputs |= {
+                "slot_index": slot_index,
+                "context_index": index,
+                "output_slot_index": slot_index,
+                "output_context_index": index,
+                "write_index": np.where(live, batch.write_index, 0),
+            }
         outputs = self._outputs(batch.sequences)
         binding, graph_id = self._decode_binding(batch, outputs)
         predictions = self._run(binding, inputs, outputs, graph_id=graph_id)
@@ -342,7 +349,7 @@ class Engine:
         predictions = []
         columns = batch.prefix.columns + batch.suffix.columns
         for first, last in self._pieces(segments, rows=batch.suffix.rows, columns=columns):
-            width = aligned(max(len(segment.token_ids) for group in segments[first:last] for segment in group))
+            width = segment_width([segment for group in segments[first:last] for segment in group])
             predictions.append(
                 self._run_segments(
                     batch.prefix,
@@ -401,9 +408,16 @@ class Engine:
             for group in segments
             for segment in group
         ]
-        inputs = layout_inputs(
-            flat, groups=last - first, rows=target.rows, heads=self._layout.heads, right_aligned=not is_prefix
-        )
+        if self._session.has_kernels:
+            write_index, width = lengths.pop("write_index"), segment_width(flat)
+            first_columns = [
+                write_index[segment.group] + (0 if is_prefix else width - len(segment.token_ids)) for segment in flat
+            ]
+            inputs = segment_inputs(flat, np.array(first_columns))
+        else:
+            inputs = grid_inputs(
+                flat, groups=last - first, rows=target.rows, heads=self._layout.heads, right_aligned=not is_prefix
+            )
         binding = self._session.make_binding()
         self._bind_caches(binding, prefix, target, groups, has_prefix=not is_prefix)
         self.stats.prefill_tokens += len(inputs["input_ids"])

@@ -16,6 +16,7 @@ import numpy as np
 
 from qa_onnx.config import EngineConfig
 from qa_onnx.errors import BundleError, EngineError, InvalidInputError, OutOfMemoryError, ProviderError, one_line
+from qa_onnx.kernels import KernelLibrary
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,7 +60,7 @@ _LIMITS = {
         chooses_on_host=False,
     ),
 }
-_PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
+_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "fp16")}
 """What each provider has kernels for; ONNX Runtime would run the rest of a graph elsewhere or by conversions."""
 _ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _OLDEST_VERSION = {"cpu": (1, 25), "cuda": (1, 27)}
@@ -193,15 +194,26 @@ class Session:
     Attributes:
         inputs: The types of the graph's inputs.
         outputs: The types of its outputs.
+        has_kernels: Whether the graph has this package's own operators.
     """
 
-    def __init__(self, model_path: Path, *, provider: str = "auto", config: EngineConfig | None = None) -> None:
+    has_kernels = False
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        provider: str = "auto",
+        config: EngineConfig | None = None,
+        kernels: KernelLibrary | None = None,
+    ) -> None:
         """Loads the graph.
 
         Args:
             model_path: The ONNX file.
             provider: `auto`, `cpu` or `cuda`.
             config: Threads, device and limits.
+            kernels: The operators of a graph from `export.kernel_decoder`; None for other graphs.
 
         Raises:
             InvalidInputError: An unknown provider.
@@ -233,7 +245,10 @@ class Session:
         if config.threads is not None:
             options.intra_op_num_threads = config.threads
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _MAX_FOLDED_BYTES)
+        self.has_kernels = kernels is not None
         try:
+            if kernels is not None:
+                options.register_custom_ops_library(str(kernels.path))
             self._session: onnxruntime.InferenceSession = self._ort.InferenceSession(
                 str(model_path),
                 options,

@@ -18,21 +18,25 @@ from qa_onnx.engine.kv_cache import (
 )
 from qa_onnx.engine.session import Signature, TensorType
 
+SEGMENTS = "segments"
+"""The input that only a decoder with kernels has."""
 
-def decoder_inputs(layout: CacheLayout) -> Signature:
-    """The inputs of the decoder of a model with such caches."""
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "input_ids": ("N",),
-        "position_ids": ("N",),
-        "slot_index": ("G", "R", "T"),
-        "context_index": ("N", layout.heads),
-        "output_index": ("M",),
-        "output_slot_index": ("G", "R", 1),
-        "output_context_index": ("M", layout.heads),
-        "write_index": ("G",),
-        "prefix_lengths": ("G",),
-        "suffix_starts": ("G", "R"),
-    }
+
+def decoder_inputs(layout: CacheLayout, *, has_kernels: bool = False) -> Signature:
+    """The inputs of the decoder of a model with such caches; of `export/kernel_decoder.py`'s, if it has kernels."""
+    shapes: dict[str, tuple[int | str, ...]] = {"input_ids": ("N",), "position_ids": ("N",)}
+    if has_kernels:
+        shapes |= {"output_index": ("M",), SEGMENTS: ("S", 5)}
+    else:
+        shapes |= {
+            "slot_index": ("G", "R", "T"),
+            "context_index": ("N", layout.heads),
+            "output_index": ("M",),
+            "output_slot_index": ("G", "R", 1),
+            "output_context_index": ("M", layout.heads),
+            "write_index": ("G",),
+        }
+    shapes |= {"prefix_lengths": ("G",), "suffix_starts": ("G", "R")}
     arrays = {name: TensorType("int64", shape) for name, shape in shapes.items()}
     return arrays | _caches(layout, PREFIX_NAME, 1, "P") | _caches(layout, PAST_NAME, "R", "C")
 

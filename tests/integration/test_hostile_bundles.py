@@ -61,9 +61,7 @@ def problem_of(bundle):
         {"eos_token_id": 1},
         {"precision": "fp16"},
         {"precision": "int8"},
-        {"inputs": []},
-        {"outputs": ["logprobs"]},
-        {"inputs": [["input_ids"]]},
+        {"precision": "bf16"},
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 
 from export.decoder import QuantizedWeight, build_cache_copy, build_decoder
+from export.kernel_decoder import build_kernel_decoder
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
@@ -13,6 +14,7 @@ from qa_onnx.engine.planner import plan_groups
 from qa_onnx.engine.scheduler import Scheduler
 from qa_onnx.engine.sequence import Prompt, make_sequence
 from qa_onnx.engine.session import Session
+from qa_onnx.kernels import load_kernels
 
 EOS = 0
 
@@ -39,21 +41,27 @@ def quantized_weights(weights):
     return quantized
 
 
-def save_graphs(model, directory, *, precision="fp32"):
+def save_graphs(model, directory, *, precision="fp32", has_kernels=False):
     """Writes `model.onnx` and `cache_copy.onnx` of a PyTorch model."""
     weights, half = weights_of_torch(model), precision == "fp16"
     quantized = quantized_weights(weights) if precision == "int8" else {}
-    graph = build_decoder(weights, model.config, quantized, eos_token_id=EOS, half=half)
+    if has_kernels:
+        graph = build_kernel_decoder(weights, model.config, quantized, eos_token_id=EOS, bfloat16=precision == "bf16")
+    else:
+        graph = build_decoder(weights, model.config, quantized, eos_token_id=EOS, half=half)
     onnx.save(graph, directory / "model.onnx")
     layout = layout_of(model.config, "float16" if half else "float32")
     onnx.save(build_cache_copy(layout), directory / "cache_copy.onnx")
     return layout
 
 
-def load_engine(directory, layout, *, max_positions=256, cache_bytes=0, session_class=Session, **options):
+def load_engine(
+    directory, layout, *, max_positions=256, cache_bytes=0, session_class=Session, has_kernels=False, **options
+):
     config = EngineConfig(**options)
+    kernels = {"kernels": load_kernels()} if has_kernels else {}
     return Engine(
-        session_class(directory / "model.onnx", provider="cpu", config=config),
+        session_class(directory / "model.onnx", provider="cpu", config=config, **kernels),
         session_class(directory / "cache_copy.onnx", provider="cpu", config=config),
         layout=layout,
         eos_token_id=EOS,

@@ -16,6 +16,7 @@ from export.parity import torch_reference
 from qa_onnx import GenerationConfig, InvalidInputError, ParityError
 from qa_onnx.engine.scheduler import generate
 from qa_onnx.engine.session import Binding, Session
+from tests.kernels import needs_kernels
 from tests.parity.engines import EOS, load_engine, mixed_prompts, prefill, run, save_graphs, weights_of_torch
 
 
@@ -24,16 +25,20 @@ def tiny(tiny_model_dir):
     return GPT2LMHeadModel.from_pretrained(tiny_model_dir).eval()
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "fp32 kernels", "int8 kernels", "bf16 kernels"])
 def graphs(request, tiny, tmp_path_factory):
-    """A directory with the graphs of the tiny model, their cache layout, and the precision."""
+    """A directory with the graphs of the tiny model, their cache layout, the precision, and whether it has kernels."""
     directory = tmp_path_factory.mktemp("graphs")
-    return directory, save_graphs(tiny, directory, precision=request.param), request.param
+    precision, *kernels = request.param.split()
+    if kernels:
+        needs_kernels(precision)
+    layout = save_graphs(tiny, directory, precision=precision, has_kernels=bool(kernels))
+    return directory, layout, precision, bool(kernels)
 
 
 def engine_of(graphs, **options):
-    directory, layout, _ = graphs
-    return load_engine(directory, layout, **options)
+    directory, layout, _, has_kernels = graphs
+    return load_engine(directory, layout, has_kernels=has_kernels, **options)
 
 
 def decode(graphs, prompts, batch_size, **options):

@@ -193,8 +193,6 @@ def manifest_fields(**changes):
     """A manifest's fields but those that `write_manifest` fills in."""
     return {
         "precision": "fp32",
-        "inputs": ["input_ids"],
-        "outputs": ["logprobs"],
         "eos_token_id": 0,
         "max_positions": 128,
         "layers": 1,

@@ -22,7 +22,14 @@ ABSENT = object()
 def bundle(tmp_path):
     directory = tmp_path / "bundle"
     directory.mkdir()
-    for name in ("model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json", "model.onnx_data"):
+    for name in (
+        "model.onnx",
+        "model.kernels.onnx",
+        "cache_copy.onnx",
+        "tokenizer.json",
+        "config.json",
+        "model.onnx_data",
+    ):
         (directory / name).write_bytes(f"content of {name}".encode())
     write_manifest(directory, manifest_fields(parity={"questions": 64}))
     return directory
@@ -50,18 +57,20 @@ def problem_of(bundle):
 def test_what_is_written_is_read(bundle):
     opened = Bundle.open(str(bundle))
     content = b"content of config.json"
-    assert opened.manifest.format_version == 5
+    assert opened.manifest.format_version == 6
     assert opened.manifest.prompt_template == PROMPT_TEMPLATE
     assert opened.manifest.files["config.json"] == {"bytes": 22, "sha256": hashlib.sha256(content).hexdigest()}
     assert sorted(opened.manifest.files) == [
         "cache_copy.onnx",
         "config.json",
+        "model.kernels.onnx",
         "model.onnx",
         "model.onnx_data",
         "tokenizer.json",
     ]
     assert opened.manifest.to_dict() | manifest_fields(parity={"questions": 64}) == opened.manifest.to_dict()
-    assert (opened.model_path, opened.tokenizer_path) == (bundle / "model.onnx", bundle / "tokenizer.json")
+    assert (opened.graph_path(), opened.tokenizer_path) == (bundle / "model.onnx", bundle / "tokenizer.json")
+    assert opened.graph_path(has_kernels=True) == bundle / "model.kernels.onnx"
     assert opened.cache_copy_path == bundle / "cache_copy.onnx"
 
 
@@ -100,7 +109,9 @@ def test_all_problems_are_in_one_error_with_the_way_out(bundle):
         assert words in problem
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.kernels.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"]
+)
 def test_a_required_file_has_to_be_listed(bundle, name):
     files = json.loads((bundle / "qa_onnx.json").read_text(encoding="utf-8"))["files"]
     del files[name]
@@ -132,7 +143,7 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(bundle):
     for index, path in enumerate(sorted(bundle.iterdir())):
         path.rename(blobs / str(index))
         (snapshot / path.name).symlink_to(f"../../blobs/{index}")
-    assert Bundle.open(snapshot).model_path == snapshot / "model.onnx"
+    assert Bundle.open(snapshot).graph_path() == snapshot / "model.onnx"
 
 
 def test_files_may_be_links_as_in_a_volume_of_kubernetes(bundle):
@@ -179,12 +190,12 @@ def test_a_bundle_may_be_reached_through_a_link_and_link_inside_itself(bundle):
     Bundle.open(bundle.parent / "latest")
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 6, "5", None, ABSENT, True])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 7, "6", None, ABSENT, True])
 def test_another_format_version_means_to_export_again(bundle, version):
     edit_manifest(bundle, format_version=version)
     problem = problem_of(bundle)
     assert f"format_version {None if version is ABSENT else version!r}" in problem
-    assert "reads 5" in problem
+    assert "reads 6" in problem
     assert "Export the model again" in problem
 
 
@@ -197,7 +208,7 @@ def test_another_format_version_means_to_export_again(bundle, version):
         ({"heads": "12"}, ["heads should be int, got '12'"]),
         ({"heads": True}, ["heads should be int, got True"]),
         ({"max_positions": 1.5}, ["max_positions should be int, got 1.5"]),
-        ({"inputs": "input_ids"}, ["inputs should be list, got 'input_ids'"]),
+        ({"windows": "none"}, ["windows should be dict, got 'none'"]),
         ({"files": []}, ["files should be dict, got []"]),
         ({"source_model": None}, ["source_model should be str, got None"]),
         ({"heads": 0}, ["heads is 0, not a number from 1 to 4096"]),
@@ -235,7 +246,7 @@ def test_a_file_entry_without_size_or_checksum_does_not_pass(bundle, listed):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"format_version": 5,', "cannot be read as JSON"),
+        (b'{"format_version": 6,', "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),

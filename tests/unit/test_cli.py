@@ -34,7 +34,7 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    for name in ("model.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"):
+    for name in ("model.onnx", "model.kernels.onnx", "cache_copy.onnx", "tokenizer.json", "config.json"):
         (bundle / name).write_text(name)
     write_manifest(bundle, manifest_fields())
     return tmp_path

@@ -1,0 +1,42 @@
+"""Writes the graphs of a bundle, and their weights in one file that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, external_data_helper
+
+ALIGNMENT = 64
+"""Bytes that each weight begins at a multiple of: a line of the processor's cache, and a vector of AVX-512."""
+MAX_INLINE_BYTES = 1024
+"""Weights up to this size stay in the graph."""
+
+
+def save_graphs(models: Mapping[Path, onnx.ModelProto], data: Path) -> None:
+    """Writes graphs of one directory. ONNX Runtime maps their weights into memory as it loads one.
+
+    Weights inside of a graph would be in memory two or three times until they are loaded.
+
+    Args:
+        models: By their paths. Weights of the same name are equal, and are written once.
+        data: The file of the weights, in the same directory.
+    """
+    written: dict[str, tuple[int, int]] = {}
+    with data.open("wb") as file:
+        for model in models.values():
+            for tensor in model.graph.initializer:
+                if len(tensor.raw_data) <= MAX_INLINE_BYTES:
+                    continue
+                if tensor.name not in written:
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+                    written[tensor.name] = file.tell(), len(tensor.raw_data)
+                    file.write(tensor.raw_data)
+                offset, length = written[tensor.name]
+                assert length == len(tensor.raw_data), tensor.name
+                external_data_helper.set_external_data(tensor, data.name, offset=offset, length=length)
+                tensor.ClearField("raw_data")
+                tensor.data_location = TensorProto.EXTERNAL
+    for path, model in models.items():
+        onnx.save_model(model, path)

@@ -1,0 +1,19 @@
+"""What tests of the kernels share: which of them this machine runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from qa_onnx.errors import ProviderError
+from qa_onnx.kernels import load_kernels
+
+
+def needs_kernels(precision="fp32"):
+    """Skips a test where there are no kernels, or none for a precision, and says why."""
+    try:
+        library = load_kernels()
+    except ProviderError as error:
+        pytest.skip(str(error))
+    if precision == "bf16" and not library.bfloat16:
+        pytest.skip("this processor does not multiply in bfloat16")
+    return library
