@@ -39,7 +39,7 @@ What the matmuls of one layer have between them (E is the model's width, D = E /
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,14 +94,16 @@ class QuantizedWeight:
     Attributes:
         values: int8 [K, N].
         scales: float32 [N].
+        smoothing: float32 [K], what the rows were multiplied by before they were rounded; None where they were not.
     """
 
     values: np.ndarray
     scales: np.ndarray
+    smoothing: np.ndarray | None = None
 
     def columns(self, chosen: slice) -> QuantizedWeight:
         """Some of the columns."""
-        return QuantizedWeight(values=np.ascontiguousarray(self.values[:, chosen]), scales=self.scales[chosen])
+        return replace(self, values=np.ascontiguousarray(self.values[:, chosen]), scales=self.scales[chosen])
 
 
 def pack_weight(matrix: np.ndarray, group: int) -> np.ndarray:
@@ -530,7 +532,14 @@ class DecoderBuilder:
         self.initializers[f"{TOKEN_EMBEDDING}.scales"] = self.quantized[TOKEN_EMBEDDING].scales
         rows = self.op("Gather", self.op("Transpose", TOKEN_EMBEDDING, perm=[1, 0]), "input_ids")
         scales = self.op("Unsqueeze", self.op("Gather", f"{TOKEN_EMBEDDING}.scales", "input_ids"), "one")
-        return self.op("Mul", self.op("Cast", rows, to=TensorProto.FLOAT), scales)
+        return self.unsmoothed(self.op("Mul", self.op("Cast", rows, to=TensorProto.FLOAT), scales))
+
+    def unsmoothed(self, rows: str) -> str:
+        """Embeddings as they were before the output layer's weight, which they are rows of, was smoothed."""
+        smoothing = self.quantized[TOKEN_EMBEDDING].smoothing if TOKEN_EMBEDDING in self.quantized else None
+        if smoothing is None:
+            return rows
+        return self.op("Mul", rows, self.constant(f"{TOKEN_EMBEDDING}.unsmoothed", 1 / smoothing, np.float32))
 
     def _logits(self, hidden: str) -> str:
         tied = OUTPUT_WEIGHTS not in self.weights

@@ -183,7 +183,7 @@ class _KernelBuilder(DecoderBuilder):
             self.initializers[scales] = self.quantized[TOKEN_EMBEDDING].scales
         packed = self.packed(TOKEN_EMBEDDING)
         self._custom(f"Unpack{kind}", ["input_ids", packed, scales], ["token_embeddings"], width=self.config.n_embd)
-        return "token_embeddings"
+        return self.unsmoothed("token_embeddings")
 
     def _logits(self, hidden: str) -> str:
         name = TOKEN_EMBEDDING if OUTPUT_WEIGHTS not in self.weights else OUTPUT_WEIGHTS

@@ -1,13 +1,15 @@
-"""int8: which products of a model can be done in it, and what that costs beside fp32.
+"""int8: which matmuls of a model can be done in it, and what that costs compared with fp32.
 
-Weights have one scale a column and activations one scale a row (`export/decoder.py`), both symmetric: "vector-wise
-quantization" in LLM.int8() (Dettmers et al. 2022). A product whose activations have outliers loses too much that way;
-calibration finds those and leaves them in float32.
+Weights have one scale a column and activations one scale a row: "vector-wise quantization" in LLM.int8() (Dettmers et
+al. 2022). Channels of activations with outliers are smoothed first, and a matmul that still loses too much stays in
+float32; calibration on some prompts finds both. (The kernels give each row of activations a zero point of its own, the
+plain graph does not: see `export/decoder.py`.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,33 @@ from qa_onnx.engine.sequence import Prompt
 from qa_onnx.evaluation.metrics import evaluate
 
 LARGEST = 127
-MAX_PRODUCT_ERROR = 0.05
-"""The most that a product in int8 may differ from the one in float32, relative to its size (root mean square). That of
-two matrices of normal random numbers differs by about 0.01."""
-CALIBRATION_TOKENS = 64
+MAX_MATMUL_ERROR = 0.05
+"""How much a matmul in int8 may differ from the one in float32 at most, relative to its result (root mean square). That
+of two matrices of normal random numbers differs by about 0.01."""
+CALIBRATION_TOKENS = 24
 """Tokens of each prompt, its last ones, that calibration looks at."""
+ALPHAS = (0.5, 0.6, 0.7, 0.8)
+"""How much of the difficulty may go from activations to weights; 0 would be none of it, 1 all."""
+LEVELS, SMALLEST = 255, 1e-20
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedModel:
+    """A model whose matmuls are in int8 where that keeps them close.
+
+    Attributes:
+        weights: The model's weights, float32, smoothed: they compute the same function.
+        matrices: The int8 weights, by the names of the float32 ones that they replace.
+        kept: Relative errors, by name, of the matmuls that stay float32.
+        alphas: How far each matmul's input was smoothed, by name; those left out were not.
+    """
+
+    weights: dict[str, np.ndarray]
+    matrices: dict[str, QuantizedWeight]
+    kept: dict[str, float]
+    alphas: dict[str, float]
 
 
 def quantize(matrix: np.ndarray) -> QuantizedWeight:
@@ -39,66 +61,117 @@ def quantize(matrix: np.ndarray) -> QuantizedWeight:
     return QuantizedWeight(values=np.round(matrix / scales).astype(np.int8), scales=scales)
 
 
-def quantize_weights(
-    model: GPT2LMHeadModel, weights: Mapping[str, np.ndarray], prompts: Sequence[Prompt]
-) -> tuple[dict[str, QuantizedWeight], dict[str, float]]:
-    """Quantises every matrix whose product keeps within `MAX_PRODUCT_ERROR` on some prompts.
+def quantize_model(
+    model: GPT2LMHeadModel,
+    weights: Mapping[str, np.ndarray],
+    prompts: Sequence[Prompt],
+    *,
+    alphas: Sequence[float] = ALPHAS,
+) -> QuantizedModel:
+    """Quantizes every matrix whose matmul keeps within `MAX_MATMUL_ERROR` on some prompts.
+
+    Inputs with outliers are smoothed first (SmoothQuant, Xiao et al. 2023): channel k of an input is divided by
+    s_k = max|x_k|^alpha / max|W_k|^(1 - alpha), and row k of its matrix multiplied by it, which changes no result. The
+    division is folded into the layer before: a layer norm, or the values that attention adds up. (The input of
+    `mlp.c_proj` comes out of the activation function, and cannot be smoothed.) Each matmul has the alpha that
+    loses least.
 
     Args:
         model: In evaluation mode, float32, on the CPU.
         weights: Of the same model, from `export.decoder.weights_of`.
-        prompts: What the products are measured on; each gets what it gets in the float32 model.
-
-    Returns:
-        The quantised matrices, for `build_decoder`, and the relative errors of those that stay float32.
+        prompts: What the matmuls are measured on; each gets what it gets in the float32 model.
+        alphas: Those to try; none smooths nothing.
     """
     output = OUTPUT_WEIGHTS if OUTPUT_WEIGHTS in weights else TOKEN_EMBEDDING
-    matrices = {
-        name: matrix.T if name == output else matrix
+    names = [
+        name
         for name, matrix in weights.items()
         if matrix.ndim == 2 and name != POSITION_EMBEDDING and (name == output or name != TOKEN_EMBEDDING)
-    }
-    quantized = {name: quantize(matrix) for name, matrix in matrices.items()}
-    errors = _product_errors(model, output, matrices, quantized, prompts)
-    kept = {name: error for name, error in errors.items() if error > MAX_PRODUCT_ERROR}
-    return {name: matrix for name, matrix in quantized.items() if name not in kept}, kept
+    ]
+    inputs = _collect_inputs(model, names, output, prompts)
+    smoothed, kept = dict(weights), {}
+    chosen: dict[str, tuple[float | None, np.ndarray]] = {}
+    for name in names:
+        matrix = weights[name].T if name == output else weights[name]
+        scales_of: dict[float | None, np.ndarray] = {None: np.ones(len(matrix), np.float32)}
+        if not name.endswith("mlp.c_proj.weight"):
+            scales_of |= {alpha: _smoothing(inputs[name], matrix, alpha) for alpha in alphas}
+        error_of = {alpha: _matmul_error(inputs[name], matrix, scales) for alpha, scales in scales_of.items()}
+        alpha = min(error_of, key=lambda one: error_of[one])
+        if error_of[alpha] <= MAX_MATMUL_ERROR:
+            chosen[name] = alpha, scales_of[alpha]
+            if alpha is not None:
+                _divide_input(smoothed, name, output, scales_of[alpha])
+        else:  # NaN, too
+            kept[name] = error_of[alpha]
+    matrices = {}
+    for name, (alpha, scales) in chosen.items():
+        matrix = smoothed[name].T if name == output else smoothed[name]
+        matrices[name] = replace(quantize(matrix * scales[:, None]), smoothing=None if alpha is None else scales)
+    found = {name: alpha for name, (alpha, _) in chosen.items() if alpha is not None}
+    return QuantizedModel(weights=smoothed, matrices=matrices, kept=kept, alphas=found)
+
+
+def _smoothing(inputs: np.ndarray, matrix: np.ndarray, alpha: float) -> np.ndarray:
+    """What the rows of a matrix [K, N] are multiplied by, float32 [K]."""
+    most, weight = np.abs(inputs).max(axis=0), np.abs(matrix).max(axis=1)
+    scales = np.maximum(most, SMALLEST) ** alpha / np.maximum(weight, SMALLEST) ** (1 - alpha)
+    return np.where((most > 0) & (weight > 0), scales, 1).astype(np.float32)
+
+
+def _divide_input(weights: dict[str, np.ndarray], name: str, output: str, scales: np.ndarray) -> None:
+    """Divides the channels of a matmul's input by `scales`, in the layer that they come from."""
+    if name.endswith("attn.c_proj.weight"):
+        source = name.replace("c_proj.weight", "c_attn")
+        width = len(scales)
+        for part in ("weight", "bias"):
+            changed = weights[f"{source}.{part}"].copy()
+            changed[..., 2 * width :] /= scales
+            weights[f"{source}.{part}"] = changed
+        return
+    layer = name.rsplit(".", 3)[0]
+    source = "ln_f" if name == output else f"{layer}.{'ln_1' if 'attn' in name else 'ln_2'}"
+    for part in ("weight", "bias"):
+        weights[f"{source}.{part}"] = weights[f"{source}.{part}"] / scales
+
+
+def _matmul_error(inputs: np.ndarray, matrix: np.ndarray, scales: np.ndarray) -> float:
+    """The error of a matmul in int8, relative to its result (root mean square)."""
+    exact, smooth = inputs @ matrix, inputs / scales
+    low, high = np.minimum(smooth.min(axis=1), 0), np.maximum(smooth.max(axis=1), 0)
+    step = np.maximum((high - low) / LEVELS, SMALLEST)[:, None]
+    zero = np.round(-low[:, None] / step)
+    rounded = (np.clip(np.round(smooth / step) + zero, 0, LEVELS) - zero) * step
+    quantized = quantize(matrix * scales[:, None])
+    error = rounded @ (quantized.values * quantized.scales) - exact
+    return float(np.sqrt(np.square(error).sum() / max(float(np.square(exact).sum()), SMALLEST)))
 
 
 @torch.inference_mode()
-def _product_errors(
-    model: GPT2LMHeadModel,
-    output: str,
-    matrices: Mapping[str, np.ndarray],
-    quantized: Mapping[str, QuantizedWeight],
-    prompts: Sequence[Prompt],
-) -> dict[str, float]:
-    """Relative error of each product in int8 over the last tokens of all prompts."""
-    squares = {name: np.zeros(2) for name in matrices}
+def _collect_inputs(
+    model: GPT2LMHeadModel, names: Sequence[str], output: str, prompts: Sequence[Prompt]
+) -> dict[str, np.ndarray]:
+    """The inputs, float32 [rows, K], that each matmul gets for the last tokens of some prompts."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
-    def measure(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        exact_weight = torch.tensor(matrices[name])
-        weight = torch.from_numpy(quantized[name].values * quantized[name].scales)
+    def collect(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0].flatten(end_dim=-2)
+            found[name].append(rows[:: max(len(rows) // CALIBRATION_TOKENS, 1)].numpy())
 
-        def compare(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            hidden = inputs[0].flatten(end_dim=-2)[-CALIBRATION_TOKENS:]
-            scales = hidden.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / LARGEST
-            exact = hidden @ exact_weight
-            error = torch.round(hidden / scales) * scales @ weight - exact
-            squares[name] += [float(error.square().sum()), float(exact.square().sum())]
-
-        return compare
+        return keep
 
     handles = []
-    for name in matrices:
+    for name in names:
         module = model.lm_head if name == output else model.transformer.get_submodule(name.removesuffix(".weight"))
-        handles.append(module.register_forward_pre_hook(measure(name)))
+        handles.append(module.register_forward_pre_hook(collect(name)))
     try:
         for prompt in prompts:
             model(torch.tensor([prompt.ids]), use_cache=False, logits_to_keep=CALIBRATION_TOKENS)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: float(np.sqrt(error / max(size, 1e-30))) for name, (error, size) in squares.items()}
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def measure_loss(

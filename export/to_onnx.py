@@ -26,10 +26,10 @@ import transformers
 from optimum.exporters.onnx import onnx_export_from_model
 from tokenizers import Tokenizer
 
-from export.decoder import QuantizedWeight, build_cache_copy, build_decoder, weights_of
+from export.decoder import build_cache_copy, build_decoder, weights_of
 from export.kernel_decoder import build_kernel_decoder
 from export.parity import NEW_TOKENS, random_prompts, verify_parity
-from export.quantize import measure_loss, quantize_weights
+from export.quantize import ALPHAS, QuantizedModel, measure_loss, quantize_model
 from export.weight_file import save_graphs
 from qa_onnx import Answerer, __version__
 from qa_onnx.bundle import (
@@ -153,13 +153,14 @@ def export(
                 prefix_cache_bytes=VERIFY_CACHE_BYTES,
             )
 
-        def save(directory: Path, name: str, quantized: Mapping[str, QuantizedWeight] | None = None) -> None:
+        def save(directory: Path, name: str, quantized: QuantizedModel | None = None) -> None:
             """Writes the graphs of a precision."""
+            found, matrices = (weights, {}) if quantized is None else (quantized.weights, quantized.matrices)
             eos: dict[str, int] = {"eos_token_id": tokenizer.eos_token_id}
             graphs = {
-                MODEL_NAME: lambda: build_decoder(weights, config, quantized, **eos, half=name == "fp16"),
+                MODEL_NAME: lambda: build_decoder(found, config, matrices, **eos, half=name == "fp16"),
                 KERNEL_MODEL_NAME: lambda: build_kernel_decoder(
-                    weights, config, quantized, **eos, bfloat16=name == "bf16"
+                    found, config, matrices, **eos, bfloat16=name == "bf16"
                 ),
             }
             save_graphs({directory / graph: graphs[graph]() for graph in GRAPHS[name]}, directory / DATA_NAME)
@@ -182,15 +183,18 @@ def export(
         parity = verify_parity(model, engines, prompts, source=", ".join(sources))
         precision_loss: dict[str, Any] = {}
         if precision != "fp32":
-            kept: dict[str, float] = {}
-            quantized: dict[str, QuantizedWeight] = {}
+            quantized = None
             if precision == "int8":
-                quantized, kept = quantize_weights(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS])
+                # Random tokens have other outliers than text: without questions nothing is smoothed.
+                alphas = ALPHAS if asked else ()
+                quantized = quantize_model(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS], alphas=alphas)
             save(bundle, precision, quantized)
             kernels = choose_kernels("auto", provider="cpu", precision=precision).library
             reference, engine = engine, load(bundle, "float16" if precision == "fp16" else "float32", kernels=kernels)
             precision_loss = measure_loss(reference, engine, asked or prompts, fitting, bpe)
-            precision_loss["products_kept_in_fp32"] = kept
+            precision_loss["kernels"] = None if kernels is None else kernels.instruction_set
+            if quantized is not None:
+                precision_loss |= {"matmuls_kept_in_fp32": quantized.kept, "smoothing": quantized.alphas}
             if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
                 raise ParityError(
                     f"{precision} loses {precision_loss['f1_drop']:.2f} points of F1 on {source}; at most "

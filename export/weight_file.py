@@ -23,7 +23,7 @@ def save_graphs(models: Mapping[Path, onnx.ModelProto], data: Path) -> None:
         models: By their paths. Weights of the same name are equal, and are written once.
         data: The file of the weights, in the same directory.
     """
-    written: dict[str, tuple[int, int]] = {}
+    written: dict[str, tuple[int, bytes]] = {}
     with data.open("wb") as file:
         for model in models.values():
             for tensor in model.graph.initializer:
@@ -31,11 +31,11 @@ def save_graphs(models: Mapping[Path, onnx.ModelProto], data: Path) -> None:
                     continue
                 if tensor.name not in written:
                     file.write(bytes(-file.tell() % ALIGNMENT))
-                    written[tensor.name] = file.tell(), len(tensor.raw_data)
+                    written[tensor.name] = file.tell(), tensor.raw_data
                     file.write(tensor.raw_data)
-                offset, length = written[tensor.name]
-                assert length == len(tensor.raw_data), tensor.name
-                external_data_helper.set_external_data(tensor, data.name, offset=offset, length=length)
+                offset, content = written[tensor.name]
+                assert content == tensor.raw_data, f"two weights are called {tensor.name}"
+                external_data_helper.set_external_data(tensor, data.name, offset=offset, length=len(content))
                 tensor.ClearField("raw_data")
                 tensor.data_location = TensorProto.EXTERNAL
     for path, model in models.items():

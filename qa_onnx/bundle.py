@@ -225,7 +225,7 @@ class Bundle:
         data_files = set(copier.data_files)
         for graph in manifest.graphs:
             decoder = GraphFile.read(self.directory / graph)
-            problems += [f"{problem} in {graph}" for problem in _graph_problems(decoder, graph, manifest)]
+            problems += _graph_problems(decoder, graph, manifest)
             data_files |= decoder.data_files
             for name in sorted(decoder.data_files & manifest.files.keys()):
                 if (self.directory / name).resolve().parent != (self.directory / graph).resolve().parent:
@@ -363,15 +363,15 @@ def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[
     if "wte.weight.packed" not in shapes:
         shapes["wte.weight"] = (manifest.vocab_size, width)
     problems = [
-        f"{name} is {decoder.shapes.get(name)}, the manifest says {shape}"
+        f"{name} in {graph} is {decoder.shapes.get(name)}, the manifest says {shape}"
         for name, shape in shapes.items()
         if decoder.shapes.get(name) != shape
     ]
     if decoder.constants.get("eos_token_id") != manifest.eos_token_id.to_bytes(8, "little"):
-        problems.append(f"eos_token_id is not the manifest's {manifest.eos_token_id}")
+        problems.append(f"{graph} has another eos_token_id than the manifest's {manifest.eos_token_id}")
     for precision, operators in PRECISION_OPERATORS.items():
         if bool(operators & decoder.operators) != (manifest.precision == precision):
-            problems.append(f"the precision is not the manifest's, {manifest.precision},")
+            problems.append(f"{graph} is not of the manifest's precision, {manifest.precision}")
             break
     return problems
 

@@ -221,16 +221,6 @@ def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_p
         Answerer.from_pretrained(bundle, provider="cpu")
 
 
-def test_a_graph_of_other_inputs_than_the_manifest_says_is_refused(tiny_bundle, tmp_path):
-    bundle = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, bundle)
-    manifest = json.loads((bundle / "qa_onnx.json").read_text())
-    manifest["outputs"] = manifest["outputs"][::-1]
-    (bundle / "qa_onnx.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"the manifest lists other outputs than model\.onnx has"):
-        Answerer.from_pretrained(bundle, provider="cpu")
-
-
 def test_train_export_answer(heldout_file, tmp_path):
     """The whole path by its commands, on the starter, two steps."""
     model, bundle, predictions = tmp_path / "model", tmp_path / "bundle", tmp_path / "predictions.json"

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -16,9 +17,12 @@ from onnx import helper, numpy_helper
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from export.decoder import ACTIVATIONS
-from qa_onnx import Answerer, BundleError, EngineError, GenerationConfig
+from export.to_onnx import export
+from qa_onnx import Answerer, BundleError, EngineConfig, EngineError, GenerationConfig
 from qa_onnx.bundle import MANIFEST_NAME, Bundle, sha256_of
 from qa_onnx.graph_file import OPERATORS
+from tests.conftest import ROOT
+from tests.kernels import needs_kernels
 
 CONTEXT = "The bridge was opened in 1803. " * 20
 
@@ -26,6 +30,13 @@ CONTEXT = "The bridge was opened in 1803. " * 20
 @pytest.fixture
 def bundle(tiny_bundle, tmp_path):
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tiny_model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("int8") / "bundle"
+    export(str(tiny_model_dir), path, precision="int8")
+    return path
 
 
 def fit_checksums(bundle, **changes):
@@ -37,9 +48,9 @@ def fit_checksums(bundle, **changes):
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def problem_of(bundle):
+def problem_of(bundle, *, kernels="auto"):
     with pytest.raises(BundleError) as caught:
-        Answerer.from_pretrained(bundle, provider="cpu")
+        Answerer.from_pretrained(bundle, provider="cpu", config=EngineConfig(kernels=kernels))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -164,23 +175,77 @@ def rename_first(values):
     ("alter", "words"),
     [
         (lambda graph: graph.node.append(helper.make_node("Loop", ["x"], ["y"])), "it has a node 'Loop'"),
-        (lambda graph: graph.initializer.remove(initializer(graph, "wpe.weight")), "wpe.weight in model.onnx is None"),
-        (lambda graph: initializer(graph, "wte.weight").dims.append(1), "wte.weight in model.onnx is (600, 32, 1)"),
-        (lambda graph: initializer(graph, "wpe.weight").dims.__setitem__(0, 10**12), "wpe.weight in model.onnx is (10"),
+        (lambda graph: graph.initializer.remove(initializer(graph, "wpe.weight")), "wpe.weight in {name} is None"),
+        (lambda graph: initializer(graph, "wte.weight").dims.append(1), "wte.weight in {name} is (600, 32, 1)"),
+        (lambda graph: initializer(graph, "wpe.weight").dims.__setitem__(0, 10**12), "wpe.weight in {name} is (10"),
         (
             lambda graph: initializer(graph, "eos_token_id").CopyFrom(
                 numpy_helper.from_array(np.array([7]), "eos_token_id")
             ),
             "another eos_token_id than the manifest's",
         ),
-        (lambda graph: graph.output.pop(), "model.onnx output present.1.value is missing"),
-        (lambda graph: graph.output.insert(0, graph.output.pop()), "model.onnx outputs are in another order"),
+        (lambda graph: graph.output.pop(), "{name} output present.1.value is missing"),
+        (lambda graph: graph.output.insert(0, graph.output.pop()), "{name} outputs are in another order"),
     ],
     ids=["loop", "no positions", "rank", "huge", "end of text", "no output", "order"],
 )
-def test_an_altered_graph_is_refused(bundle, alter, words):
-    alter_graph(bundle, alter)
-    assert words in problem_of(bundle)
+@pytest.mark.parametrize("name", ["model.onnx", "model.kernels.onnx"])
+def test_an_altered_graph_is_refused(bundle, name, alter, words):
+    if name == "model.kernels.onnx":
+        needs_kernels()
+    alter_graph(bundle, alter, name)
+    assert words.format(name=name) in problem_of(bundle, kernels="off" if name == "model.onnx" else "required")
+
+
+KERNEL_ATTRIBUTES = {
+    "columns": [0, -1, 1, 97, 2**31, 2**63 - 1, -(2**63)],
+    "activation": [-1, 99],
+    "epsilon": [-1.0, float("nan")],
+    "key_offset": [-1, -(2**63), 33, 2**62],
+    "scale": [0.0, float("nan")],
+    "width": [0, -4, 31, 33, 2**62],
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_kernels_with_attributes_that_contradict_the_graph_end_in_an_error_or_an_answer(
+    bundle, int8_bundle, tmp_path, precision
+):
+    """In a process of its own: what they read and write outside of their arrays would end it."""
+    needs_kernels()
+    bundle = bundle if precision == "fp32" else shutil.copytree(int8_bundle, tmp_path / "int8")
+    path = bundle / "model.kernels.onnx"
+    whole, tried = path.read_bytes(), 0
+    for name, values in KERNEL_ATTRIBUTES.items():
+        for value in values:
+            model = onnx.load_from_string(whole)
+            changed = 0
+            for node in model.graph.node:
+                for attribute in node.attribute:
+                    if node.domain == "qa_onnx" and attribute.name == name:
+                        attribute.CopyFrom(helper.make_attribute(name, value))
+                        changed += 1
+            if not changed:
+                continue
+            path.write_bytes(model.SerializeToString())
+            fit_checksums(bundle)
+            found = subprocess.run(
+                [sys.executable, "-c", ANSWER, str(bundle)], capture_output=True, text=True, check=False, cwd=ROOT
+            )
+            assert found.returncode == 0, (name, value, found.stderr[-2000:])
+            tried += 1
+    assert tried >= 6
+
+
+ANSWER = """
+import sys
+from qa_onnx import Answerer, EngineConfig, QAOnnxError
+try:
+    with Answerer.from_pretrained(sys.argv[1], provider="cpu", config=EngineConfig(kernels="required")) as answerer:
+        answerer.answer_batch(["Who?", "When was it?"], ["Rollo led the Normans.", "It was in 1803. " * 9])
+except QAOnnxError as error:
+    print(error)
+"""
 
 
 def test_an_altered_copy_graph_is_refused(bundle):

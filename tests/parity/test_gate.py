@@ -12,17 +12,17 @@ from onnx import numpy_helper
 from export import to_onnx
 from export.parity import NEW_TOKENS, random_prompts
 from qa_onnx import ParityError
+from qa_onnx.kernels import find_kernels
+from tests.kernels import needs_kernels
 
 
 def test_the_report_is_in_the_manifest(tiny_bundle):
     parity = json.loads((tiny_bundle / "qa_onnx.json").read_text())["parity"]
     assert parity["tokens_differing"] == 0
-    assert set(parity["max_logprob_difference"]) == {
-        "with_cache_batched",
-        "with_cache_alone",
-        "without_cache_batched",
-        "without_cache_alone",
-    }
+    modes = {"with_cache_batched", "with_cache_alone", "without_cache_batched", "without_cache_alone"}
+    if find_kernels("fp32").library is not None:
+        modes |= {f"kernels_{mode}" for mode in modes}
+    assert set(parity["max_logprob_difference"]) == modes
     assert all(0 <= value <= parity["logprobs_tolerance"] for value in parity["max_logprob_difference"].values())
 
 
@@ -33,21 +33,23 @@ def test_the_prompts_are_of_mixed_lengths_up_to_the_last_position():
     assert lengths != sorted(lengths)
 
 
-def damage_exports(monkeypatch, damage):
+def damage_exports(monkeypatch, damage, function="build_decoder"):
     def damaged(*arguments, **options):
-        model = build_decoder(*arguments, **options)
+        model = build(*arguments, **options)
         damage(model)
         return model
 
-    build_decoder = to_onnx.build_decoder
-    monkeypatch.setattr(to_onnx, "build_decoder", damaged)
+    build = getattr(to_onnx, function)
+    monkeypatch.setattr(to_onnx, function, damaged)
 
 
 def alter_embedding(model):
     tensor = next(tensor for tensor in model.graph.initializer if "wpe" in tensor.name)
     values = numpy_helper.to_array(tensor).copy()
     values[5, 3] += 0.5  # one element: the same in all of a row would vanish in the layer norm
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for node in model.graph.node:
+        node.input[:] = ["damaged.wpe" if one == tensor.name else one for one in node.input]
+    tensor.CopyFrom(numpy_helper.from_array(values, "damaged.wpe"))
 
 
 def replace_input(model, name, op_type, constant, *, of=None):
@@ -87,6 +89,19 @@ def ignore_suffix_starts(model):
     replace_input(model, "suffix_starts", "Mul", 0)
 
 
+def ignore_prefixes(model):
+    """Sequences attend to their own columns alone."""
+    replace_input(model, "prefix_lengths", "Mul", 0)
+
+
+def attend_to_other_keys(model):
+    """Keys of the next head."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "key_offset" and attribute.i:
+                attribute.i -= 8
+
+
 def ignore_order(model):
     """Tokens attend to the ones behind them, too."""
     replace_input(model, "write_index", "Add", 1 << 20, of="Unsqueeze")
@@ -122,6 +137,19 @@ def test_a_graph_that_computes_something_else_is_not_written(tiny_model_dir, tmp
     assert list(tmp_path.iterdir()) == []
     assert to_onnx.main(["--model", str(tiny_model_dir), "--output", str(tmp_path / "bundle")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [alter_embedding, ignore_positions, ignore_prefixes, ignore_suffix_starts, attend_to_other_keys]
+)
+def test_a_graph_with_kernels_that_computes_something_else_is_not_written(
+    tiny_model_dir, tmp_path, monkeypatch, damage
+):
+    needs_kernels()
+    damage_exports(monkeypatch, damage, "build_kernel_decoder")
+    with pytest.raises(ParityError, match=r"^(kernels_|generation).* not written"):
+        to_onnx.export(str(tiny_model_dir), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from export import quantize as quantize_module
 from export import to_onnx
-from export.quantize import MAX_PRODUCT_ERROR, measure_loss, quantize, quantize_weights
+from export.quantize import MAX_MATMUL_ERROR, measure_loss, quantize, quantize_model
 from qa_onnx import Answerer, EngineConfig, ParityError, ProviderError
 from qa_onnx.engine.scheduler import Generation
 from qa_onnx.engine.sequence import Prompt
@@ -42,17 +43,54 @@ def test_each_column_is_rounded_on_its_own():
     np.testing.assert_allclose((quantized.values * quantized.scales)[:, 0], matrix[:, 0], atol=1 / 127)
 
 
-def test_a_product_with_outliers_stays_in_float32(tiny):
-    _, kept = quantize_weights(tiny, weights_of_torch(tiny), PROMPTS)
-    assert kept == {}
+def logprobs_of(weights, model, prompt):
+    """What a model with other weights says of the next token."""
+    changed = copy.deepcopy(model)
+    state = {name: torch.from_numpy(array) for name, array in weights.items()}
+    changed.transformer.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        return changed(torch.tensor([prompt.ids])).logits[0, -1].log_softmax(dim=-1)
+
+
+def test_an_input_with_an_outlier_is_smoothed_and_the_model_computes_the_same(tiny):
     with torch.no_grad():  # the same function; but the other channels' scale follows one of 100 times their size
-        tiny.transformer.h[1].ln_2.weight[3] *= 100
-        tiny.transformer.h[1].ln_2.bias[3] *= 100
-        tiny.transformer.h[1].mlp.c_fc.weight[3] /= 100
-    quantized, kept = quantize_weights(tiny, weights_of_torch(tiny), PROMPTS)
-    assert kept.keys() == {"h.1.mlp.c_fc.weight"}
-    assert kept["h.1.mlp.c_fc.weight"] > MAX_PRODUCT_ERROR
-    assert quantized.keys() == {name for name in weights_of_torch(tiny) if is_matrix(name)} - kept.keys()
+        for layer, target in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
+            tiny.get_submodule(f"transformer.h.1.{layer}").weight[3] *= 100
+            tiny.get_submodule(f"transformer.h.1.{layer}").bias[3] *= 100
+            tiny.get_submodule(f"transformer.h.1.{target}").weight[3] /= 100
+    weights = weights_of_torch(tiny)
+    quantized = quantize_model(tiny, weights, PROMPTS)
+    assert quantized.kept == {}
+    assert {"h.1.attn.c_attn.weight", "h.1.mlp.c_fc.weight"} <= quantized.alphas.keys()
+    assert quantized.matrices.keys() == {name for name in weights if is_matrix(name)}
+    # With each smoothed matrix in float32, what is computed has not changed.
+    smoothed = dict(quantized.weights)
+    for name, matrix in quantized.matrices.items():
+        if matrix.smoothing is not None and name != "wte.weight":
+            smoothed[name] = smoothed[name] * matrix.smoothing[:, None]
+    smoothing = quantized.matrices["wte.weight"].smoothing
+    if smoothing is not None:
+        for part in ("weight", "bias"):
+            smoothed[f"ln_f.{part}"] = smoothed[f"ln_f.{part}"] * smoothing
+    for prompt in PROMPTS[:3]:
+        expected = logprobs_of(weights, tiny, prompt)
+        np.testing.assert_allclose(logprobs_of(smoothed, tiny, prompt), expected, atol=1e-4)
+    for name, matrix in quantized.matrices.items():
+        scales = 1 if matrix.smoothing is None else matrix.smoothing[:, None]
+        exact = quantized.weights[name].T if name == "wte.weight" else quantized.weights[name]
+        error = matrix.values * matrix.scales - exact * scales
+        assert np.abs(error).max() <= matrix.scales.max() / 2 * 1.001
+
+
+def test_a_matmul_with_outliers_that_cannot_be_smoothed_stays_in_float32(tiny):
+    with torch.no_grad():  # the output of the activation function
+        tiny.transformer.h[1].mlp.c_fc.bias[3] += 1000
+        tiny.transformer.h[1].mlp.c_proj.weight[3] /= 1000
+    quantized = quantize_model(tiny, weights_of_torch(tiny), PROMPTS)
+    assert quantized.kept.keys() == {"h.1.mlp.c_proj.weight"}
+    assert quantized.kept["h.1.mlp.c_proj.weight"] > MAX_MATMUL_ERROR
+    matrices = {name for name in weights_of_torch(tiny) if is_matrix(name)}
+    assert quantized.matrices.keys() == matrices - quantized.kept.keys()
 
 
 def is_matrix(name):
@@ -87,10 +125,16 @@ def test_the_manifest_holds_the_report_and_the_weights_are_int8(int8_bundle):
     assert manifest["precision"] == "int8"
     assert manifest["precision_loss"]["questions"] == 12
     assert {"equal_answers_percent", "equal_tokens_percent", "f1_drop"} <= manifest["precision_loss"].keys()
-    weights = [tensor for tensor in onnx.load(int8_bundle / "model.onnx").graph.initializer if len(tensor.dims) == 2]
-    in_float = {tensor.name for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT}
-    assert in_float == {"wpe.weight"}
-    assert sum(600 in tensor.dims for tensor in weights) == 1
+    stored = {}
+    for name in ("model.onnx", "model.kernels.onnx"):
+        weights = [one for one in onnx.load(int8_bundle / name).graph.initializer if len(one.dims) > 1]
+        in_float = {one.name for one in weights if one.data_type == onnx.TensorProto.FLOAT}
+        assert in_float == {"wpe.weight"}
+        stored[name] = {one.name: one.raw_data for one in weights if one.data_type == onnx.TensorProto.INT8}
+        assert [one for one in stored[name] if one.startswith("wte")] == ["wte.weight.packed"]
+    assert stored["model.onnx"] == stored["model.kernels.onnx"]
+    size = sum(len(data) for data in stored["model.onnx"].values())
+    assert size < (int8_bundle / "model.onnx_data").stat().st_size < 2 * size  # once for both graphs
 
 
 def test_an_int8_bundle_answers_the_same_alone_and_in_any_batch(int8_bundle):

@@ -118,6 +118,8 @@ void want(bool holds, const char* what) {
   if (!holds) fail(std::string("qa_onnx: ") + what);
 }
 
+constexpr int64_t kMaxSize = int64_t{1} << 31;
+
 int64_t int_attribute(const ort::KernelInfo* info, const char* name) {
   int64_t value = 0;
   check(ort::get_int_attribute(g_api, info, name, &value));
@@ -151,6 +153,7 @@ struct Linear {
                  bias = input(context, 6), residual = input(context, 7);
     constexpr int64_t group = qa::group_size(TYPE);
     want(x.sizes.size() == 2, "x has to have two dimensions");
+    want(columns > 0 && columns < kMaxSize, "the number of columns is out of range");
     const int64_t rows = x.sizes[0], width = x.sizes[1], groups = steps(width, group);
     want(weight.sizes == std::vector<int64_t>{steps(columns, qa::kPanel), groups, qa::kPanel, group},
          "a packed weight does not fit its input and its columns");
@@ -193,6 +196,7 @@ struct Unpack {
 
   void compute(ort::KernelContext* context) const {
     const Tensor ids = input(context, 0), weight = input(context, 1), scales = input(context, 2);
+    want(width > 0 && width < kMaxSize, "the width is out of range");
     want(ids.sizes.size() == 1 && weight.sizes.size() == 4 && weight.sizes[1] == steps(width, qa::group_size(TYPE)),
          "a packed weight does not fit its width");
     const int64_t count = ids.sizes[0], columns = weight.sizes[0] * qa::kPanel;
@@ -226,6 +230,7 @@ struct SharedAttention {
                  prefix_values = input(context, 6), keys = input(context, 7), values = input(context, 8),
                  outputs = input(context, 9);
     want(keys.sizes.size() == 5 && prefix_keys.sizes.size() == 5, "caches have to have five dimensions");
+    want(query.sizes.size() == 2 && key_value.sizes.size() == 2, "a token has to have one row");
     const int64_t groups = keys.sizes[0], heads = keys.sizes[1], rows = keys.sizes[2], columns = keys.sizes[3],
                   size = keys.sizes[4], tokens = key_value.sizes[0], prefix_columns = prefix_keys.sizes[3];
     want(values.sizes == keys.sizes && prefix_values.sizes == prefix_keys.sizes, "keys and values differ in shape");
@@ -237,7 +242,7 @@ struct SharedAttention {
          "lengths do not fit the caches");
     want(segments.sizes.size() == 2 && segments.sizes[1] == 5, "segments have to have five columns");
     const int64_t queries = query.sizes[0], width = heads * size;
-    want(query.sizes[1] >= width && key_value.sizes[1] >= key_offset + 2 * width, "a token has too few numbers");
+    want(key_offset >= 0 && key_offset < kMaxSize && query.sizes[1] >= width && key_value.sizes[1] >= key_offset + 2 * width, "a token has too few numbers");
 
     auto* result = static_cast<float*>(output(context, 0, {queries, width}));
     auto* new_keys = static_cast<float*>(output(context, 1, keys.sizes));
