@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest test-sanitizers lint format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in a few minutes
 	$(RUN) -m bench.demo
@@ -25,6 +25,14 @@ test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the oldest ONNX Runtime that 
 	$(RUN) -m qa_onnx predict --model runs/oldest/bundle --data $(HELDOUT) --output runs/oldest/newest.json
 	$(OLDEST_RUN) -m qa_onnx predict --model runs/oldest/bundle --data $(HELDOUT) --output runs/oldest/oldest.json
 	cmp runs/oldest/newest.json runs/oldest/oldest.json
+
+SANITIZED = runs/sanitized
+test-sanitizers: $(INSTALLED)  ## the kernels' tests with AddressSanitizer and UBSan: nothing outside of an array, nothing undefined
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	QA_ONNX_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1" \
+		$(RUN) setup.py -q build_ext --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(RUN) -m tests.kernels $(SANITIZED)/lib/qa_onnx/kernels/libqa_onnx_kernels.so
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -1,9 +1,13 @@
-"""What tests of the kernels share: which of them this machine runs."""
+"""What tests of the kernels share; as a program, `python -m tests.kernels LIBRARY`, it tests another library."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from qa_onnx import kernels
 from qa_onnx.errors import ProviderError
 from qa_onnx.kernels import load_kernels
 
@@ -17,3 +21,8 @@ def needs_kernels(precision="fp32"):
     if precision == "bf16" and not library.bfloat16:
         pytest.skip("this processor does not multiply in bfloat16")
     return library
+
+
+if __name__ == "__main__":
+    kernels.LIBRARY = Path(sys.argv[1]).resolve()
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/unit/test_kernels.py"]))

@@ -100,12 +100,13 @@ def find_kernels(precision: str, *, wanted: str = "auto", provider: str = "cpu")
 
 
 @cache
-def load_kernels(path: Path = LIBRARY) -> KernelLibrary:
-    """Loads the library.
+def load_kernels(path: Path | None = None) -> KernelLibrary:
+    """Loads the library; `LIBRARY`, unless another path is given.
 
     Raises:
         ProviderError: It was not compiled, cannot be loaded, or has nothing for this processor.
     """
+    path = path or LIBRARY
     if not path.is_file():
         raise ProviderError(
             f"the kernels were not compiled when qa_onnx was installed (on {platform.machine()}): they need Linux, "
