@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test test-oldest test-sanitizers lint format clean
+.PHONY: demo test test-oldest test-sanitizers bench-peers lint format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in a few minutes
 	$(RUN) -m bench.demo
@@ -33,6 +33,10 @@ test-sanitizers: $(INSTALLED)  ## the kernels' tests with AddressSanitizer and U
 		$(RUN) setup.py -q build_ext --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(RUN) -m tests.kernels $(SANITIZED)/lib/qa_onnx/kernels/libqa_onnx_kernels.so
+
+bench-peers: $(INSTALLED)  ## an environment for each peer of the benchmarks that clashes with this project's packages
+	$(PYTHON) -m venv runs/peers/openvino
+	runs/peers/openvino/bin/python -m pip install --quiet --requirement bench/peers-openvino.txt
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OURS = ("qa_onnx fp32", "qa_onnx int8")
+OURS = ("qa_onnx fp32", "qa_onnx bf16", "qa_onnx int8")
 
 
 def ratio(result: dict[str, Any], ours: str, peer: str) -> float | None:
@@ -177,8 +177,8 @@ def plot(result: dict[str, Any], output: Path) -> None:
 
 
 def _color(name: str) -> str:
-    ours = {"qa_onnx fp32": "#1f77b4", "qa_onnx int8": "#0b3d66"}
-    theirs = {"transformers": "#d98b36", "Optimum": "#a05195", "CTranslate2": "#5b8f5b"}
+    ours = {"qa_onnx fp32": "#1f77b4", "qa_onnx bf16": "#2f5d9b", "qa_onnx int8": "#0b3d66"}
+    theirs = {"transformers": "#d98b36", "Optimum": "#a05195", "CTranslate2": "#5b8f5b", "OpenVINO": "#c44e52"}
     return ours.get(name) or theirs.get(name.split()[0], "#9aa5b1")
 
 

@@ -10,13 +10,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.models import prepare, random_gpt2
+from bench.models import convert_to_openvino, prepare, random_gpt2
 from bench.peers import RUNNERS, Settings
 
 SETTLE_SECONDS = 0.5
 """Pause before a measurement, in which the threads of the runner before stop spinning."""
 PEERS = [name for name in RUNNERS if not name.endswith("extractive")]
+ROOT = Path(__file__).parent.parent
+PEERS_DIRECTORY = ROOT / "runs" / "peers"
+PEER_ENVIRONMENTS = {"OpenVINO": "openvino"}
+"""Made by `make bench-peers`, for runners whose names begin so."""
 RANDOM = "GPT-2's 124 M parameters, random"
+
+
+def peer_python(name: str) -> Path:
+    """The interpreter of a runner: this one, or that of an environment of its own where packages clash."""
+    environment = PEER_ENVIRONMENTS.get(name.split()[0])
+    return Path(sys.executable) if environment is None else PEERS_DIRECTORY / environment / "bin" / "python"
 
 
 class Runner:
@@ -27,8 +37,16 @@ class Runner:
         path = directory / f"{name.replace(' ', '-')}.json"
         path.write_text(settings.to_json())
         self._errors = path.with_suffix(".log")
+        python = peer_python(name)
+        self.missing: str | None = None
+        self.load_seconds: float | None = None
+        self._process = None
+        if not python.is_file():
+            self.missing = "make bench-peers installs it"
+            return
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.peers", name, str(path)],
+            [str(python), "-m", "bench.peers", name, str(path)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors.open("w"),
@@ -36,12 +54,13 @@ class Runner:
         )
         self.name = name
         loaded = self._read()
-        self.missing: str | None = loaded.get("missing")
-        self.load_seconds: float | None = loaded.get("load_seconds")
+        self.missing = loaded.get("missing")
+        self.load_seconds = loaded.get("load_seconds")
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for its reply."""
         time.sleep(SETTLE_SECONDS)
+        assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -49,11 +68,14 @@ class Runner:
 
     def close(self) -> None:
         """Ends the process."""
+        if self._process is None:
+            return
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
     def _read(self) -> dict[str, Any]:
+        assert self._process is not None
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -90,3 +112,5 @@ def prepare_models(arguments: argparse.Namespace) -> None:
     if arguments.model is None and not model.exists():
         random_gpt2(model, arguments.tokenizer)
     prepare(arguments.work, model)
+    if any(name.startswith("OpenVINO") for name in arguments.only) and (python := peer_python("OpenVINO")).is_file():
+        convert_to_openvino(arguments.work, python)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine
-from bench.peers import Settings
+from bench.peers import PLANS_ITS_BATCHES, Settings
 from bench.report import table
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from qa_onnx.data.example import Example
@@ -78,9 +78,8 @@ def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[di
                     continue
                 runners[name] = runner
                 runner.ask(question=0)  # warms up
-                # The runtime plans its own batches.
-                ours = name.startswith("qa_onnx")
-                row["batch_size"] = settings.batch_size if ours else best_batch_size(name, settings, directory)
+                plans = name.startswith(PLANS_ITS_BATCHES)
+                row["batch_size"] = settings.batch_size if plans else best_batch_size(name, settings, directory)
                 row["seconds"] = []
                 print(f"{name}: loaded in {runner.load_seconds:.1f} s, batch size {row['batch_size']}", flush=True)
             measured = [row for row in rows if row["name"] in runners]

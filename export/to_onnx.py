@@ -89,7 +89,7 @@ def export(
     Args:
         model_name: `starter`, a directory that `training.finetune` wrote, or a hub id, of a GPT-2.
         output: The bundle's directory.
-        precision: One of `PRECISIONS`. What another one than fp32 loses beside fp32 is measured and written into the
+        precision: One of `PRECISIONS`. What another one loses compared with fp32 is measured and written into the
             manifest.
         verify: Sources of questions (see `read_sources`) of which the parity gate asks the first ones of
             `VERIFY_PASSAGES` passages, besides prompts of random tokens; on which a loss of F1 is measured; and on
@@ -356,7 +356,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=MAX_F1_DROP,
         metavar="POINTS",
-        help="F1 that int8 or fp16 may lose on FILE beside fp32; default: %(default)s",
+        help="F1 that another precision than fp32 may lose on FILE; default: %(default)s",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--keep-optimum", action="store_true", help="keep Optimum's export as BUNDLE-optimum")
@@ -385,7 +385,7 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
     print(json.dumps(manifest.parity))
     if manifest.precision_loss:
-        print(f"{manifest.precision} beside fp32:")
+        print(f"{manifest.precision} compared with fp32:")
         print(json.dumps(manifest.precision_loss))
         if not arguments.verify:
             print("loss of F1 not measured: pass --verify FILE")
