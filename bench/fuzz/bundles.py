@@ -15,7 +15,14 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from bench.fuzz.mutations import ODD_FLOATS, ODD_NUMBERS, dump_json, mutate_bytes, mutate_json
-from qa_onnx.bundle import CACHE_COPY_NAME, CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME
+from qa_onnx.bundle import (
+    CACHE_COPY_NAME,
+    CONFIG_NAME,
+    KERNEL_MODEL_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+)
 
 WEIGHTS_NAME = "model.onnx_data"
 OUTSIDE_NAME = "outside.bin"
@@ -110,7 +117,7 @@ def mutate_bundle(random: Random, bundle: MutableBundle) -> str:
 
 
 def _bytes(random: Random, bundle: MutableBundle) -> str:
-    name = random.choice((MODEL_NAME, MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME))
+    name = random.choice((MODEL_NAME, KERNEL_MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME))
     content, done = mutate_bytes(random, bundle.read(name))
     bundle.write(name, content)
     return f"{name}: {done}"
@@ -202,7 +209,7 @@ added_tokens [{"id": ID, "content": TOKEN, "single_word": BOOLEAN, "lstrip": BOO
 
 
 def _graph(random: Random, bundle: MutableBundle) -> str:
-    name = random.choice((MODEL_NAME, MODEL_NAME, MODEL_NAME, CACHE_COPY_NAME))
+    name = random.choice((MODEL_NAME, KERNEL_MODEL_NAME, KERNEL_MODEL_NAME, CACHE_COPY_NAME))
     model = onnx.ModelProto()
     try:
         model.ParseFromString(bundle.read(name))
@@ -248,7 +255,7 @@ def _node(random: Random, model: onnx.ModelProto, bundle: MutableBundle) -> str:
             node.input.append(node.input[0])
             return f"{what} has an input more"
         case 6:
-            node.domain = random.choice(("", "com.microsoft", "ai.onnx.ml", "a.b"))
+            node.domain = random.choice(("", "com.microsoft", "qa_onnx", "ai.onnx.ml", "a.b"))
             return f"{what} of domain {node.domain!r}"
         case _:
             if not node.attribute or random.random() < 0.3:
@@ -474,7 +481,16 @@ def _weights(random: Random, bundle: MutableBundle) -> str:
 def _kind_of_file(random: Random, bundle: MutableBundle) -> str:
     """Puts something that is no file in a file's place, or another file, or none."""
     name = random.choice(
-        (MODEL_NAME, CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME, "extra")
+        (
+            MODEL_NAME,
+            KERNEL_MODEL_NAME,
+            CACHE_COPY_NAME,
+            TOKENIZER_NAME,
+            CONFIG_NAME,
+            WEIGHTS_NAME,
+            MANIFEST_NAME,
+            "extra",
+        )
     )
     outside = bundle.directory.parent / OUTSIDE_NAME
     kind = random.choice(

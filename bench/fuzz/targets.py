@@ -88,7 +88,8 @@ def fuzz_bundles(bundle: Path, directory: Path) -> Case:
             result = run_cli([*command, "--model", str(path)])
             return result if command == ["info"] else _check_refused(mutable, result)
         try:
-            with Answerer.from_pretrained(path, provider="cpu", config=EngineConfig(threads=1)) as answerer:
+            engine = EngineConfig(threads=1, kernels=random.choice(("auto", "auto", "off")))
+            with Answerer.from_pretrained(path, provider="cpu", config=engine) as answerer:
                 config = GenerationConfig(max_new_tokens=4, extractive=extractive)
                 for answer in answerer.answer_batch(QUESTIONS, [CONTEXT] * len(QUESTIONS), config=config):
                     check_answer(answer, CONTEXT, extractive=extractive)
