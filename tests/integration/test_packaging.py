@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 
+import pytest
+
 from tests.conftest import ROOT
 
 
-def test_the_wheel_ships_qa_onnx_only_and_typed(tmp_path):
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "*.egg-info", ".*_cache", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
+def build_wheel(directory, **environment):
+    """Builds the wheel of a copy of the source; returns its path, the names in it, and its metadata."""
+    source = directory / "source"
+    patterns = (".git", ".venv*", "runs", "build", "dist", "*.egg-info", ".*_cache", "__pycache__", "*.so")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*patterns))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)],
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(directory), str(source)],
         check=True,
         capture_output=True,
+        env={**os.environ, **environment},
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = directory.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    return wheel, names, metadata
+
+
+def test_the_wheel_ships_qa_onnx_only_and_typed(tmp_path):
+    wheel, names, metadata = build_wheel(tmp_path)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qa_onnx"}
     assert "qa_onnx/py.typed" in names
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split(":")[1].split(">")[0].strip() for line in required) == ["numpy", "tokenizers"]
+    assert not [name for name in names if name.endswith((".cc", ".h"))]
+    if sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++"):
+        assert "qa_onnx/kernels/libqa_onnx_kernels.so" in names
+        assert re.search(r"-py3-none-\w*linux\w*_x86_64\.whl$", wheel.name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux only")
+def test_without_a_compiler_the_wheel_is_built_without_kernels_and_they_say_so(tmp_path):
+    wheel, names, _ = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
+    assert not [name for name in names if name.endswith(".so")]
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    script = "from qa_onnx.kernels import find_kernels; print(find_kernels('int8').reason)"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
+    )
+    assert "were not compiled when qa_onnx was installed" in found.stdout
+    assert "Install g++ or clang++ and install qa_onnx again" in found.stdout
