@@ -37,6 +37,7 @@ test-sanitizers: $(INSTALLED)  ## the kernels' tests with AddressSanitizer and U
 bench-peers: $(INSTALLED)  ## an environment for each peer of the benchmarks that clashes with this project's packages
 	$(PYTHON) -m venv runs/peers/openvino
 	runs/peers/openvino/bin/python -m pip install --quiet --requirement bench/peers-openvino.txt
+	runs/peers/openvino/bin/python -m pip uninstall --quiet --yes torchvision  # of another build of torch, it breaks transformers
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

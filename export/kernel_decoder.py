@@ -59,13 +59,21 @@ def build_kernel_decoder(
         eos_token_id: The token that ends an answer.
         bfloat16: Multiply the other matrices in bfloat16. Sums, norms, attention and residuals stay float32.
     """
-    builder = _KernelBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id)
-    builder.bfloat16 = bfloat16
-    return builder.build()
+    return _KernelBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, bfloat16=bfloat16).build()
 
 
 class _KernelBuilder(DecoderBuilder):
-    bfloat16 = False
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray],
+        config: GPT2Config,
+        quantized: Mapping[str, QuantizedWeight],
+        *,
+        eos_token_id: int,
+        bfloat16: bool,
+    ) -> None:
+        super().__init__(weights, config, quantized, eos_token_id=eos_token_id)
+        self.bfloat16 = bfloat16
 
     def build(self) -> onnx.ModelProto:
         self.constant("one", [1])
