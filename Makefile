@@ -48,18 +48,20 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# By a path, or a script next to a checkout called qa_onnx would import that folder instead of the package in it.
+EDITABLE = --config-settings editable_mode=compat --editable
 NATIVE = setup.py $(wildcard qa_onnx/kernels/native/*)
 
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'qa_onnx needs Python 3.11 or later')"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[cpu,train,export,bench,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[cpu,train,export,bench,dev]"
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
 	sed 's/^onnxruntime==.*/onnxruntime==1.25.0/' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST_RUN) -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[cpu,plot]" pytest hypothesis
+	$(OLDEST_RUN) -m pip install --quiet --constraint $(OLDEST)/constraints.txt $(EDITABLE) ".[cpu,plot]" pytest hypothesis
 	touch $@
 
 clean:  ## the environment and what tools left; runs/ stays, models are in it

@@ -35,7 +35,7 @@ RECORD = DIRECTORY / "demo.json"
 INTERRUPTED = "interrupted; the same command begins again, and goes on with a training that was interrupted"
 PASS_ON_SECONDS = 1.0
 """Time for a command to end by itself after a signal; then it gets SIGTERM."""
-TRAIN_QUESTIONS = 8_000
+TRAIN_QUESTIONS = 2000
 SHOWN = 6
 
 COMMANDS = (

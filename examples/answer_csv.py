@@ -44,4 +44,6 @@ def main(bundle: str, source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -37,4 +37,6 @@ async def main(bundle: str, at_once: int = 256) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
     asyncio.run(main(sys.argv[1]))

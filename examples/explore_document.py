@@ -34,4 +34,6 @@ def main(bundle: str, path: str, *questions: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4 or "--help" in sys.argv:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

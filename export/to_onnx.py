@@ -356,7 +356,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=MAX_F1_DROP,
         metavar="POINTS",
-        help="F1 that another precision than fp32 may lose on FILE; default: %(default)s",
+        help="points of F1 that another precision may lose on the questions of --verify; default: %(default)s",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--keep-optimum", action="store_true", help="keep Optimum's export as BUNDLE-optimum")
@@ -385,10 +385,15 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
     print(json.dumps(manifest.parity))
     if manifest.precision_loss:
-        print(f"{manifest.precision} compared with fp32:")
-        print(json.dumps(manifest.precision_loss))
-        if not arguments.verify:
-            print("loss of F1 not measured: pass --verify FILE")
+        questions = manifest.precision_loss.get("questions")
+        print(f"{manifest.precision} compared with fp32" + (f", on {questions} questions:" if questions else ":"))
+        print(json.dumps({name: value for name, value in manifest.precision_loss.items() if name != "smoothing"}))
+    if not arguments.verify:
+        print("not calibrated, and no loss of F1 measured: pass --verify with questions and their answers")
+    elif "threshold" not in manifest.no_answer:
+        print(f"no threshold for no answer was found: {manifest.no_answer.get('reason', 'no reason is known')}")
+    if arguments.verify and "slope" not in manifest.scores:
+        print("scores are not calibrated: too few of the questions got an answer; pass --verify with more of them")
 
 
 if __name__ == "__main__":

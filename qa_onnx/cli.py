@@ -7,6 +7,7 @@ import codecs
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ DATA_HELP = (
     "questions: SQuAD JSON, JSON lines, CSV, TSV, Parquet, a folder of `save_to_disk` or a hub id; one or several"
 )
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+_PATH = re.compile(r"\S+\.(txt|text|md|rst|csv|tsv|json|jsonl|html?|pdf|docx?)", re.IGNORECASE)
+"""One word that ends as the names of files do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,6 +310,11 @@ def _text_or_file(value: str) -> str:
     if value.startswith("@@"):
         return value[1:]
     if not value.startswith("@"):
+        if _PATH.fullmatch(value) and not _is_file_name(value):
+            raise InvalidInputError(
+                f"--context {value} looks like a file, and there is none of that name; expected a text. To ask about "
+                f"what is in a file write --context @FILE, to ask about the name itself put a space before it"
+            )
         if _is_file_name(value):
             raise InvalidInputError(
                 f"--context {value} is the name of a file; expected a text. To ask about what is in the file write "

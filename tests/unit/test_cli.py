@@ -674,6 +674,7 @@ def test_a_file_of_questions_has_one_in_each_line_that_is_not_blank(files, loade
         (("--question", "Who?", "--context", "context.txt"), "write --context @context.txt, "),
         (("--question", "Who?", "--context", "./context.txt"), "write --context @./context.txt, "),
         (("--question", "Who?", "--context", "bundle/config.json"), "is the name of a file; expected a text."),
+        (("--question", "Who?", "--context", "manuel.txt"), "manuel.txt looks like a file, and there is none"),
         (("--question", "Who?", "--context", "@empty"), "--context @empty: cannot be read (Is a directory)"),
     ],
 )
