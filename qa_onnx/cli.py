@@ -38,7 +38,7 @@ DATA_HELP = (
     "questions: SQuAD JSON, JSON lines, CSV, TSV, Parquet, a folder of `save_to_disk` or a hub id; one or several"
 )
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
-_PATH = re.compile(r"\S+\.(txt|text|md|rst|csv|tsv|json|jsonl|html?|pdf|docx?)", re.IGNORECASE)
+_PATH = re.compile(r"[\w./\\~-]+\.(txt|text|md|rst|csv|tsv|json|jsonl|html?|pdf|docx?)", re.IGNORECASE)
 """One word that ends as the names of files do."""
 
 
