@@ -180,14 +180,24 @@ void micro(const MatmulArgs& a, int64_t row, int64_t column) {
   typename T::Sum sums[ROWS][kParts];
   repeat<ROWS * kParts>([&](auto i) __attribute__((always_inline)) { sums[i / kParts][i % kParts] = T::zero(); });
   for (int64_t g = 0; g < groups; ++g) {
-    Ints b[kParts];
-    repeat<kParts>([&](auto p) __attribute__((always_inline)) {
-      b[p] = T::load_part(weight + p / T::kParts * panel_bytes + g * 64, p % T::kParts);
-    });
-    repeat<ROWS>([&](auto r) __attribute__((always_inline)) {
-      const Ints word = T::broadcast(x + r * row_bytes + g * 4);
-      repeat<kParts>([&](auto p) __attribute__((always_inline)) { sums[r][p] = T::dot(sums[r][p], word, b[p]); });
-    });
+    // What there are fewer of stays in registers, and of the others there is one at a time.
+    if constexpr (kParts <= ROWS) {
+      Ints b[kParts];
+      repeat<kParts>([&](auto p) __attribute__((always_inline)) {
+        b[p] = T::load_part(weight + p / T::kParts * panel_bytes + g * 64, p % T::kParts);
+      });
+      repeat<ROWS>([&](auto r) __attribute__((always_inline)) {
+        const Ints word = T::broadcast(x + r * row_bytes + g * 4);
+        repeat<kParts>([&](auto p) __attribute__((always_inline)) { sums[r][p] = T::dot(sums[r][p], word, b[p]); });
+      });
+    } else {
+      Ints words[ROWS];
+      repeat<ROWS>([&](auto r) __attribute__((always_inline)) { words[r] = T::broadcast(x + r * row_bytes + g * 4); });
+      repeat<kParts>([&](auto p) __attribute__((always_inline)) {
+        const Ints b = T::load_part(weight + p / T::kParts * panel_bytes + g * 64, p % T::kParts);
+        repeat<ROWS>([&](auto r) __attribute__((always_inline)) { sums[r][p] = T::dot(sums[r][p], words[r], b); });
+      });
+    }
   }
   repeat<ROWS * PANELS>([&](auto i) __attribute__((always_inline)) {
     constexpr int r = i / PANELS, p = i % PANELS;
