@@ -31,6 +31,7 @@ from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.planner import Group, plan_groups
 from qa_onnx.engine.sequence import Prompt, make_sequence
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
+from qa_onnx.kernels import choose_kernels
 
 PRECISIONS = ("fp32", "int8")
 PREFIX_TOKENS, SUFFIX_TOKENS, ROWS = 160, 16, (1, 4, 16, 32)
@@ -121,8 +122,10 @@ def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[st
     """The engine's prefill, and its decode step at several numbers of rows: operations, bytes, seconds."""
     manifest, layout = bundle.manifest, bundle.manifest.cache_layout
     config = EngineConfig(threads=threads)
+    kernels = choose_kernels(config.kernels, provider="cpu", precision=manifest.precision).library
+    path = bundle.graph_path(has_kernels=kernels is not None)
     engine = Engine(
-        Session(bundle.graph_path(), provider="cpu", config=config),
+        Session(path, provider="cpu", config=config, kernels=kernels),
         load_copier(bundle.cache_copy_path, provider="cpu", config=config),
         layout=layout,
         eos_token_id=manifest.eos_token_id,
