@@ -168,7 +168,7 @@ def test_the_devices_way_gives_the_texts_of_the_cpus(
 ):
     examples = read_examples(heldout_file)[:40]
     options = {"batch_size": batch_size, "prefix_cache_bytes": cache_bytes}
-    got = ask(tiny_bundle, examples, config, **options)
+    got = ask(tiny_bundle, examples, config, kernels="off", **options)  # kernels are for the CPU
     assert DeviceSession.copied > 20
     assert DeviceSession.allocated > 1
     monkeypatch.undo()
