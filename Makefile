@@ -11,7 +11,7 @@ HELDOUT = runs/oldest/heldout.json
 
 .PHONY: demo test test-oldest test-sanitizers bench-peers lint format clean
 
-demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in a few minutes
+demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
 
 test: $(INSTALLED)  ## every test that this machine can run; skipped ones say why
