@@ -137,7 +137,10 @@ def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, m
 
 
 def _calibrate_scores(asked: Sequence[tuple[Example, Answer]], about: dict[str, Any]) -> dict[str, Any]:
-    """Fits one half of the questions, reports the error on the other half, and keeps the fit of all."""
+    """Fits one half of the questions and reports the error on the other half.
+
+    Where that is smaller than without a calibration, the fit of all questions is kept; else scores stay as they were.
+    """
     found = [
         (answer.logprob, score_example(example, answer.text)[0] == 1.0) for example, answer in asked if answer.text
     ]
@@ -151,6 +154,8 @@ def _calibrate_scores(asked: Sequence[tuple[Example, Answer]], about: dict[str, 
         for name, by in (("ece_before", raw), ("ece_after", half))
     }
     kept = fit_calibration(logprobs, is_right)
+    if errors["ece_after"] >= errors["ece_before"]:
+        kept, errors["ece_after"] = raw, errors["ece_before"]
     return {**asdict(kept), **errors, "questions": len(found), "source": about["source"]}
 
 

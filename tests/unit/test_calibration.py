@@ -9,6 +9,7 @@ import pytest
 from qa_onnx import calibration
 from qa_onnx.calibration import calibrate, choose_windows
 from qa_onnx.data.example import Example, GoldAnswer
+from qa_onnx.scores import ScoreCalibration
 from qa_onnx.text.windows import WindowSettings
 
 
@@ -109,6 +110,14 @@ def test_scores_are_fitted_on_the_questions_with_an_answer():
     scores = calibrate(Oracle(lambda *_: 0.1, text=text), examples_of(120), source="own.csv")["scores"]
     assert scores["questions"] == 120
     assert scores["ece_after"] < scores["ece_before"]
+
+
+def test_a_calibration_that_makes_scores_worse_on_other_questions_is_not_kept(monkeypatch):
+    worse = ScoreCalibration(slope=0.0, intercept=-9.0)
+    monkeypatch.setattr(calibration, "fit_calibration", lambda *_: worse)
+    scores = calibrate(Oracle(lambda *_: 0.1), examples_of(120), source="own.csv")["scores"]
+    assert (scores["slope"], scores["intercept"]) == (1.0, 0.0)
+    assert scores["ece_after"] == scores["ece_before"] < 0.5
 
 
 def test_no_more_questions_are_asked_than_a_calibration_needs(monkeypatch):
