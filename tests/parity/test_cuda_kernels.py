@@ -186,14 +186,16 @@ def test_calls_of_all_kinds_share_batches_in_the_devices_way(tiny_bundle, heldou
     examples = read_examples(heldout_file)[:24]
     configs = [config for config in CONFIGS.values() for _ in range(5)][: len(examples)]
 
-    def ask_all():
-        with Answerer.from_pretrained(tiny_bundle, provider="cpu", config=EngineConfig(batch_size=8)) as asked:
+    def ask_all(**options):
+        with Answerer.from_pretrained(
+            tiny_bundle, provider="cpu", config=EngineConfig(batch_size=8, **options)
+        ) as asked:
             futures = [
                 asked.submit(example.question, example.context, config=config)
                 for example, config in zip(examples, configs, strict=True)
             ]
             return [future.result().text for future in futures]
 
-    got = ask_all()
+    got = ask_all(kernels="off")
     monkeypatch.undo()
     assert got == ask_all()
