@@ -19,9 +19,10 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("qa_onnx/kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # in GCC's own headers of intrinsics
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma"]
+AVX512_VNNI = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
 INSTRUCTION_SETS = {
-    "avx512": ("kAvx512", AVX512),
+    "avx512": ("kAvx512", [*AVX512_VNNI, "-mavx512bf16"]),
+    "avx512-vnni": ("kAvx512Vnni", AVX512_VNNI),
     "avx-vnni": ("kAvxVnni", ["-mavx2", "-mfma", "-mavxvnni"]),
     "avx2": ("kAvx2", ["-mavx2", "-mfma"]),
 }
@@ -39,17 +40,16 @@ class BuildKernels(build_ext):
         """Compiles and links."""
         output = Path(self.get_ext_fullpath(ext.name))
         extra = os.environ.get("QA_ONNX_CXXFLAGS", "").split()  # such as those of the sanitizers
-        compile_options = {"output_dir": self.build_temp, "depends": ext.depends}
         objects = self.compiler.compile(
-            [str(NATIVE / "operators.cc")], extra_postargs=[*FLAGS, *extra], **compile_options
+            [str(NATIVE / "operators.cc")], self.build_temp, extra_postargs=[*FLAGS, *extra], depends=ext.depends
         )
         for name, (symbol, flags) in INSTRUCTION_SETS.items():
-            directory = str(Path(self.build_temp) / name)
             objects += self.compiler.compile(
                 [str(NATIVE / "kernels.cc")],
+                str(Path(self.build_temp) / name),
                 macros=[("QA_KERNELS", symbol), ("QA_NAME", f'"{name}"')],
                 extra_postargs=[*FLAGS, *flags, *extra],
-                **{**compile_options, "output_dir": directory},
+                depends=ext.depends,
             )
         output.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(output), extra_postargs=extra, target_lang="c++")

@@ -38,6 +38,7 @@ class Runner:
         path.write_text(settings.to_json())
         self._errors = path.with_suffix(".log")
         python = peer_python(name)
+        self.name = name
         self.missing: str | None = None
         self.load_seconds: float | None = None
         self._process = None
@@ -52,7 +53,6 @@ class Runner:
             stderr=self._errors.open("w"),
             text=True,
         )
-        self.name = name
         loaded = self._read()
         self.missing = loaded.get("missing")
         self.load_seconds = loaded.get("load_seconds")

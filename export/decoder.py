@@ -73,17 +73,24 @@ TOKEN_EMBEDDING, POSITION_EMBEDDING, OUTPUT_WEIGHTS = "wte.weight", "wpe.weight"
 
 @dataclass(frozen=True)
 class Activation:
-    """The operator that computes an `activation_function` of GPT-2's configuration."""
+    """What computes an `activation_function` of GPT-2's configuration.
 
+    Attributes:
+        kernel: Its number in `qa_onnx/kernels/native/kernels.h`.
+        op_type: ONNX Runtime's operator.
+        domain: Of that.
+    """
+
+    kernel: int
     op_type: str
     domain: str = ""
 
 
 ACTIVATIONS = {
-    "gelu_new": Activation("FastGelu", CONTRIB),
-    "gelu_pytorch_tanh": Activation("FastGelu", CONTRIB),
-    "gelu": Activation("Gelu"),
-    "relu": Activation("Relu"),
+    "gelu_new": Activation(1, "FastGelu", CONTRIB),
+    "gelu_pytorch_tanh": Activation(1, "FastGelu", CONTRIB),
+    "gelu": Activation(2, "Gelu"),
+    "relu": Activation(3, "Relu"),
 }
 
 
@@ -182,19 +189,7 @@ def build_decoder(
         InvalidInputError: The configuration asks for something that the runtime does not compute.
         ParityError: The weights are not those of that configuration.
     """
-    if config.activation_function not in ACTIVATIONS:
-        raise InvalidInputError(
-            f"the model's activation_function is {config.activation_function!r}; "
-            f"expected one of {', '.join(ACTIVATIONS)}"
-        )
-    if config.add_cross_attention:
-        raise InvalidInputError("the model has cross-attention; expected a GPT-2 that reads one text")
-    builder = DecoderBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, half=half)
-    model = builder.build()
-    unused = sorted(weights.keys() - builder.used)
-    if unused:
-        raise ParityError(f"the export has weights that the runtime does not use: {', '.join(unused)}")
-    return model
+    return DecoderBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, half=half).checked_model()
 
 
 def build_cache_copy(layout: CacheLayout) -> onnx.ModelProto:
@@ -249,6 +244,22 @@ class DecoderBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, np.ndarray] = {}
         self.used: set[str] = set()
+
+    def checked_model(self) -> onnx.ModelProto:
+        """The model, of a configuration that the runtime computes and of all of its weights (see `build_decoder`)."""
+        given, config = set(self.weights), self.config
+        if config.activation_function not in ACTIVATIONS:
+            raise InvalidInputError(
+                f"the model's activation_function is {config.activation_function!r}; "
+                f"expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if config.add_cross_attention:
+            raise InvalidInputError("the model has cross-attention; expected a GPT-2 that reads one text")
+        model = self.build()
+        unused = sorted(given - self.used)
+        if unused:
+            raise ParityError(f"the export has weights that the runtime does not use: {', '.join(unused)}")
+        return model
 
     def build(self) -> onnx.ModelProto:
         """Adds all nodes; returns the model."""

@@ -39,7 +39,6 @@ from qa_onnx.engine.signature import decoder_inputs
 from qa_onnx.kernels import DOMAIN
 
 BFLOAT16_GROUP = 2
-ACTIVATION_NUMBERS = {"gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 
 
 def build_kernel_decoder(
@@ -59,7 +58,8 @@ def build_kernel_decoder(
         eos_token_id: The token that ends an answer.
         bfloat16: Multiply the other matrices in bfloat16. Sums, norms, attention and residuals stay float32.
     """
-    return _KernelBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, bfloat16=bfloat16).build()
+    builder = _KernelBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, bfloat16=bfloat16)
+    return builder.checked_model()
 
 
 class _KernelBuilder(DecoderBuilder):
@@ -136,7 +136,7 @@ class _KernelBuilder(DecoderBuilder):
         """A linear layer and what surrounds it: one operator, or several where ONNX Runtime multiplies."""
         weight, bias = f"{name}.weight", f"{name}.bias"
         if self._kind(weight) is not None:
-            number = ACTIVATION_NUMBERS[self.config.activation_function] if activates else 0
+            number = ACTIVATIONS[self.config.activation_function].kernel if activates else 0
             columns = self.weights[weight].shape[1]
             return self._multiply(
                 weight,

@@ -96,7 +96,8 @@ def quantize_model(
         scales_of: dict[float | None, np.ndarray] = {None: np.ones(len(matrix), np.float32)}
         if not name.endswith("mlp.c_proj.weight"):
             scales_of |= {alpha: _smoothing(inputs[name], matrix, alpha) for alpha in alphas}
-        error_of = {alpha: _matmul_error(inputs[name], matrix, scales) for alpha, scales in scales_of.items()}
+        exact = inputs[name] @ matrix
+        error_of = {alpha: _matmul_error(inputs[name], matrix, scales, exact) for alpha, scales in scales_of.items()}
         alpha = min(error_of, key=lambda one: error_of[one])
         if error_of[alpha] <= MAX_MATMUL_ERROR:
             chosen[name] = alpha, scales_of[alpha]
@@ -135,9 +136,9 @@ def _divide_input(weights: dict[str, np.ndarray], name: str, output: str, scales
         weights[f"{source}.{part}"] = weights[f"{source}.{part}"] / scales
 
 
-def _matmul_error(inputs: np.ndarray, matrix: np.ndarray, scales: np.ndarray) -> float:
-    """The error of a matmul in int8, relative to its result (root mean square)."""
-    exact, smooth = inputs @ matrix, inputs / scales
+def _matmul_error(inputs: np.ndarray, matrix: np.ndarray, scales: np.ndarray, exact: np.ndarray) -> float:
+    """The error of a matmul in int8, relative to its exact result (root mean square)."""
+    smooth = inputs / scales
     low, high = np.minimum(smooth.min(axis=1), 0), np.maximum(smooth.max(axis=1), 0)
     step = np.maximum((high - low) / LEVELS, SMALLEST)[:, None]
     zero = np.round(-low[:, None] / step)

@@ -356,11 +356,11 @@ def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[
     shapes: dict[str, tuple[int, ...]] = {"wpe.weight": (manifest.max_positions, width)}
     if graph == MODEL_NAME:
         shapes["columns"] = (2 * aligned(manifest.max_positions) + 8 * ALIGNMENT,)
-    for group in (2, 4):  # of a packed weight in bfloat16 and in int8
-        if decoder.shapes.get("wte.weight.packed", (0,))[-1] == group:
-            panels = aligned(manifest.vocab_size) // ALIGNMENT
-            shapes["wte.weight.packed"] = (panels, aligned(width, group) // group, ALIGNMENT, group)
-    if "wte.weight.packed" not in shapes:
+    group = {"bf16": 2, "int8": 4}.get(manifest.precision)
+    if group is not None and "wte.weight.packed" in decoder.shapes:  # int8 may have left it in float32
+        panels = aligned(manifest.vocab_size) // ALIGNMENT
+        shapes["wte.weight.packed"] = (panels, aligned(width, group) // group, ALIGNMENT, group)
+    else:
         shapes["wte.weight"] = (manifest.vocab_size, width)
     problems = [
         f"{name} in {graph} is {decoder.shapes.get(name)}, the manifest says {shape}"

@@ -31,7 +31,6 @@ from qa_onnx.engine.prefix_cache import PrefixCache
 from qa_onnx.engine.sampling import Predictions
 from qa_onnx.engine.sequence import Sequence
 from qa_onnx.engine.session import Binding, Limits, Session
-from qa_onnx.engine.signature import SEGMENTS
 from qa_onnx.errors import InvalidInputError
 
 SCORE_BYTES = 12
@@ -202,7 +201,7 @@ class Engine:
         }
         if self._session.has_kernels:
             ones = np.ones(len(group), np.int64)
-            inputs[SEGMENTS] = np.stack([group, row, np.arange(len(group)), ones, batch.write_index[group]], axis=1)
+            inputs["segments"] = np.stack([group, row, np.arange(len(group)), ones, batch.write_index[group]], axis=1)
         else:
             slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
             slot_index[group, row, 0] = np.arange(len(group))

@@ -18,15 +18,12 @@ from qa_onnx.engine.kv_cache import (
 )
 from qa_onnx.engine.session import Signature, TensorType
 
-SEGMENTS = "segments"
-"""The input that only a decoder with kernels has."""
-
 
 def decoder_inputs(layout: CacheLayout, *, has_kernels: bool = False) -> Signature:
     """The inputs of the decoder of a model with such caches; of `export/kernel_decoder.py`'s, if it has kernels."""
     shapes: dict[str, tuple[int | str, ...]] = {"input_ids": ("N",), "position_ids": ("N",)}
     if has_kernels:
-        shapes |= {"output_index": ("M",), SEGMENTS: ("S", 5)}
+        shapes |= {"output_index": ("M",), "segments": ("S", 5)}
     else:
         shapes |= {
             "slot_index": ("G", "R", "T"),

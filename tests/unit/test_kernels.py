@@ -331,6 +331,37 @@ def test_a_linear_layer_that_contradicts_itself_is_an_error(kind, changes, messa
         linear(kind, x, weight, **changes)
 
 
+def test_a_norm_without_a_shift_and_too_few_scales_are_errors(kind):
+    x = np.zeros((2, 8), np.float32)
+    weight = pack(np.ones((8, 32), np.int8 if kind == "Int8" else ml_dtypes.bfloat16), 4 if kind == "Int8" else 2)
+    constants = {"weight": weight, "scale": np.ones(8, np.float32)}
+    names = ["x", "scale", "", "weight"]
+    if kind == "Int8":
+        constants |= {"scales": np.ones(32, np.float32), "sums": np.zeros(32, np.int32)}
+        names += ["scales", "sums"]
+    attributes = {"columns": 32, "activation": 0, "epsilon": 1e-5}
+    node = helper.make_node(f"Linear{kind}", names, ["y"], domain=DOMAIN, **attributes)
+    with pytest.raises(Exception, match="a scale and a shift"):
+        session_of(node, {"x": x}, constants).run(None, {"x": x})
+    ids = np.array([20], np.int64)
+    node = helper.make_node(f"Unpack{kind}", ["ids", "weight", "few"], ["y"], domain=DOMAIN, width=8)
+    session = session_of(node, {"ids": ids}, {"weight": weight, "few": np.ones(20, np.float32)})
+    with pytest.raises(Exception, match="not in the vocabulary"):
+        session.run(None, {"ids": ids})
+    node = helper.make_node(f"Unpack{kind}", ["ids", "weight", "few"], ["y"], domain=DOMAIN, width=8)
+    narrow = np.ascontiguousarray(weight[:, :, :1])
+    session = session_of(node, {"ids": ids}, {"weight": narrow, "few": np.ones(20, np.float32)})
+    with pytest.raises(Exception, match="does not fit its width"):
+        session.run(None, {"ids": ids})
+
+
+def test_kernels_without_bfloat16_refuse_it(instruction_set):
+    if instruction_set in LIBRARY.bfloat16:
+        pytest.skip(f"{instruction_set} multiplies in bfloat16")
+    with pytest.raises(Exception, match="do not multiply in bfloat16"):
+        linear("BFloat16", np.zeros((2, 8), np.float32), np.ones((8, 32), np.float32))
+
+
 def test_a_library_that_is_missing_or_damaged_is_told(tmp_path, monkeypatch):
     with pytest.raises(ProviderError, match=r"were not compiled .* C\+\+17 compiler"):
         load_kernels(tmp_path / "missing.so")

@@ -1,4 +1,4 @@
-// The kernels for one instruction set, QA_KERNELS: kAvx512, kAvxVnni or kAvx2.
+// The kernels for one instruction set, QA_KERNELS: kAvx512, kAvx512Vnni, kAvxVnni or kAvx2.
 //
 // No number depends on what else is computed: a row's sums take the same steps alone and among others.
 #include "kernels.h"
@@ -98,6 +98,13 @@ void prepare_rows(const RowsArgs& a, int64_t first, int64_t last, float* scratch
 // Sums are vectors of int32 to GCC, too: it keeps arrays of __m512i, which are int64 to it, in memory.
 typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
 
+// A group of a row: four values of a byte, or two of two.
+inline int32_t word_at(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
 // kParts vectors hold the sums of a row and a panel. Where they are more than kVectors, join() makes one of each two.
 struct Int8 {
   static constexpr int kGroup = 4;
@@ -105,30 +112,18 @@ struct Int8 {
   static Words zero() { return Words{}; }
 #if defined(__AVX512VNNI__)
   static constexpr int kParts = 1, kRows = 6, kPanels = 4;
-  static Ints broadcast(const uint8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
+  static Ints broadcast(const uint8_t* p) { return _mm512_set1_epi32(word_at(p)); }
   static Ints load_part(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
   static Words dot(Words sum, Ints a, Ints b) { return (Words)_mm512_dpbusd_epi32((Ints)sum, a, b); }
 #elif defined(__AVXVNNI__)
   static constexpr int kParts = 2, kRows = 6, kPanels = 1;
-  static Ints broadcast(const uint8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return _mm256_set1_epi32(word);
-  }
+  static Ints broadcast(const uint8_t* p) { return _mm256_set1_epi32(word_at(p)); }
   static Ints load_part(const uint8_t* p, int part) { return _mm256_loadu_si256((const __m256i*)(p + 32 * part)); }
   static Words dot(Words sum, Ints a, Ints b) { return (Words)_mm256_dpbusd_avx_epi32((Ints)sum, a, b); }
 #else
   // Products of bytes are added up in pairs of 16 bits by vpmaddubsw, which saturates; as 16 bits they are exact.
   static constexpr int kParts = 4, kRows = 3, kPanels = 1;
-  static Ints broadcast(const uint8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return _mm256_cvtepu8_epi16(_mm_set1_epi32(word));
-  }
+  static Ints broadcast(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_set1_epi32(word_at(p))); }
   static Ints load_part(const uint8_t* p, int part) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * part)));
   }
@@ -149,11 +144,7 @@ struct BFloat16 {
   static constexpr int kGroup = 2, kParts = 1, kRows = 6, kPanels = 4;
   using Sum = Floats;
   static Floats zero() { return zeros(); }
-  static Ints broadcast(const uint8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
+  static Ints broadcast(const uint8_t* p) { return _mm512_set1_epi32(word_at(p)); }
   static Ints load_part(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
   static Floats dot(Floats sum, Ints a, Ints b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
   static Floats value(const MatmulArgs&, Floats sum, int64_t, int64_t, Mask) { return sum; }
@@ -224,14 +215,7 @@ void rows_by_panels(const MatmulArgs& a, int64_t first_row, int64_t last_row, in
   for (int64_t row = first_row; row < last_row;) {
     const int64_t left = last_row - row;
     const int64_t count = (left + (left + T::kRows - 1) / T::kRows - 1) / ((left + T::kRows - 1) / T::kRows);
-    switch (count) {
-      case 1: micro<T, 1, PANELS>(a, row, column); break;
-      case 2: micro<T, 2, PANELS>(a, row, column); break;
-      case 3: micro<T, 3, PANELS>(a, row, column); break;
-      case 4: micro<T, smaller(4, T::kRows), PANELS>(a, row, column); break;
-      case 5: micro<T, smaller(5, T::kRows), PANELS>(a, row, column); break;
-      case 6: micro<T, smaller(6, T::kRows), PANELS>(a, row, column); break;
-    }
+    with_constant<T::kRows>(int(count), [&](auto rows) { micro<T, rows, PANELS>(a, row, column); });
     row += count;
   }
 }
@@ -361,29 +345,17 @@ void value_rows(const float* weights, int64_t stride, const float* values, int64
 
 void score(int rows, const float* queries, int64_t size, const float* keys, float* scores, int64_t stride,
            int64_t blocks) {
-  switch (rows) {
-    case 1: return score_rows<1>(queries, size, keys, scores, stride, blocks);
-    case 2: return score_rows<2>(queries, size, keys, scores, stride, blocks);
-    case 3: return score_rows<3>(queries, size, keys, scores, stride, blocks);
-    case 4: return score_rows<4>(queries, size, keys, scores, stride, blocks);
-    case 5: return score_rows<5>(queries, size, keys, scores, stride, blocks);
-    default: return score_rows<6>(queries, size, keys, scores, stride, blocks);
-  }
+  with_constant<kAttentionTokens>(
+      rows, [&](auto count) { score_rows<count>(queries, size, keys, scores, stride, blocks); });
 }
 
 void weigh(int rows, const float* weights, int64_t stride, const float* values, int64_t size, int64_t columns,
            float* contexts) {
-  switch (rows) {
-    case 1: return value_rows<1>(weights, stride, values, size, columns, contexts);
-    case 2: return value_rows<2>(weights, stride, values, size, columns, contexts);
-    case 3: return value_rows<3>(weights, stride, values, size, columns, contexts);
-    case 4: return value_rows<4>(weights, stride, values, size, columns, contexts);
-    case 5: return value_rows<5>(weights, stride, values, size, columns, contexts);
-    default: return value_rows<6>(weights, stride, values, size, columns, contexts);
-  }
+  with_constant<kAttentionTokens>(
+      rows, [&](auto count) { value_rows<count>(weights, stride, values, size, columns, contexts); });
 }
 
-// Calls body(c, mask) for the vectors of columns that hold [first, last): all but the outer ones are whole.
+// Calls body(c, mask, is_whole) for the vectors that hold columns [first, last): all but the outer ones are whole.
 template <class Body>
 void each_vector(int64_t first, int64_t last, const Body& body) {
   for (int64_t c = first / kLanes * kLanes; c < last; c += kLanes) {

@@ -86,6 +86,6 @@ inline int64_t attention_scratch(int64_t prefix_columns, int64_t columns, int64_
   return kAttentionTokens * (prefix_columns + columns + 2 * kPanel + 2 * (head_size + kPanel)) + kPanel;
 }
 
-extern const Kernels kAvx512, kAvxVnni, kAvx2;
+extern const Kernels kAvx512, kAvx512Vnni, kAvxVnni, kAvx2;
 
 }  // namespace qa

@@ -1,4 +1,4 @@
-// The operators of the domain "qa_onnx", for ONNX Runtime. `export/kernel_graph.py` tells what they are for.
+// The operators of the domain "qa_onnx", for ONNX Runtime. `export/kernel_decoder.py` tells what they are for.
 //
 //   Linear{Int8,BFloat16}   x [M, K] float32 -> y [M, N] float32
 //     inputs      x, norm_scale?, norm_shift?, weight (packed), column_scales?, column_sums?, bias?, residual?
@@ -36,10 +36,11 @@ std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-    found.push_back(&qa::kAvx512);
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&qa::kAvx512);
+  if (avx512) found.push_back(&qa::kAvx512Vnni);
   if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&qa::kAvxVnni);
   if (avx2) found.push_back(&qa::kAvx2);
   return found;
@@ -134,6 +135,11 @@ float float_attribute(const ort::KernelInfo* info, const char* name) {
 
 // -- Linear ----------------------------------------------------------------------------------------------------------
 
+// Whether the kernels in use multiply in a type, or the graph should not have been loaded.
+void want_type(Type type) {
+  want(type == Type::kInt8 || g_kernels->has_bfloat16, "these kernels do not multiply in bfloat16");
+}
+
 constexpr int64_t kRowsPerTask = 8, kTileRows = 96, kTileColumns = 256, kFewColumns = 64;
 
 template <Type TYPE>
@@ -152,6 +158,8 @@ struct Linear {
                  weight = input(context, 3), column_scales = input(context, 4), column_sums = input(context, 5),
                  bias = input(context, 6), residual = input(context, 7);
     constexpr int64_t group = qa::group_size(TYPE);
+    want_type(TYPE);
+    want((norm_scale.data == nullptr) == (norm_shift.data == nullptr), "a norm has to have a scale and a shift");
     want(x.sizes.size() == 2, "x has to have two dimensions");
     want(columns > 0 && columns < kMaxSize, "the number of columns is out of range");
     const int64_t rows = x.sizes[0], width = x.sizes[1], groups = steps(width, group);
@@ -197,9 +205,14 @@ struct Unpack {
   void compute(ort::KernelContext* context) const {
     const Tensor ids = input(context, 0), weight = input(context, 1), scales = input(context, 2);
     want(width > 0 && width < kMaxSize, "the width is out of range");
-    want(ids.sizes.size() == 1 && weight.sizes.size() == 4 && weight.sizes[1] == steps(width, qa::group_size(TYPE)),
+    constexpr int64_t group = qa::group_size(TYPE);
+    want(ids.sizes.size() == 1 && weight.sizes.size() == 4 &&
+             weight.sizes == std::vector<int64_t>{weight.sizes[0], steps(width, group), qa::kPanel, group},
          "a packed weight does not fit its width");
-    const int64_t count = ids.sizes[0], columns = weight.sizes[0] * qa::kPanel;
+    const int64_t count = ids.sizes[0], padded = weight.sizes[0] * qa::kPanel;
+    want(scales.data == nullptr || (scales.sizes.size() == 1 && scales.sizes[0] <= padded),
+         "one number a column is expected");
+    const int64_t columns = scales.data == nullptr ? padded : scales.sizes[0];
     auto* y = static_cast<float*>(output(context, 0, {count, width}));
     for (int64_t i = 0; i < count; ++i)
       want(ids.as<int64_t>()[i] >= 0 && ids.as<int64_t>()[i] < columns, "a token is not in the vocabulary");

@@ -21,7 +21,6 @@ inline Mask first_lanes(int64_t count) {
   return count >= kLanes ? Mask(0xffff) : count <= 0 ? Mask(0) : Mask((1u << count) - 1);
 }
 inline Floats zeros() { return _mm512_setzero_ps(); }
-
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -31,7 +30,6 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline void store(float* p, Floats x, Mask mask) { _mm512_mask_storeu_ps(p, mask, x); }
 inline Floats keep(Floats x, Mask mask) { return _mm512_maskz_mov_ps(mask, x); }
 inline Floats pick(Floats otherwise, Floats x, Mask mask) { return _mm512_mask_mov_ps(otherwise, mask, x); }
-inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -57,9 +55,6 @@ inline float min_of(Floats a) { return _mm512_reduce_min_ps(a); }
 inline void store_bytes(uint8_t* p, Ints x, Mask mask) {
   _mm512_mask_cvtusepi32_storeu_epi8(p, mask, _mm512_max_epi32(x, _mm512_setzero_si512()));
 }
-inline Floats from_bfloat16(const uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
 
 #else
 
@@ -73,7 +68,6 @@ inline Mask first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(limit), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Floats zeros() { return _mm256_setzero_ps(); }
-
 inline Floats all(float x) { return _mm256_set1_ps(x); }
 inline Ints all_ints(int32_t x) { return _mm256_set1_epi32(x); }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
@@ -85,7 +79,6 @@ inline Floats keep(Floats x, Mask mask) { return _mm256_and_ps(x, _mm256_castsi2
 inline Floats pick(Floats otherwise, Floats x, Mask mask) {
   return _mm256_blendv_ps(otherwise, x, _mm256_castsi256_ps(mask));
 }
-inline Mask both(Mask a, Mask b) { return _mm256_and_si256(a, b); }
 inline Mask without(Mask a, Mask b) { return _mm256_andnot_si256(b, a); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
@@ -131,9 +124,6 @@ inline void store_bytes(uint8_t* p, Ints x, Mask mask) {
   _mm256_store_si256((__m256i*)wanted, mask);
   for (int i = 0; i < kLanes && wanted[i]; ++i) p[i] = bytes[i];
 }
-inline Floats from_bfloat16(const uint16_t* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
-}
 
 #endif
 
@@ -148,6 +138,15 @@ __attribute__((always_inline)) inline void repeat(const Body& body) {
     body(Constant<FIRST>());
     repeat<COUNT, FIRST + 1>(body);
   }
+}
+
+// Calls body with the constant that equals `count`, from 1 to MOST.
+template <int MOST, class Body>
+inline void with_constant(int count, const Body& body) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return with_constant<MOST - 1>(count, body);
+  }
+  body(Constant<MOST>());
 }
 
 template <class T>
