@@ -20,8 +20,10 @@ NATIVE = Path("qa_onnx/kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # in GCC's own headers of intrinsics
 AVX512_VNNI = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
+AVX512 = [*AVX512_VNNI, "-mavx512bf16"]
 INSTRUCTION_SETS = {
-    "avx512": ("kAvx512", [*AVX512_VNNI, "-mavx512bf16"]),
+    "amx": ("kAmx", [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]),
+    "avx512": ("kAvx512", AVX512),
     "avx512-vnni": ("kAvx512Vnni", AVX512_VNNI),
     "avx-vnni": ("kAvxVnni", ["-mavx2", "-mfma", "-mavxvnni"]),
     "avx2": ("kAvx2", ["-mavx2", "-mfma"]),

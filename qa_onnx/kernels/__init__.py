@@ -93,7 +93,7 @@ def find_kernels(precision: str, *, wanted: str = "auto", provider: str = "cpu")
         return KernelChoice(reason=str(error))
     if precision == "bf16" and library.instruction_set not in library.bfloat16:
         return KernelChoice(
-            reason=f"this processor's {library.instruction_set} does not multiply in bfloat16; AVX-512 BF16 does "
+            reason=f"this processor's {library.instruction_set} does not multiply in bfloat16; AMX and AVX-512 BF16 do "
             "(AMD Zen 4, Intel Cooper Lake and Sapphire Rapids, and later)"
         )
     return KernelChoice(library=library)

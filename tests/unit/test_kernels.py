@@ -100,11 +100,11 @@ def kind(request, instruction_set):
     return request.param
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 8, 9, 13, 95, 96, 97, 193])
-@pytest.mark.parametrize("columns", [1, 15, 16, 17, 63, 64, 65, 127, 320])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 49, 95, 96, 97, 193])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 33, 48, 63, 64, 65, 127, 320])
 def test_a_linear_layer_is_numpys_whatever_the_sizes(kind, rows, columns):
     draw = np.random.default_rng([rows, columns])
-    width = int(draw.choice([1, 2, 3, 4, 5, 31, 32, 33, 100]))
+    width = int(draw.choice([1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 100, 128, 130]))
     x = draw.standard_normal((rows, width), np.float32)
     weight = draw.standard_normal((width, columns), np.float32)
     bias, residual = draw.standard_normal(columns, np.float32), draw.standard_normal((rows, columns), np.float32)
@@ -401,7 +401,7 @@ def test_a_processor_without_bfloat16_is_told(monkeypatch):
         "load_kernels",
         lambda: kernels.KernelLibrary(path=LIBRARY.path, instruction_sets=("avx2",), bfloat16=()),
     )
-    with pytest.raises(ProviderError, match="avx2 does not multiply in bfloat16; AVX-512 BF16 does"):
+    with pytest.raises(ProviderError, match="avx2 does not multiply in bfloat16; AMX and AVX-512 BF16 do "):
         choose_kernels("auto", provider="cpu", precision="bf16")
 
 

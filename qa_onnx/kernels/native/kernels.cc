@@ -1,4 +1,4 @@
-// The kernels for one instruction set, QA_KERNELS: kAvx512, kAvx512Vnni, kAvxVnni or kAvx2.
+// The kernels for one instruction set, QA_KERNELS: kAmx, kAvx512, kAvx512Vnni, kAvxVnni or kAvx2.
 //
 // No number depends on what else is computed: a row's sums take the same steps alone and among others.
 #include "kernels.h"
@@ -7,6 +7,9 @@
 #include <cstring>
 
 #include "simd.h"
+#if defined(__AMX_INT8__)
+#include "tiles.h"
+#endif
 
 namespace qa {
 namespace {
@@ -35,7 +38,7 @@ void layer_norm(const float* x, int64_t width, const float* scale, const float* 
 }
 
 // Rounds a row to uint8 with a scale and a zero of its own.
-void quantize(const float* x, int64_t width, int64_t padded, uint8_t* values, float* row_scale, int32_t* row_zero) {
+void quantize(const float* x, int64_t width, int64_t stride, uint8_t* values, float* row_scale, int32_t* row_zero) {
   Floats low = zeros(), high = zeros(), check = zeros();
   for (int64_t k = 0; k < width; k += kLanes) {
     const Floats part = load(x + k, first_lanes(width - k));
@@ -48,7 +51,7 @@ void quantize(const float* x, int64_t width, int64_t padded, uint8_t* values, fl
   if (!(sum_of(check) == 0.0f)) {
     *row_scale = NAN;
     *row_zero = 0;
-    std::memset(values, 0, size_t(padded));
+    std::memset(values, 0, size_t(stride));
     return;
   }
   *row_scale = range / 255.0f;
@@ -59,17 +62,17 @@ void quantize(const float* x, int64_t width, int64_t padded, uint8_t* values, fl
     const Mask mask = first_lanes(width - k);
     store_bytes(values + k, add(to_ints(mul(load(x + k, mask), inverse)), zero), mask);
   }
-  for (int64_t k = width; k < padded; ++k) values[k] = 0;
+  for (int64_t k = width; k < stride; ++k) values[k] = 0;
 }
 
 #if defined(__AVX512BF16__)
-void round_to_bfloat16(const float* x, int64_t width, int64_t padded, uint16_t* values) {
+void round_to_bfloat16(const float* x, int64_t width, int64_t stride, uint16_t* values) {
   for (int64_t k = 0; k < width; k += kLanes) {
     const Mask mask = first_lanes(width - k);
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(load(x + k, mask));
     _mm256_mask_storeu_epi16(values + k, mask, rounded);
   }
-  for (int64_t k = width; k < padded; ++k) values[k] = 0;
+  for (int64_t k = width; k < stride; ++k) values[k] = 0;
 }
 #endif
 
@@ -81,11 +84,11 @@ void prepare_rows(const RowsArgs& a, int64_t first, int64_t last, float* scratch
       x = scratch;
     }
     if (a.type == Type::kInt8) {
-      quantize(x, a.width, a.padded, static_cast<uint8_t*>(a.values) + row * a.padded, a.row_scales + row,
+      quantize(x, a.width, a.stride, static_cast<uint8_t*>(a.values) + row * a.stride, a.row_scales + row,
                a.row_zeros + row);
     } else {
 #if defined(__AVX512BF16__)
-      round_to_bfloat16(x, a.width, a.padded, static_cast<uint16_t*>(a.values) + row * a.padded);
+      round_to_bfloat16(x, a.width, a.stride, static_cast<uint16_t*>(a.values) + row * a.stride);
 #endif
     }
   }
@@ -115,6 +118,12 @@ struct Int8 {
   static Ints broadcast(const uint8_t* p) { return _mm512_set1_epi32(word_at(p)); }
   static Ints load_part(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
   static Words dot(Words sum, Ints a, Ints b) { return (Words)_mm512_dpbusd_epi32((Ints)sum, a, b); }
+#if defined(__AMX_INT8__)
+  template <int SUMS, int A, int B>
+  static void dot_tiles() {
+    dot_int8_tiles<SUMS, A, B>();
+  }
+#endif
 #elif defined(__AVXVNNI__)
   static constexpr int kParts = 2, kRows = 6, kPanels = 1;
   static Ints broadcast(const uint8_t* p) { return _mm256_set1_epi32(word_at(p)); }
@@ -148,6 +157,12 @@ struct BFloat16 {
   static Ints load_part(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
   static Floats dot(Floats sum, Ints a, Ints b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
   static Floats value(const MatmulArgs&, Floats sum, int64_t, int64_t, Mask) { return sum; }
+#if defined(__AMX_BF16__)
+  template <int SUMS, int A, int B>
+  static void dot_tiles() {
+    dot_bfloat16_tiles<SUMS, A, B>();
+  }
+#endif
 };
 #endif
 
@@ -161,10 +176,87 @@ inline Floats activate(Floats x, Activation activation) {
   return x;
 }
 
+// Stores what a row's sums and a panel's vector make: columns from `column` on.
+template <class T>
+__attribute__((always_inline)) inline void finish(const MatmulArgs& a, typename T::Sum sum, int64_t row, int64_t column) {
+  const Mask mask = first_lanes(a.columns - column);
+  Floats y = T::value(a, sum, row, column, mask);
+  if (a.bias != nullptr) y = add(y, load(a.bias + column, mask));
+  y = activate(y, a.activation);
+  if (a.residual != nullptr) y = add(y, load(a.residual + row * a.columns + column, mask));
+  store(a.y + row * a.columns + column, y, mask);
+}
+
+#if defined(__AMX_INT8__)
+
+// kTiles accumulators. Of many rows, two tiles of rows meet two panels, and each is loaded half as often.
+constexpr int kTiles = 4;
+
+// 16 or 32 rows by PANELS panels, of which `rows` are stored. `tails` has the panels' last groups, padded to a tile.
+template <class T, int ROW_TILES, int PANELS>
+void micro(const MatmulArgs& a, int64_t row, int64_t rows, int64_t column, const uint8_t* tails) {
+  const int64_t groups = a.padded / T::kGroup, panel_bytes = 64 * groups, row_bytes = a.stride * 4 / T::kGroup;
+  const uint8_t* x = static_cast<const uint8_t*>(a.x) + row * row_bytes;
+  const uint8_t* weight = static_cast<const uint8_t*>(a.weight) + column / kPanel * panel_bytes;
+  constexpr int kFirstPanel = kTiles + ROW_TILES, kPanelTiles = 8 - kFirstPanel;
+  repeat<ROW_TILES * PANELS>([](auto i) __attribute__((always_inline)) { zero_tile<i>(); });
+  const auto add_step = [&](int64_t step, const uint8_t* panels, int64_t stride) __attribute__((always_inline)) {
+    repeat<ROW_TILES>([&](auto r) __attribute__((always_inline)) {
+      load_tile<kTiles + r>(x + r * kTileSide * row_bytes + step * kTileRowBytes, row_bytes);
+    });
+    repeat<PANELS>([&](auto p) __attribute__((always_inline)) {
+      constexpr int panel = kFirstPanel + p % kPanelTiles;
+      load_tile<panel>(panels + p * stride, kTileRowBytes);
+      repeat<ROW_TILES>([&](auto r) __attribute__((always_inline)) {
+        T::template dot_tiles<r * PANELS + p, kTiles + r, panel>();
+      });
+    });
+  };
+  const int64_t steps = groups / kTileSide;
+  for (int64_t step = 0; step < steps; ++step) add_step(step, weight + step * kTileBytes, panel_bytes);
+  if (groups % kTileSide != 0) add_step(steps, tails, kTileBytes);
+  repeat<ROW_TILES * PANELS>([&](auto i) __attribute__((always_inline)) {
+    constexpr int r = i / PANELS, p = i % PANELS;
+    alignas(64) typename T::Sum sums[kTileSide];
+    store_tile<i>(sums, kTileRowBytes);
+    for (int64_t j = 0; j < smaller(rows - r * kTileSide, kTileSide); ++j)
+      finish<T>(a, sums[j], row + r * kTileSide + j, column + p * kPanel);
+  });
+}
+
+template <class T, int PANELS>
+void rows_by_panels(const MatmulArgs& a, int64_t first_row, int64_t last_row, int64_t column) {
+  const int64_t groups = a.padded / T::kGroup, whole = groups / kTileSide * kTileBytes, panel_bytes = 64 * groups;
+  alignas(64) uint8_t tails[PANELS * kTileBytes] = {};
+  for (int p = 0; p < PANELS && whole < panel_bytes; ++p)
+    std::memcpy(tails + p * kTileBytes,
+                static_cast<const uint8_t*>(a.weight) + (column / kPanel + p) * panel_bytes + whole,
+                size_t(panel_bytes - whole));
+  int64_t row = first_row;
+  if constexpr (2 * PANELS <= kTiles) {
+    for (; row + kTileSide < last_row; row += 2 * kTileSide) micro<T, 2, PANELS>(a, row, last_row - row, column, tails);
+  }
+  for (; row < last_row; row += kTileSide) micro<T, 1, PANELS>(a, row, last_row - row, column, tails);
+}
+
+template <class T>
+void tile(const MatmulArgs& a, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+  const int64_t rows = last_row - first_row, most = rows > kTileSide ? 2 : kTiles;
+  configure_tiles(kTiles + 1, smaller(rows, kTileSide));  // a tile of rows and its sums; of many rows all have 16
+  for (int64_t column = first_column; column < last_column;) {
+    const int panels = int(smaller((last_column - column + kPanel - 1) / kPanel, most));
+    with_constant<kTiles>(panels, [&](auto count) { rows_by_panels<T, count>(a, first_row, last_row, column); });
+    column += panels * kPanel;
+  }
+  release_tiles();
+}
+
+#else
+
 // ROWS rows by PANELS panels; a row's groups, and a panel's, are 4 and 64 bytes in every type.
 template <class T, int ROWS, int PANELS>
 void micro(const MatmulArgs& a, int64_t row, int64_t column) {
-  const int64_t groups = a.padded / T::kGroup, row_bytes = 4 * groups, panel_bytes = 64 * groups;
+  const int64_t groups = a.padded / T::kGroup, panel_bytes = 64 * groups, row_bytes = a.stride * 4 / T::kGroup;
   const uint8_t* x = static_cast<const uint8_t*>(a.x) + row * row_bytes;
   const uint8_t* weight = static_cast<const uint8_t*>(a.weight) + column / kPanel * panel_bytes;
   constexpr int kParts = PANELS * T::kParts;
@@ -193,19 +285,13 @@ void micro(const MatmulArgs& a, int64_t row, int64_t column) {
   repeat<ROWS * PANELS>([&](auto i) __attribute__((always_inline)) {
     constexpr int r = i / PANELS, p = i % PANELS;
     repeat<kVectors>([&](auto v) __attribute__((always_inline)) {
-      const int64_t place = column + p * kPanel + v * kLanes;
-      const Mask mask = first_lanes(a.columns - place);
       typename T::Sum sum;
       if constexpr (T::kParts == kVectors) {
         sum = sums[r][p * kVectors + v];
       } else {
         sum = T::join(sums[r][p * T::kParts + 2 * v], sums[r][p * T::kParts + 2 * v + 1]);
       }
-      Floats y = T::value(a, sum, row + r, place, mask);
-      if (a.bias != nullptr) y = add(y, load(a.bias + place, mask));
-      y = activate(y, a.activation);
-      if (a.residual != nullptr) y = add(y, load(a.residual + (row + r) * a.columns + place, mask));
-      store(a.y + (row + r) * a.columns + place, y, mask);
+      finish<T>(a, sum, row + r, column + p * kPanel + v * kLanes);
     });
   });
 }
@@ -232,6 +318,8 @@ void tile(const MatmulArgs& a, int64_t first_row, int64_t last_row, int64_t firs
     }
   }
 }
+
+#endif
 
 void matmul(const MatmulArgs& a, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
   if (a.type == Type::kInt8) {

@@ -12,19 +12,20 @@ constexpr int64_t kPanel = 16;
 enum class Type { kInt8, kBFloat16 };
 enum class Activation : int64_t { kNone = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
+constexpr int64_t kCacheLine = 64;  // bytes
 constexpr int64_t group_size(Type type) { return type == Type::kInt8 ? 4 : 2; }
 constexpr int64_t element_size(Type type) { return type == Type::kInt8 ? 1 : 2; }
 
-// Rows of activations on their way into a matmul: float32 [rows, width] -> the matmul's type [rows, padded].
+// Rows of activations on their way into a matmul: float32 [rows, width] -> the matmul's type [rows, stride].
 struct RowsArgs {
   Type type;
   const float* x;       // [rows, width]
   int64_t width;        // K
-  int64_t padded;       // K, rounded up to a whole group
+  int64_t stride;       // K, rounded up to whole cache lines; zeros behind K
   const float* scale;   // of a LayerNorm that comes first, [K], or null
   const float* shift;   // [K]
   float epsilon;
-  void* values;         // uint8 or bfloat16 [rows, padded]
+  void* values;         // uint8 or bfloat16 [rows, stride]
   float* row_scales;    // int8: x is about row_scale * (value - row_zero); NaN where x is not finite
   int32_t* row_zeros;
 };
@@ -32,7 +33,7 @@ struct RowsArgs {
 // y = activation(x @ weight + bias) + residual
 struct MatmulArgs {
   Type type;
-  const void* x;              // from RowsArgs, [M, padded]
+  const void* x;              // from RowsArgs, [M, stride]; memory goes on to a whole block of 16 rows
   const float* row_scales;    // int8: [M]
   const int32_t* row_zeros;   // int8: [M]
   const void* weight;         // packed [columns / 16, K / group, 16, group], zeros where padded
@@ -41,7 +42,8 @@ struct MatmulArgs {
   const float* bias;          // [N] or null
   const float* residual;      // [M, N] or null
   float* y;                   // [M, N]
-  int64_t padded;             // K
+  int64_t stride;             // of x
+  int64_t padded;             // K, rounded up to a whole group
   int64_t columns;            // N
   Activation activation;
 };
@@ -86,6 +88,6 @@ inline int64_t attention_scratch(int64_t prefix_columns, int64_t columns, int64_
   return kAttentionTokens * (prefix_columns + columns + 2 * kPanel + 2 * (head_size + kPanel)) + kPanel;
 }
 
-extern const Kernels kAvx512, kAvx512Vnni, kAvxVnni, kAvx2;
+extern const Kernels kAmx, kAvx512, kAvx512Vnni, kAvxVnni, kAvx2;
 
 }  // namespace qa

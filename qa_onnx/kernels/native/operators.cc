@@ -10,6 +10,9 @@
 //     inputs      query [M, *], key_value [N, *], segments [S, 5], prefix_lengths [G], suffix_starts [G, R],
 //                 prefix keys and values [G, H, 1, P, D], own keys and values [G, H, R, C, D], output_index? [M]
 //     attributes  key_offset, scale
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <exception>
@@ -31,6 +34,16 @@ using qa::Activation;
 using qa::Kernels;
 using qa::Type;
 
+// Whether the processor has AMX and the system lets this process use its registers, which it has to be asked for
+// (https://docs.kernel.org/arch/x86/xstate.html).
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool allowed =
+      __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+      syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+
 // The kernels of this processor, best first; none where it has not even AVX2.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
@@ -39,7 +52,9 @@ std::vector<const Kernels*> supported() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&qa::kAvx512);
+  const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bfloat16 && may_use_tiles()) found.push_back(&qa::kAmx);
+  if (bfloat16) found.push_back(&qa::kAvx512);
   if (avx512) found.push_back(&qa::kAvx512Vnni);
   if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&qa::kAvxVnni);
   if (avx2) found.push_back(&qa::kAvx2);
@@ -115,6 +130,12 @@ T* scratch(size_t count) {
   return memory.data();
 }
 
+// Bytes of such memory that begin with a cache line.
+void* aligned_scratch(size_t count) {
+  const auto address = reinterpret_cast<uintptr_t>(scratch<uint8_t>(count + qa::kCacheLine));
+  return reinterpret_cast<void*>((address + qa::kCacheLine - 1) / qa::kCacheLine * qa::kCacheLine);
+}
+
 void want(bool holds, const char* what) {
   if (!holds) fail(std::string("qa_onnx: ") + what);
 }
@@ -173,13 +194,14 @@ struct Linear {
       want(one->data == nullptr || one->sizes == std::vector<int64_t>{width}, "one number a channel is expected");
     auto* y = static_cast<float*>(output(context, 0, {rows, columns}));
     if (rows == 0) return;
-    const int64_t padded = groups * group;
-    auto* memory = scratch<uint8_t>(size_t(rows * padded * qa::element_size(TYPE)) + 64);
-    const qa::RowsArgs prepare{TYPE, x.as<float>(), width, padded, norm_scale.as<float>(), norm_shift.as<float>(),
+    const int64_t row_bytes = steps(width * qa::element_size(TYPE), qa::kCacheLine) * qa::kCacheLine;
+    const int64_t stride = row_bytes / qa::element_size(TYPE);
+    void* memory = aligned_scratch(size_t(steps(rows, qa::kPanel) * qa::kPanel * row_bytes));
+    const qa::RowsArgs prepare{TYPE, x.as<float>(), width, stride, norm_scale.as<float>(), norm_shift.as<float>(),
                                epsilon, memory, scratch<float>(size_t(rows)), scratch<int32_t>(size_t(rows))};
     const qa::MatmulArgs product{TYPE, memory, prepare.row_scales, prepare.row_zeros, weight.data,
                                  column_scales.as<float>(), column_sums.as<int32_t>(), bias.as<float>(),
-                                 residual.as<float>(), y, padded, columns, activation};
+                                 residual.as<float>(), y, stride, groups * group, columns, activation};
     parallel(context, steps(rows, kRowsPerTask), [&](int64_t task) {
       thread_local std::vector<float> row;
       if (row.size() < size_t(width)) row.resize(size_t(width));
