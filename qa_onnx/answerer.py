@@ -20,6 +20,7 @@ from qa_onnx.answer import Answer
 from qa_onnx.bundle import Bundle, Manifest
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.engine import Engine, EngineStats
+from qa_onnx.engine.look_ahead import LookAhead
 from qa_onnx.engine.prefix_cache import PrefixCacheStats
 from qa_onnx.engine.scheduler import Scheduler
 from qa_onnx.engine.session import Session, load_copier, resolve_provider
@@ -49,7 +50,7 @@ class AnswererStats:
         answered: Requests that were answered.
         batch_size: Maximum number of sequences computed together; lower than `EngineConfig.batch_size` after a batch
             for which there was no memory.
-        kernels: The instruction set of the kernels that compute (`avx512`...); None where ONNX Runtime's own do.
+        kernels: The instruction set of the kernels that compute (`amx`, `avx512`...); None where ONNX Runtime's own do.
         kernels_reason: Why it is None.
         uses_cuda_graphs: Whether decode steps are captured in CUDA graphs.
         engine: Counts of what was computed.
@@ -95,7 +96,7 @@ class Answerer:
         self._kernels = kernels or KernelChoice(reason="loaded without them")
         self._pid = os.getpid()
         self._loop = EngineLoop(
-            Scheduler(engine, batch_size=config.batch_size),
+            Scheduler(engine, batch_size=config.batch_size, look_ahead=LookAhead() if config.look_ahead else None),
             batch_size=config.batch_size,
             max_wait_ms=config.max_wait_ms,
             max_queue=config.max_queue,

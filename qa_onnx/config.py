@@ -143,6 +143,8 @@ class EngineConfig:
             KV caches are bounded by `max_batch_bytes` and `prefix_cache_bytes`. None is no limit.
         cuda_graphs: Capture the decode step in a CUDA graph where the onnxruntime-gpu in use can (1.31 and later);
             `Answerer.stats()` says whether it does.
+        look_ahead: Verify several tokens of an answer at once where few are computed and its context proposes them
+            (`qa_onnx.engine.look_ahead`): the same answers in fewer steps. Only with kernels.
         batch_size: Maximum number of sequences computed together.
         max_batch_tokens: Maximum number of tokens, padding included, that the KV cache of a batch holds when prompts
             join it. A batch always takes at least one prompt.
@@ -164,6 +166,7 @@ class EngineConfig:
     device_id: int = 0
     memory_limit: int | None = None
     cuda_graphs: bool = True
+    look_ahead: bool = True
     batch_size: int = DEFAULT_BATCH_SIZE
     max_batch_tokens: int | None = None
     max_prefill_tokens: int | None = None
@@ -190,6 +193,7 @@ class EngineConfig:
                 "only wait for each other. Pass at most as many, or None"
             )
         _set_bool(self, "cuda_graphs")
+        _set_bool(self, "look_ahead")
         if self.kernels not in KERNELS:
             raise InvalidInputError(f"got kernels {short_repr(self.kernels)}; expected one of {', '.join(KERNELS)}")
         _set_number(self, "max_wait_ms", "milliseconds from 0 to 60,000")

@@ -29,10 +29,11 @@ class Batch:
         prefix_ids: The tokens of the prefixes; of fewer than G groups where the last ones are padding.
         prefix_lengths: int64 [G], how many columns of `prefix` hold tokens.
         suffix_starts: int64 [G, R], the first column of `suffix` that holds a token.
-        write_index: int64 [G], the column of `suffix` that the group's next tokens go to.
         sequences: The running sequences.
         groups, rows: int64 [B], where each of them is.
         positions: int64 [B], the position of its next token.
+        write_columns: int64 [B], the column of `suffix` that its next token goes to. The plain graph writes all rows
+            of a group to one column; the graph with kernels does not ask that of them.
     """
 
     prefix: KVCache
@@ -40,11 +41,11 @@ class Batch:
     prefix_ids: list[tuple[int, ...]]
     prefix_lengths: np.ndarray
     suffix_starts: np.ndarray
-    write_index: np.ndarray
     sequences: list[Sequence]
     groups: np.ndarray
     rows: np.ndarray
     positions: np.ndarray
+    write_columns: np.ndarray
 
     def keep(self, indices: SequenceOf[int]) -> None:
         """Keeps only some of the running sequences. Their slots stay where they are."""
@@ -52,7 +53,13 @@ class Batch:
             return
         chosen = np.asarray(indices, np.int64)
         self.sequences = [self.sequences[index] for index in indices]
-        self.groups, self.rows, self.positions = self.groups[chosen], self.rows[chosen], self.positions[chosen]
+        self.groups, self.rows = self.groups[chosen], self.rows[chosen]
+        self.positions, self.write_columns = self.positions[chosen], self.write_columns[chosen]
+
+    def advance(self, counts: np.ndarray | int) -> None:
+        """Keeps so many more tokens of each running sequence, int64 [B], that were computed behind its last one."""
+        self.positions = self.positions + counts
+        self.write_columns = self.write_columns + counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,10 @@ class EngineStats:
     Attributes:
         prefills: Batches of prompts.
         prefill_tokens: Their tokens that were computed, prefixes found in the prefix cache left out.
-        decode_steps: Steps of one token for each running sequence.
+        decode_steps: Steps of one token, or a draft of several (`look_ahead.py`), for each running sequence.
         decode_tokens: New tokens of all decode steps.
+        draft_tokens: Tokens of drafts that were computed.
+        accepted_draft_tokens: Those of them that were right, and are among `decode_tokens`.
         cuda_graphs: Decode steps, by shapes and addresses, captured in a CUDA graph.
     """
 
@@ -57,6 +59,8 @@ class EngineStats:
     prefill_tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     cuda_graphs: int = 0
 
 
@@ -114,6 +118,11 @@ class Engine:
     def uses_cuda_graphs(self) -> bool:
         """Whether decode steps are captured in CUDA graphs."""
         return self._session.has_cuda_graphs
+
+    @property
+    def can_verify_drafts(self) -> bool:
+        """Whether `decode_step` takes several tokens of a sequence."""
+        return self._session.has_kernels
 
     @property
     def max_batch_tokens(self) -> int:
@@ -175,52 +184,76 @@ class Engine:
         self.stats.prefills += 1
         return batch, predictions
 
-    def decode_step(self, batch: Batch, token_ids: SequenceOf[int] | np.ndarray) -> Predictions:
+    def decode_step(
+        self,
+        batch: Batch,
+        token_ids: SequenceOf[int] | np.ndarray,
+        drafts: SequenceOf[SequenceOf[int]] | None = None,
+    ) -> Predictions:
         """Appends one token to each running sequence (int [B]) and computes what the model says of the next.
+
+        Args:
+            batch: With its sequences.
+            token_ids: The last token of each sequence.
+            drafts: Tokens that may come after it, of each sequence. They are computed, too, if `can_verify_drafts`, but
+                not appended: `append_drafts` does that.
+
+        Returns:
+            Of each sequence what the model says after its token, and after each token of its draft, one behind the
+            other.
 
         Raises:
             OutOfMemoryError: The device has not enough memory for more columns.
         """
-        live = np.zeros(batch.suffix.groups, bool)
-        live[batch.groups] = True
-        if batch.write_index[live].max() == batch.suffix.columns:
+        drafts = drafts or [[]] * len(batch.sequences)
+        lengths = np.array([1 + len(draft) for draft in drafts])
+        if (batch.write_columns + lengths).max() > batch.suffix.columns:
             self._grow(batch)
         # Tokens of slots that are computed, and where they are: the running sequences, or all slots.
         group, row, place = batch.groups, batch.rows, np.arange(len(batch.sequences))
         if self.limits.fixed_shapes:
             group, row = np.divmod(np.arange(batch.suffix.groups * batch.suffix.rows), batch.suffix.rows)
             place = batch.groups * batch.suffix.rows + batch.rows
-        tokens, positions = np.zeros(len(group), np.int64), np.zeros(len(group), np.int64)
-        tokens[place], positions[place] = token_ids, batch.positions
-        inputs = {
-            "input_ids": tokens,
-            "position_ids": positions,
-            "output_index": np.arange(len(group)),
-            "prefix_lengths": batch.prefix_lengths,
-            "suffix_starts": batch.suffix_starts,
-        }
+        inputs = {"prefix_lengths": batch.prefix_lengths, "suffix_starts": batch.suffix_starts}
         if self._session.has_kernels:
-            ones = np.ones(len(group), np.int64)
-            inputs["segments"] = np.stack([group, row, np.arange(len(group)), ones, batch.write_index[group]], axis=1)
+            segments = [
+                Segment(group=group[index], row=row[index], token_ids=[token, *draft], position=batch.positions[index])
+                for index, (token, draft) in enumerate(zip(token_ids, drafts, strict=True))
+            ]
+            inputs |= segment_inputs(segments, batch.write_columns)
+            inputs["output_index"] = np.arange(lengths.sum())
         else:
+            tokens, positions = np.zeros(len(group), np.int64), np.zeros(len(group), np.int64)
+            tokens[place], positions[place] = token_ids, batch.positions
+            write_index = np.zeros(batch.suffix.groups, np.int64)
+            write_index[batch.groups] = batch.write_columns
             slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
             slot_index[group, row, 0] = np.arange(len(group))
             index = context_index(group, row, batch.suffix.rows, self._layout.heads)
             inputs |= {
+                "input_ids": tokens,
+                "position_ids": positions,
+                "output_index": np.arange(len(group)),
                 "slot_index": slot_index,
                 "context_index": index,
                 "output_slot_index": slot_index,
                 "output_context_index": index,
-                "write_index": np.where(live, batch.write_index, 0),
+                "write_index": write_index,
             }
         outputs = self._outputs(batch.sequences)
         binding, graph_id = self._decode_binding(batch, outputs)
         predictions = self._run(binding, inputs, outputs, graph_id=graph_id)
-        batch.write_index[live] += 1
-        batch.positions = batch.positions + 1
+        batch.advance(1)
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(batch.sequences)
+        self.stats.draft_tokens += int(lengths.sum()) - len(batch.sequences)
         return predictions.select(place) if self.limits.fixed_shapes else predictions
+
+    def append_drafts(self, batch: Batch, counts: SequenceOf[int]) -> None:
+        """Appends the first tokens of the drafts of the last decode step, int [B], to their sequences."""
+        batch.advance(np.array(counts))
+        self.stats.decode_tokens += sum(counts)
+        self.stats.accepted_draft_tokens += sum(counts)
 
     def release(self, batch: Batch) -> None:
         """Takes the memory of a batch back, which is of no use afterwards."""
@@ -246,7 +279,7 @@ class Engine:
             survivors = np.unique(carried.groups).tolist()
             prefix_ids += [carried.prefix_ids[group] for group in survivors]
             rows = max(rows, int(carried.rows.max()) + 1)
-            columns = max(columns, int(carried.write_index[survivors].max()) + 1)
+            columns = max(columns, int(carried.write_columns.max()) + 1)
         columns, prefix_columns, places = aligned(columns), aligned(max(map(len, prefix_ids))), len(prefix_ids)
         if self.limits.fixed_shapes:  # few different shapes: each is one CUDA graph
             rows, places = 1 << (rows - 1).bit_length(), _rounded(places)
@@ -260,36 +293,35 @@ class Engine:
         prefix_lengths = np.zeros(places, np.int64)
         prefix_lengths[: len(prefix_ids)] = [len(ids) for ids in prefix_ids]
         suffix_starts = np.full((places, rows), columns, np.int64)
-        write_index = np.zeros(places, np.int64)
-        write_index[: len(groups)] = suffix_end
         slots = [(place, row) for place, group in enumerate(groups) for row in range(len(group.sequences))]
         sequences = [sequence for group in groups for sequence in group.sequences]
         for slot, sequence in zip(slots, sequences, strict=True):
             suffix_starts[slot] = suffix_end - len(sequence.suffix_ids)
         group_of, row_of = (np.array(numbers, np.int64) for numbers in zip(*slots, strict=True))
         positions = np.array([len(sequence) for sequence in sequences], np.int64)
+        write_columns = np.full(len(sequences), suffix_end)
         if carried is not None:
             self._pool.copy(carried.prefix, survivors, prefix, len(groups))
             self._pool.copy(carried.suffix, survivors, suffix, len(groups))
             kept = slice(len(groups), len(groups) + len(survivors))
             shared = min(rows, carried.suffix.rows)
             suffix_starts[kept, :shared] = carried.suffix_starts[survivors, :shared]
-            write_index[kept] = carried.write_index[survivors]
             sequences = sequences + carried.sequences
             group_of = np.concatenate([group_of, len(groups) + np.searchsorted(survivors, carried.groups)])
             row_of = np.concatenate([row_of, carried.rows])
             positions = np.concatenate([positions, carried.positions])
+            write_columns = np.concatenate([write_columns, carried.write_columns])
         return Batch(
             prefix=prefix,
             suffix=suffix,
             prefix_ids=prefix_ids,
             prefix_lengths=prefix_lengths,
             suffix_starts=suffix_starts,
-            write_index=write_index,
             sequences=sequences,
             groups=group_of,
             rows=row_of,
             positions=positions,
+            write_columns=write_columns,
         )
 
     def _grow(self, batch: Batch) -> None:
@@ -347,6 +379,7 @@ class Engine:
         outputs = self._outputs([sequence for group in groups for sequence in group.sequences])
         predictions = []
         columns = batch.prefix.columns + batch.suffix.columns
+        suffix_end = aligned(max(group.suffix_width for group in groups))
         for first, last in self._pieces(segments, rows=batch.suffix.rows, columns=columns):
             width = segment_width([segment for group in segments[first:last] for segment in group])
             predictions.append(
@@ -359,7 +392,7 @@ class Engine:
                     is_prefix=False,
                     prefix_lengths=batch.prefix_lengths[first:last],
                     suffix_starts=batch.suffix_starts[first:last],
-                    write_index=batch.write_index[first:last] - width,
+                    write_index=np.full(last - first, suffix_end - width),
                 )
             )
         return Predictions.concatenate(predictions)

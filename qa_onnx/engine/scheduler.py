@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
+from time import perf_counter
 
 from qa_onnx.config import GenerationConfig
 from qa_onnx.engine.batch import Batch
 from qa_onnx.engine.engine import Engine
+from qa_onnx.engine.look_ahead import LookAhead
 from qa_onnx.engine.planner import Group, plan_groups, sort_by_likeness, take_batch
 from qa_onnx.engine.sampling import Predictions, accept
 from qa_onnx.engine.sequence import FinishReason, Prompt, Sequence, make_sequence
@@ -28,16 +30,18 @@ class Scheduler:
     with the callers as one of them.
     """
 
-    def __init__(self, engine: Engine, *, batch_size: int) -> None:
+    def __init__(self, engine: Engine, *, batch_size: int, look_ahead: LookAhead | None = None) -> None:
         """Has no sequences yet.
 
         Args:
             engine: Computes the batches.
             batch_size: Maximum number of sequences computed together; long prompts share a batch's tokens among fewer
                 (`Engine.max_batch_tokens`).
+            look_ahead: Proposes drafts for the decode steps of few sequences; None is one token a step.
         """
         self._engine = engine
         self._batch_size = batch_size
+        self._look_ahead = look_ahead if engine.can_verify_drafts else None
         self._calls = count()
         self._callers: dict[Sequence, int] = {}
         """Waiting sequences of callers, with the turn of each."""
@@ -135,7 +139,7 @@ class Scheduler:
             return self._fail_running(error) + _fail(taken, error)
         self._leave_waiting(taken)
         self._batch, self._full = batch, len(batch.sequences)
-        return self._accept(predictions)
+        return self._accept(predictions, [[]] * len(taken))[0]
 
     def _queues(self) -> list[deque[Group]]:
         """The waiting sequences as groups, of callers and of bulk work: first those whose turn it is."""
@@ -156,32 +160,57 @@ class Scheduler:
         return plan
 
     def _decode(self) -> list[Sequence]:
-        """Gives each running sequence a token."""
-        assert self._batch is not None
-        tokens = [sequence.token_ids[-1] for sequence in self._batch.sequences]
-        try:
-            predictions = self._engine.decode_step(self._batch, tokens)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to the callers of this batch
-            return self._fail_running(error)
-        return self._accept(predictions)
-
-    def _accept(self, predictions: Predictions) -> list[Sequence]:
-        """Gives the first sequences of the batch, those of the predictions, their next tokens."""
+        """Gives each running sequence a token, or several where a draft of them is right."""
         assert self._batch is not None
         sequences = self._batch.sequences
-        ended = []
-        for index in range(len(predictions.token_ids)):
-            sequence = sequences[index]
-            try:
-                accept(sequence, predictions, index, eos_token_id=self._engine.eos_token_id)
-                if sequence.on_token is not None:
-                    sequence.on_token(sequence)
-            except Exception as error:  # noqa: BLE001 - it goes to the caller of this sequence
-                sequence.error = error
-            if sequence.is_finished:
-                ended.append(sequence)
-        self._keep([index for index, sequence in enumerate(sequences) if not sequence.is_finished])
+        started = perf_counter()
+        drafts: list[list[int]] = [[]] * len(sequences)
+        if self._look_ahead is not None:
+            drafts = self._look_ahead.propose(sequences)
+        tokens = [sequence.token_ids[-1] for sequence in sequences]
+        try:
+            predictions = self._engine.decode_step(self._batch, tokens, drafts)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to the callers of this batch
+            return self._fail_running(error)
+        ended, accepted = self._accept(predictions, drafts)
+        if self._look_ahead is not None:
+            self._look_ahead.observe(drafts, accepted, perf_counter() - started)
         return ended
+
+    def _accept(self, predictions: Predictions, drafts: list[list[int]]) -> tuple[list[Sequence], list[int]]:
+        """Gives the first sequences of the batch, those with a draft, even an empty one, their next tokens.
+
+        Args:
+            predictions: Of each sequence one, and one more for each token of its draft.
+            drafts: As `Engine.decode_step` computed them; the tokens that the model chose, too, are appended.
+
+        Returns:
+            The sequences that have ended, and how many tokens of each draft were right.
+        """
+        assert self._batch is not None
+        sequences = self._batch.sequences
+        right = [0] * len(drafts)
+        first = 0
+        for index, draft in enumerate(drafts):
+            sequence = sequences[index]
+            self._accept_next(sequence, predictions, first)
+            while not sequence.is_finished and draft[right[index] :][:1] == sequence.token_ids[-1:]:
+                right[index] += 1
+                self._accept_next(sequence, predictions, first + right[index])
+            first += 1 + len(draft)
+        if any(right):
+            self._engine.append_drafts(self._batch, right)
+        ended = [sequence for sequence in sequences if sequence.is_finished]
+        self._keep([index for index, sequence in enumerate(sequences) if not sequence.is_finished])
+        return ended, right
+
+    def _accept_next(self, sequence: Sequence, predictions: Predictions, index: int) -> None:
+        try:
+            accept(sequence, predictions, index, eos_token_id=self._engine.eos_token_id)
+            if sequence.on_token is not None:
+                sequence.on_token(sequence)
+        except Exception as error:  # noqa: BLE001 - it goes to the caller of this sequence
+            sequence.error = error
 
     def _keep(self, indices: list[int]) -> None:
         """Keeps some of the running sequences; the batch's memory is free when there are none."""

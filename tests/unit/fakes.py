@@ -90,11 +90,13 @@ class FakeEngine:
         prompts: The prompts that were read, in order.
         prefills: For each prefill its new sequences.
         sequence_counts: How many sequences each decode step had.
+        drafts: The drafts that were computed, in order.
         batches: The batches whose memory is in use.
     """
 
     eos_token_id = 0
     uses_cuda_graphs = False
+    can_verify_drafts = True
 
     def __init__(self, *, vocab_size=400, max_positions=128, max_batch_tokens=1536):
         self.vocab_size = vocab_size
@@ -105,6 +107,7 @@ class FakeEngine:
         self.prefix_cache = PrefixCache(0, CacheLayout(layers=1, heads=1, head_size=2))
         self.stats = EngineStats()
         self.prompts, self.prefills, self.sequence_counts, self.batches = [], [], [], []
+        self.drafts = []
         self.memory_releases = 0
 
     def prefill(self, groups, *, carried=None):
@@ -127,15 +130,23 @@ class FakeEngine:
         self.batches.append(batch)
         return batch, self._predictions(batch, sequences)
 
-    def decode_step(self, batch, token_ids):
+    def decode_step(self, batch, token_ids, drafts=None):
         assert batch in self.batches
+        drafts = drafts or [[]] * len(token_ids)
+        self.drafts += filter(None, drafts)
         self.sequence_counts.append(len(token_ids))
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(token_ids)
         for sequence, token in zip(batch.sequences, token_ids, strict=True):
             rest = batch.rests[sequence]
             batch.rests[sequence] = rest[1:] if rest[:1] == [token] else rest
-        return self._predictions(batch, batch.sequences)
+        return self._predictions(batch, batch.sequences, drafts)
+
+    def append_drafts(self, batch, counts):
+        self.stats.decode_tokens += sum(counts)
+        self.stats.accepted_draft_tokens += sum(counts)
+        for sequence, count in zip(batch.sequences, counts, strict=True):
+            batch.rests[sequence] = batch.rests[sequence][count:]
 
     def release(self, batch):
         self.batches.remove(batch)
@@ -147,10 +158,17 @@ class FakeEngine:
         """The tokens that are to come of a sequence that was just read."""
         return list(sequence.suffix_ids)
 
-    def _predictions(self, batch, sequences):
-        logits = np.zeros((len(sequences), self.vocab_size), np.float32)
-        for row, sequence in zip(logits, sequences, strict=True):
-            row[batch.rests[sequence][0] if batch.rests[sequence] else self.eos_token_id] = 10.0
+    def _predictions(self, batch, sequences, drafts=None):
+        nexts = []
+        for sequence, draft in zip(sequences, drafts or [[]] * len(sequences), strict=True):
+            rest = batch.rests[sequence]
+            nexts.append(rest[:1])
+            for token in draft:  # behind a wrong token comes something else
+                rest = rest[1:] if rest[:1] == [token] else [self.vocab_size - 1]
+                nexts.append(rest[:1])
+        logits = np.zeros((len(nexts), self.vocab_size), np.float32)
+        for row, token in zip(logits, nexts, strict=True):
+            row[token or self.eos_token_id] = 10.0
         return Predictions.from_logprobs(log_softmax(logits), self.eos_token_id)
 
 
@@ -183,10 +201,10 @@ class Gate:
         self._step = engine.decode_step
         engine.decode_step = self._wait_and_step
 
-    def _wait_and_step(self, batch, token_ids):
+    def _wait_and_step(self, batch, token_ids, drafts=None):
         self.reached.set()
         assert self.release.wait(20)
-        return self._step(batch, token_ids)
+        return self._step(batch, token_ids, drafts)
 
 
 def manifest_fields(**changes):

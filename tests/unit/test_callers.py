@@ -435,9 +435,9 @@ from fakes import CONTEXT, echo_answerer
 answerer = echo_answerer()
 step = answerer._engine.decode_step
 
-def wait_and_step(batch, token_ids):
+def wait_and_step(*arguments):
     time.sleep(0.2)
-    return step(batch, token_ids)
+    return step(*arguments)
 
 answerer._engine.decode_step = wait_and_step
 futures = [answerer.submit(f"Question {index} that takes many steps?", CONTEXT) for index in range(200)]
@@ -484,9 +484,9 @@ def slow():
     with echo_answerer(config={"max_wait_ms": 0}, max_positions=600) as answerer:
         step = answerer._engine.decode_step
 
-        def wait_and_step(batch, token_ids):
+        def wait_and_step(*arguments):
             time.sleep(0.002)
-            return step(batch, token_ids)
+            return step(*arguments)
 
         answerer._engine.decode_step = wait_and_step
         yield answerer
