@@ -268,12 +268,12 @@ class DecoderBuilder:
         for layer in range(self.config.n_layer):
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
         self._choice(self._logits(self._layer_norm("ln_f", residual)))
-        return self.finish(decoder_inputs(self.layout))
+        layout = self.layout
+        return self.finish(decoder_inputs(layout), decoder_outputs(layout, self.config.vocab_size))
 
-    def finish(self, inputs: Signature, *domains: str) -> onnx.ModelProto:
+    def finish(self, inputs: Signature, outputs: Signature, *domains: str) -> onnx.ModelProto:
         """The model of all nodes that were added; `domains` are those of operators that are not ONNX Runtime's."""
         initializers = [numpy_helper.from_array(array, name) for name, array in self.initializers.items()]
-        outputs = decoder_outputs(self.layout, self.config.vocab_size)
         graph = helper.make_graph(self.nodes, "qa_onnx", _values(inputs), _values(outputs), initializers)
         return _make_model(graph, *domains)
 
@@ -563,6 +563,10 @@ class DecoderBuilder:
 
     def _choice(self, logits: str) -> None:
         """The log-probabilities, and the most probable token of each row (ReduceMax would need cuDNN on CUDA)."""
-        self.op("LogSoftmax", logits, name="logprobs", axis=-1)
+        self._logprobs(logits)
         self.nodes.append(helper.make_node("TopK", ["logprobs", "one"], ["token_logprobs", "token_ids"], axis=-1))
+
+    def _logprobs(self, logits: str) -> None:
+        """The log-probabilities, and of them that of the end-of-text."""
+        self.op("LogSoftmax", logits, name="logprobs", axis=-1)
         self.op("Gather", "logprobs", self.constant("eos_token_id", [self.eos_token_id]), name="eos_logprobs", axis=1)

@@ -7,7 +7,8 @@ padded grids. Here each of these chains is part of an operator (domain `qa_onnx`
     Unpack       rows of the token embedding, whose packed weight the output layer reads, too
     SharedAttention    attention of packed tokens on prefixes that sequences share and on their own columns
 
-A layer is five of them. In float32, matmuls stay ONNX Runtime's own. There is no grid: attention reads a table,
+A layer is five of them. In float32, matmuls stay ONNX Runtime's own; in int8 and bfloat16, attention multiplies in
+bfloat16 where the processor has AMX, and else in float32, too. There is no grid: attention reads a table,
 
     segments int64 [S, 5]    group, row, first packed token, number of tokens, column of the first one
 
@@ -35,7 +36,7 @@ from export.decoder import (
     pack_weight,
 )
 from qa_onnx.engine.kv_cache import PAST_NAME, PREFIX_NAME, PRESENT_NAME
-from qa_onnx.engine.signature import decoder_inputs
+from qa_onnx.engine.signature import decoder_inputs, decoder_outputs
 from qa_onnx.kernels import DOMAIN
 
 BFLOAT16_GROUP = 2
@@ -56,7 +57,7 @@ def build_kernel_decoder(
         config: Of the same model.
         quantized: The matrices to multiply in int8.
         eos_token_id: The token that ends an answer.
-        bfloat16: Multiply the other matrices in bfloat16. Sums, norms, attention and residuals stay float32.
+        bfloat16: Multiply the other matrices in bfloat16. Sums, norms, the softmax and residuals stay float32.
     """
     builder = _KernelBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, bfloat16=bfloat16)
     return builder.checked_model()
@@ -76,12 +77,12 @@ class _KernelBuilder(DecoderBuilder):
         self.bfloat16 = bfloat16
 
     def build(self) -> onnx.ModelProto:
-        self.constant("one", [1])
         residual = self._input()
         for layer in range(self.config.n_layer):
             residual = self._layer(layer, residual, is_last=layer == self.config.n_layer - 1)
-        self._choice(self._logits(residual))
-        return self.finish(decoder_inputs(self.layout, has_kernels=True), DOMAIN)
+        self._logprobs(self._logits(residual))
+        outputs = decoder_outputs(self.layout, self.config.vocab_size, has_kernels=True)
+        return self.finish(decoder_inputs(self.layout, has_kernels=True), outputs, DOMAIN)
 
     def _custom(self, op_type: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
         self.nodes.append(
@@ -176,6 +177,7 @@ class _KernelBuilder(DecoderBuilder):
             [context, *(f"{PRESENT_NAME}{layer}.{part}" for part in ("key", "value"))],
             key_offset=0 if is_last else width,
             scale=self._attention_scale(layer),
+            rounds=int(self.bfloat16 or bool(self.quantized)),
         )
         residual = self._fused(f"{name}.attn.c_proj", context, residual=residual)
         hidden = self._fused(f"{name}.mlp.c_fc", residual, norm=f"{name}.ln_2", activates=True)

@@ -30,7 +30,7 @@ from qa_onnx.scores import ScoreCalibration
 from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, PROMPT_TEMPLATE, load_tokenizer
 from qa_onnx.text.windows import WindowSettings
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST_NAME = "qa_onnx.json"
 MODEL_NAME = "model.onnx"
 KERNEL_MODEL_NAME = "model.kernels.onnx"
@@ -245,7 +245,7 @@ class Bundle:
         """
         layout, name = self.manifest.cache_layout, decoder.path.name
         inputs = decoder_inputs(layout, has_kernels=decoder.has_kernels)
-        outputs = decoder_outputs(layout, self.manifest.vocab_size)
+        outputs = decoder_outputs(layout, self.manifest.vocab_size, has_kernels=decoder.has_kernels)
         self._raise(
             [
                 *_differences(f"{name} input", decoder.inputs, inputs),

@@ -38,14 +38,18 @@ def decoder_inputs(layout: CacheLayout, *, has_kernels: bool = False) -> Signatu
     return arrays | _caches(layout, PREFIX_NAME, 1, "P") | _caches(layout, PAST_NAME, "R", "C")
 
 
-def decoder_outputs(layout: CacheLayout, vocab_size: int) -> Signature:
-    """The outputs of the decoder of a model with such caches and so many tokens."""
-    return {
+def decoder_outputs(layout: CacheLayout, vocab_size: int, *, has_kernels: bool = False) -> Signature:
+    """The outputs of the decoder of a model with such caches and so many tokens.
+
+    With kernels, which are for the CPU, the most probable token is found in numpy.
+    """
+    outputs = {
         "logprobs": TensorType("float32", ("M", vocab_size)),
-        "token_ids": TensorType("int64", ("M", 1)),
-        "token_logprobs": TensorType("float32", ("M", 1)),
         "eos_logprobs": TensorType("float32", ("M", 1)),
-    } | _caches(layout, PRESENT_NAME, "R", "C")
+    }
+    if not has_kernels:
+        outputs |= {"token_ids": TensorType("int64", ("M", 1)), "token_logprobs": TensorType("float32", ("M", 1))}
+    return outputs | _caches(layout, PRESENT_NAME, "R", "C")
 
 
 def copier_inputs(layout: CacheLayout) -> Signature:

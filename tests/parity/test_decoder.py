@@ -62,6 +62,8 @@ def test_logprobs_and_tokens_are_pytorchs(tiny, graphs):
 
 def test_the_token_that_the_graph_chooses_is_that_of_its_logprobs(graphs):
     """On the CPU the engine chooses in numpy; on CUDA the graph does, and its log-probabilities stay there."""
+    if graphs[3]:
+        pytest.skip("the graph with kernels is for the CPU, and chooses nothing")
 
     class Choosing(Session):
         def __init__(self, *arguments, **options):

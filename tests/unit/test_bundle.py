@@ -57,7 +57,7 @@ def problem_of(bundle):
 def test_what_is_written_is_read(bundle):
     opened = Bundle.open(str(bundle))
     content = b"content of config.json"
-    assert opened.manifest.format_version == 6
+    assert opened.manifest.format_version == 7
     assert opened.manifest.prompt_template == PROMPT_TEMPLATE
     assert opened.manifest.files["config.json"] == {"bytes": 22, "sha256": hashlib.sha256(content).hexdigest()}
     assert sorted(opened.manifest.files) == [
@@ -246,7 +246,7 @@ def test_a_file_entry_without_size_or_checksum_does_not_pass(bundle, listed):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"format_version": 6,', "cannot be read as JSON"),
+        (b'{"format_version": 7,', "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),

@@ -127,6 +127,8 @@ inline void store_bytes(uint8_t* p, Ints x, Mask mask) {
 
 #endif
 
+constexpr int kVectors = 16 / kLanes;  // of a panel's 16 columns
+
 // Calls body(0), body(1)... body(COUNT - 1), each with a constant: arrays that they index stay in registers.
 template <int INDEX>
 struct Constant {
