@@ -18,7 +18,7 @@ from qa_onnx.serve import huggingface, pages, routes, v2
 from qa_onnx.serve.config import Limits, ServeConfig
 from qa_onnx.serve.metrics import Metrics
 from qa_onnx.serve.middleware import RequestMiddleware
-from qa_onnx.serve.problems import CONTENT_TYPE, STATUS_OF, Problem, problem_of, problem_of_validation
+from qa_onnx.serve.problems import CONTENT_TYPE, FAILED, STATUS_OF, Problem, problem_of, problem_of_validation
 from qa_onnx.serve.schemas import ProblemDetails
 from qa_onnx.serve.security import Gatekeeper
 from qa_onnx.serve.service import Service
@@ -49,11 +49,13 @@ def make_app(service: Service, config: ServeConfig) -> ASGIApp:
     app.add_exception_handler(QAOnnxError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_failure)
     description = describe(app, service.limits)
     app.openapi = lambda: description  # type: ignore[method-assign]
     app.state.docs = pages.write_docs(description)
     wrapped: ASGIApp = RequestMiddleware(
         app,
+        paths=description["paths"].keys(),
         gatekeeper=Gatekeeper(config),
         limits=service.limits,
         metrics=metrics,
@@ -115,6 +117,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return await _on_problem(request, problem_of(cast(QAOnnxError, error)))
 
 
+async def _on_failure(request: Request, error: Exception) -> Response:
+    """Whatever was not foreseen; Starlette raises it again, and the middleware logs it."""
+    return await _on_problem(request, Problem("engine_failed", FAILED))
+
+
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     return await _on_problem(request, problem_of_validation(cast(RequestValidationError, error).errors()))
 
@@ -127,5 +134,5 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         404: ("not_found", "There is no such path. /docs lists all of them."),
         405: ("method_not_allowed", "The path does not take this method; the Allow header names those it takes."),
     }
-    code, detail = codes.get(known.status_code, ("engine_failed", "The service failed; its log has more."))
+    code, detail = codes.get(known.status_code, ("engine_failed", FAILED))
     return await _on_problem(request, Problem(code, detail, headers=known.headers))
