@@ -26,15 +26,19 @@ class Inputs(Strict):
 class Parameters(Strict):
     """Those of Hugging Face's question-answering task; what this model has no use for may be null only."""
 
-    top_k: Annotated[int, Field(ge=1, le=MAX_NUM_ANSWERS)] | None = Field(None, description="Number of answers.")
-    max_answer_len: Annotated[int, Field(ge=1, lt=MAX_WHOLE_NUMBER)] | None = Field(None, description="In tokens.")
+    top_k: Annotated[int, Field(ge=1, le=MAX_NUM_ANSWERS)] | None = Field(
+        default=None, description="Number of answers."
+    )
+    max_answer_len: Annotated[int, Field(ge=1, lt=MAX_WHOLE_NUMBER)] | None = Field(
+        default=None, description="In tokens."
+    )
     doc_stride: Annotated[int, Field(ge=0, lt=MAX_WHOLE_NUMBER)] | None = Field(
-        None, description="Tokens that windows share."
+        default=None, description="Tokens that windows share."
     )
     handle_impossible_answer: bool | None = Field(
-        None, description="false gives an answer always; else there may be an empty one."
+        default=None, description="false gives an answer always; else there may be an empty one."
     )
-    align_to_words: bool | None = Field(None, description="Answers are whole words always.")
+    align_to_words: bool | None = Field(default=None, description="Answers are whole words always.")
     max_question_len: None = None
     max_seq_len: None = None
 
