@@ -1,6 +1,6 @@
 """Asks the service from Python, with nothing but the standard library, and waits where its queue is full.
 
-    python examples/http/ask.py [URL]       with a key: export QA_ONNX_API_KEY
+python examples/http/ask.py [URL]       with a key: export QA_ONNX_API_KEY
 """
 
 import json

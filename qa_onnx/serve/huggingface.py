@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, MAX_NUM_ANSWERS, MAX_WHOLE_NUMBER, GenerationConfig
 from qa_onnx.serve.problems import Problem
-from qa_onnx.serve.routes import JSON, service_of
+from qa_onnx.serve.routes import JSON, body_of, read_body, service_of
 from qa_onnx.serve.schemas import Strict, Text
 
 router = APIRouter()
@@ -43,7 +43,7 @@ class Parameters(Strict):
     max_seq_len: None = None
 
 
-class Question(Strict):
+class QuestionAnsweringRequest(Strict):
     """What `InferenceClient.question_answering` sends."""
 
     inputs: Inputs
@@ -62,10 +62,12 @@ class Element(BaseModel):
 @router.post(
     "/hf/question-answering",
     response_model=Element | list[Element],
+    openapi_extra=body_of(QuestionAnsweringRequest),
     tags=["compatible"],
 )
-async def question_answering(body: Question, request: Request) -> Response:
+async def question_answering(request: Request) -> Response:
     """Extractive answers, as `huggingface_hub.InferenceClient.question_answering` asks: with `top_k` above 1 a list."""
+    body = await read_body(QuestionAnsweringRequest, request)
     parameters = body.parameters or Parameters()
     if parameters.align_to_words is False:
         raise Problem("invalid_request", "parameters.align_to_words: got false; answers are whole words. Leave it out")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +17,12 @@ from qa_onnx.config import (
 
 Count = Annotated[int, Field(ge=0, lt=MAX_WHOLE_NUMBER)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+@lru_cache(maxsize=256)
+def _make_config(*values: Any) -> GenerationConfig:
+    """Checks options once: most requests have those of others."""
+    return GenerationConfig(**dict(zip(Options.model_fields, values, strict=True)))
 
 
 class Strict(BaseModel):
@@ -70,7 +77,7 @@ class Options(Strict):
         Raises:
             InvalidInputError: Two of them contradict each other.
         """
-        return GenerationConfig(**{name: getattr(self, name) for name in Options.model_fields})
+        return _make_config(*(getattr(self, name) for name in Options.model_fields))
 
 
 class AnswerRequest(Options):

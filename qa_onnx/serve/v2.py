@@ -9,10 +9,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qa_onnx.serve.problems import Problem, problem_of_validation
-from qa_onnx.serve.routes import JSON, readyz, service_of
+from qa_onnx.serve.routes import JSON, body_of, read_body, readyz, service_of
 from qa_onnx.serve.schemas import Options
 
-router = APIRouter(prefix="/v2", tags=["compatible"], strict_content_type=False)  # tritonclient sends no type
+router = APIRouter(prefix="/v2", tags=["compatible"])
 OUTPUTS = {"text": "BYTES", "score": "FP64", "start": "INT64", "end": "INT64", "no_answer_probability": "FP64"}
 
 
@@ -53,10 +53,11 @@ async def model_metadata(name: str, request: Request) -> dict[str, Any]:
     return {"name": name, "versions": ["1"], "platform": "onnxruntime", "inputs": inputs, "outputs": outputs}
 
 
-@router.post("/models/{name}/infer")
-async def infer(name: str, body: InferRequest, request: Request) -> Response:
+@router.post("/models/{name}/infer", openapi_extra=body_of(InferRequest))
+async def infer(name: str, request: Request) -> Response:
     """Answers each question about the context at the same place: all of them, or none."""
     _check_name(name, request)
+    body = await read_body(InferRequest, request)
     tensors = {tensor.name: tensor.data for tensor in body.inputs}
     count = len(body.inputs[0].data) if body.inputs else 0
     if tensors.keys() != {"question", "context"} or any(

@@ -16,7 +16,7 @@ SECRET = "Geheimnis"
 GOOD = {"question": "Who?", "context": SECRET}
 POSTS = ["/v1/answer", "/v1/answers", "/hf/question-answering", "/v2/models/echo/infer"]
 BODIES = {
-    "empty": (b"", "invalid_request"),
+    "empty": (b"", "invalid_json"),
     "no JSON": (b"{" + SECRET.encode(), "invalid_json"),
     "bad UTF-8": (b'{"question": "\xff\xfe", "context": "Geheimnis"}', "invalid_json"),
     "nested": (b'{"context":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json"),
