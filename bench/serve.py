@@ -263,7 +263,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             serving(arguments.model, directory, "--timeout-seconds", "600") as service,
         ):
             note("equality", measure_equality(service, answerer, pairs))
-            note("overhead", measure_overhead(answerer.answer(*pairs[0]), pairs))
+            note("overhead", measure_overhead(answerer.answer(*pairs[0]), script))
             speed = note(
                 "throughput", measure_throughput(service, answerer, pairs, script, rounds=rounds, seconds=seconds)
             )

@@ -176,43 +176,29 @@ def run_in_process(
     return figures
 
 
-def measure_overhead(answer: Answer, pairs: Sequence[tuple[str, str]], *, blocks: int = 20) -> dict[str, float]:
+def measure_overhead(answer: Answer, script: Path, *, blocks: int = 5) -> dict[str, float]:
     """CPU time of the event loop for a request whose answer is there at once: all that HTTP adds to `submit`.
 
-    One request follows another on one connection, `len(pairs)` of them in a block. Other work on the machine can only
-    add to a block's time, so the least is the closest.
+    Other work on the machine can only add to it, so the least of several blocks of a second is the closest.
     """
     service = Service(cast(Answerer, _Answered(answer)), name="answered", limits=Limits())
     config = ServeConfig(port=0, access_log=False)
-    bodies = [json.dumps({"question": question, "context": context}) for question, context in pairs]
     found: list[float] = []
     with bind(config) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         server = _ThreadServer(make_app(service, config), service)
-
-        async def run() -> None:
-            ended = asyncio.get_running_loop().run_in_executor(None, ask)
-            await server.serve(sockets=[listening])
-            await ended
-
-        def ask() -> None:
-            while not server.started:
-                time.sleep(0.01)
-            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}") as client:
-                for _ in range(blocks + 1):
-                    before = service_thread_time()
-                    for body in bodies:
-                        headers = {"Content-Type": "application/json"}
-                        client.post("/v1/answer", content=body, headers=headers).raise_for_status()
-                    found.append((service_thread_time() - before) / len(bodies) * 1000)
-            server.should_exit = True
-
-        def service_thread_time() -> float:
-            return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
-
-        thread = Thread(target=lambda: asyncio.run(run()))
+        thread = Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
         thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        clock = time.pthread_getcpuclockid(thread.ident or 0)
+        for _ in range(blocks):
+            before = time.clock_gettime(clock)
+            requests = run_wrk(url, script, connections=16, seconds=1)["requests"]
+            found.append((time.clock_gettime(clock) - before) / requests * 1000)
+        server.should_exit = True
         thread.join()
-    return {"requests": blocks * len(bodies), "least_ms": min(found[1:]), "median_ms": statistics.median(found[1:])}
+    return {"least_ms": min(found), "median_ms": statistics.median(found)}
 
 
 class _Answered:
