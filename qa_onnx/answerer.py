@@ -202,10 +202,7 @@ class Answerer:
             OutOfMemoryError: There is no memory for a batch of one question.
             ClosedError: The answerer was closed, or belongs to the process that this one was forked from.
         """
-        self._check_open()
-        asked = _as_list("questions", questions)
-        given = [contexts] * len(asked) if isinstance(contexts, str) else _as_list("contexts", contexts)
-        requests = self._make_requests(asked, given, self._resolve(config, max_new_tokens))
+        requests = self._make_batch(questions, contexts, self._resolve(config, max_new_tokens))
         return self._wait_for(requests, is_bulk=True, progress=progress, on_answer=on_answer)
 
     def answer_iter(
@@ -266,6 +263,7 @@ class Answerer:
         *,
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
+        on_text: Callable[[str], object] | None = None,
     ) -> Future[Answer]:
         """Has a question answered in the background; it joins the batch that is being computed.
 
@@ -273,11 +271,37 @@ class Answerer:
         it keeps them waiting for no more than the batch that is being read. Cancelling the future frees what the
         request takes, at any time. At the interpreter's exit, requests that still wait fail with `ClosedError`.
 
+        Args:
+            question: The question.
+            context: Its context.
+            config: How to answer; None is `GenerationConfig()`.
+            max_new_tokens: Replaces the one in `config`.
+            on_text: Called in the engine's thread with pieces of the answer's text as it grows, as `stream` gives them;
+                together they are the text, or the begin of it. It must not block.
+
         Raises:
             InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.
             QueueFullError: `max_queue` requests wait already.
         """
-        return self._submit(question, context, self._resolve(config, max_new_tokens))
+        return self._submit(question, context, self._resolve(config, max_new_tokens), on_text)
+
+    def submit_batch(
+        self,
+        questions: Iterable[str],
+        contexts: Iterable[str] | str,
+        *,
+        config: GenerationConfig | None = None,
+    ) -> list[Future[Answer]]:
+        """Has many questions answered in the background, planned together as by `answer_batch`: all of them or none.
+
+        Arguments are those of `answer_batch`. Each future is cancelled by itself, as from `submit`.
+
+        Raises:
+            InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.
+            QueueFullError: With them, more than `max_queue` requests would wait. Nothing is computed.
+        """
+        requests = self._make_batch(questions, contexts, self._resolve(config))
+        return self._loop.submit(requests, is_bulk=True, is_limited=True)
 
     async def answer_async(
         self,
@@ -377,6 +401,14 @@ class Answerer:
         if config.no_answer_threshold is None and not config.ignore_eos:
             config = replace(config, no_answer_threshold=self._manifest.no_answer_threshold)
         return config
+
+    def _make_batch(
+        self, questions: Iterable[str], contexts: Iterable[str] | str, config: GenerationConfig
+    ) -> list[Request]:
+        self._check_open()
+        asked = _as_list("questions", questions)
+        given = [contexts] * len(asked) if isinstance(contexts, str) else _as_list("contexts", contexts)
+        return self._make_requests(asked, given, config)
 
     def _make_requests(
         self,

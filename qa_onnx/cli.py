@@ -1,4 +1,4 @@
-"""The command line: `python -m qa_onnx answer | predict | evaluate | calibrate | info`."""
+"""The command line: `python -m qa_onnx answer | predict | evaluate | calibrate | info | serve`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from qa_onnx.evaluation.metrics import best_thresholds, evaluate
 from qa_onnx.evaluation.predictions import read_answers, read_predictions
 from qa_onnx.files import check_outputs, keep_lines, partial_of, read_text, write_file
 from qa_onnx.kernels import find_kernels
+from qa_onnx.serve import command as serve_command
 
 DATA_HELP = (
     "questions: SQuAD JSON, JSON lines, CSV, TSV, Parquet, a folder of `save_to_disk` or a hub id; one or several"
@@ -240,13 +241,20 @@ def _names(sources: Sequence[Path]) -> str:
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
-    engine = EngineConfig(
+    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=_engine(arguments))
+
+
+def _engine(arguments: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
         threads=arguments.threads,
         kernels=arguments.kernels,
         device_id=arguments.device_id,
         batch_size=getattr(arguments, "batch_size", DEFAULT_BATCH_SIZE),
     )
-    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=engine)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    serve_command.run(arguments, engine=_engine(arguments))
 
 
 def _json_line(example: Example, answer: Answer) -> str:
@@ -448,9 +456,14 @@ def make_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--extractive", action="store_true", help="with answers that are spans of the context")
     calibrate.set_defaults(run=_calibrate)
 
+    serve = commands.add_parser("serve", help="answer over HTTP, until Ctrl-C or SIGTERM; needs the extra serve")
+    serve_command.add_options(serve)
+    serve.set_defaults(run=_serve)
+
     for command in (predict, calibrate):
         add_data_options(command)
         command.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
+    for command in (predict, calibrate, serve):
         command.add_argument(
             "--batch-size",
             type=positive,
@@ -458,7 +471,7 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="N",
             help="default: %(default)s questions",
         )
-    for command in (answer, predict, calibrate):
+    for command in (answer, predict, calibrate, serve):
         command.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
         command.add_argument("--provider", choices=PROVIDERS, default="auto", help="default: %(default)s")
         command.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
@@ -469,6 +482,7 @@ def make_parser() -> argparse.ArgumentParser:
             help="our own operators, on the CPU; default: %(default)s",
         )
         command.add_argument("--device-id", type=int, default=0, metavar="N", help="GPU; default: %(default)s")
+    for command in (answer, predict, calibrate):
         command.add_argument(
             "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
         )

@@ -1,0 +1,131 @@
+"""The application: routes, middleware, errors, and its description."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from qa_onnx import __version__
+from qa_onnx.errors import QAOnnxError
+from qa_onnx.serve import huggingface, pages, routes, v2
+from qa_onnx.serve.config import Limits, ServeConfig
+from qa_onnx.serve.metrics import Metrics
+from qa_onnx.serve.middleware import RequestMiddleware
+from qa_onnx.serve.problems import CONTENT_TYPE, STATUS_OF, Problem, problem_of, problem_of_validation
+from qa_onnx.serve.schemas import ProblemDetails
+from qa_onnx.serve.security import Gatekeeper
+from qa_onnx.serve.service import Service
+
+DESCRIPTION = (
+    "Answers questions about texts. Offsets count Unicode code points. Errors are RFC 9457 problem details with a "
+    "stable `code`; they never repeat what was asked."
+)
+POST_PROBLEMS = (400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
+GET_PROBLEMS = (401, 403, 404, 500, 503)
+
+
+def make_app(service: Service, config: ServeConfig) -> ASGIApp:
+    """Makes the ASGI application of a service."""
+    app = FastAPI(
+        title="qa_onnx",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.state.metrics = metrics = Metrics(service)
+    for router in (routes.router, huggingface.router, v2.router, pages.router):
+        app.include_router(router)
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(QAOnnxError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    description = describe(app, service.limits)
+    app.openapi = lambda: description  # type: ignore[method-assign]
+    app.state.docs = pages.write_docs(description)
+    wrapped: ASGIApp = RequestMiddleware(
+        app,
+        gatekeeper=Gatekeeper(config),
+        limits=service.limits,
+        metrics=metrics,
+        access_log=config.access_log,
+    )
+    if config.cors_origins:
+        wrapped = CORSMiddleware(
+            wrapped,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return wrapped
+
+
+def describe(app: FastAPI, limits: Limits) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, with the limits of this service and its problems."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+    )
+    schemas = document["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas["ProblemDetails"] = ProblemDetails.model_json_schema()
+    for name in ("AnswerRequest", "Item", "AnswersRequest", "Inputs"):
+        for field, most in (("question", limits.question_characters), ("context", limits.context_characters)):
+            if field in schemas[name]["properties"]:
+                _limit_length(schemas[name]["properties"][field], most)
+    schemas["AnswersRequest"]["properties"]["items"]["maxItems"] = limits.items
+    content = {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+    titles = dict(STATUS_OF.values())
+    for path in document["paths"].values():
+        for method, operation in path.items():
+            for status in POST_PROBLEMS if method == "post" else GET_PROBLEMS:
+                operation["responses"][str(status)] = {"description": titles[status], "content": content}
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{}, {"key": []}]
+    return document
+
+
+def _limit_length(schema: dict[str, Any], most: int) -> None:
+    for kind in schema.get("anyOf", [schema]):
+        if kind.get("type") == "string":
+            kind["maxLength"] = most
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    problem = cast(Problem, error)
+    return Response(
+        problem.to_json(request.state.request_id, path=request.url.path),
+        status_code=problem.status,
+        headers=problem.headers,
+        media_type=CONTENT_TYPE,
+    )
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return await _on_problem(request, problem_of(cast(QAOnnxError, error)))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    return await _on_problem(request, problem_of_validation(cast(RequestValidationError, error).errors()))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What the router says: an unknown path or method, or a body that the JSON parser refuses."""
+    known = cast(HTTPException, error)
+    codes = {
+        400: ("invalid_json", "The body cannot be read as JSON. Send one JSON object in UTF-8."),
+        404: ("not_found", "There is no such path. /docs lists all of them."),
+        405: ("method_not_allowed", "The path does not take this method; the Allow header names those it takes."),
+    }
+    code, detail = codes.get(known.status_code, ("engine_failed", "The service failed; its log has more."))
+    return await _on_problem(request, Problem(code, detail, headers=known.headers))

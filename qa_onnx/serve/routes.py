@@ -1,0 +1,122 @@
+"""The routes of the service's own API, and those that show what it is."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from qa_onnx import __version__
+from qa_onnx.serve.events import EventStream
+from qa_onnx.serve.metrics import Metrics
+from qa_onnx.serve.problems import DRAINING, Problem
+from qa_onnx.serve.schemas import (
+    AnswerRequest,
+    AnswerResponse,
+    AnswersRequest,
+    AnswersResponse,
+    Health,
+    ModelLimits,
+    ModelResponse,
+)
+from qa_onnx.serve.service import Service
+
+router = APIRouter()
+EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`: server-sent events."}}}
+METRICS = {CONTENT_TYPE_LATEST.partition(";")[0]: {"schema": {"type": "string"}}}
+
+
+class JSON(Response):
+    """JSON as the standard library writes it: floats in as many digits as give the same bits again."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encodes a value."""
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def service_of(request: Request) -> Service:
+    """The service that a request is for."""
+    return cast(Service, request.app.state.service)
+
+
+@router.post("/v1/answer", response_model=AnswerResponse, responses={200: {"content": EVENTS}}, tags=["answers"])
+async def answer(body: AnswerRequest, request: Request) -> Response:
+    """Answers one question. Offsets are Unicode code points of the context.
+
+    With `"stream": true` the response is `text/event-stream`: events `text` with pieces `{"text"}`, then one event
+    `answer` with what the JSON response would be, or `error` with a problem; a comment line where nothing is new. An
+    answer from several windows, or one of several answers, is one piece.
+    """
+    service, request_id = service_of(request), request.state.request_id
+    config = body.to_config()
+    if body.stream:
+        pieces = service.stream(body.question, body.context, config)
+        await anext(pieces)  # what is wrong with the request is a status, not an event
+        return EventStream(pieces, request_id=request_id)
+    (found,) = await service.answer([body.question], [body.context], config)
+    return JSON({"request_id": request_id, "answer": found.to_dict()})
+
+
+@router.post("/v1/answers", response_model=AnswersResponse, tags=["answers"])
+async def answers(body: AnswersRequest, request: Request) -> Response:
+    """Answers several questions, of one context or of several: all of them, or none."""
+    contexts = [body.context if item.context is None else item.context for item in body.items]
+    given = [context for context in contexts if context is not None]
+    if len(given) < len(contexts):
+        raise Problem(
+            "invalid_request",
+            f"items.{contexts.index(None)}: has no context, and there is no shared one; expected one of both",
+        )
+    questions = [item.question for item in body.items]
+    found = await service_of(request).answer(questions, given, body.options.to_config())
+    return JSON({"request_id": request.state.request_id, "answers": [answer.to_dict() for answer in found]})
+
+
+@router.get("/v1/model", tags=["service"])
+async def model(request: Request) -> ModelResponse:
+    """What answers, and what one request may ask for."""
+    service = service_of(request)
+    manifest, stats, limits = service.answerer.manifest, service.answerer.stats(), service.limits
+    return ModelResponse(
+        name=service.name,
+        version=__version__,
+        precision=manifest.precision,
+        provider=service.answerer.provider,
+        kernels=stats.kernels,
+        calibrated="slope" in manifest.scores,
+        max_positions=manifest.max_positions,
+        limits=ModelLimits(
+            body_bytes=limits.body_bytes,
+            question_characters=limits.question_characters,
+            context_characters=limits.context_characters,
+            items=limits.items,
+        ),
+        pdf=find_spec("pypdf") is not None,
+    )
+
+
+@router.get("/healthz", tags=["service"])
+async def healthz() -> Health:
+    """Whether the process serves: for liveness probes."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", tags=["service"])
+async def readyz(request: Request) -> Health:
+    """Whether it takes requests: for readiness probes. 503 while it drains."""
+    if service_of(request).is_draining:
+        raise Problem("draining", DRAINING)
+    return Health(status="ready")
+
+
+@router.get("/metrics", tags=["service"], response_class=Response, responses={200: {"content": METRICS}})
+async def metrics(request: Request) -> Response:
+    """Counts and times for Prometheus."""
+    registry = cast(Metrics, request.app.state.metrics).registry
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
