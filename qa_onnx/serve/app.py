@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from qa_onnx import __version__
 from qa_onnx.errors import QAOnnxError
-from qa_onnx.serve import huggingface, pages, routes, v2
+from qa_onnx.serve import huggingface, pages, routes, upload, v2
 from qa_onnx.serve.config import Limits, ServeConfig
 from qa_onnx.serve.metrics import Metrics
 from qa_onnx.serve.middleware import RequestMiddleware
@@ -43,7 +43,7 @@ def make_app(service: Service, config: ServeConfig) -> ASGIApp:
     )
     app.state.service = service
     app.state.metrics = metrics = Metrics(service)
-    for router in (routes.router, huggingface.router, v2.router, pages.router):
+    for router in (routes.router, upload.router, huggingface.router, v2.router, pages.router):
         app.include_router(router)
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(QAOnnxError, _on_error)

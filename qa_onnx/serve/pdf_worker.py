@@ -26,7 +26,8 @@ def join_lines(page: str) -> str:
     lines = [" ".join(line.split()) for line in page.splitlines()]
     longest = max(map(len, lines), default=0)
     text = ""
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for index, line in enumerate(lines):
+        following = lines[index + 1] if index + 1 < len(lines) else ""
         if not line or not following or len(line) < FULL_LINE * longest:
             text += line + "\n"
         elif _HYPHENATED.search(line) and following[0].islower():
@@ -55,8 +56,8 @@ def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, obje
         pages: list[str] = []
         size = 0
         for page in reader.pages:
-            pages.append(join_lines(page.extract_text().encode("utf-8", "replace").decode().replace("\0", "")))
-            size += len(pages[-1]) + 2
+            pages.append(page.extract_text())
+            size += len(pages[-1])
             if size > max_characters:
                 return {"error": "too_much_text"}
     except DependencyError:  # AES needs a package that pypdf does without
@@ -65,7 +66,7 @@ def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, obje
         return {"error": "too_much_work"}
     except Exception:  # noqa: BLE001 - a file that lies about itself makes a parser raise anything
         return {"error": "damaged"}
-    text = "\n\n".join(filter(None, pages))
+    text = "\n\n".join(filter(None, map(join_lines, pages))).encode("utf-8", "replace").decode().replace("\0", "")
     return {"text": text, "pages": count} if text else {"error": "no_text"}
 
 

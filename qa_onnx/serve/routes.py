@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
@@ -13,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from qa_onnx import __version__
 from qa_onnx.serve.events import EventStream
 from qa_onnx.serve.metrics import Metrics
+from qa_onnx.serve.pdf import reads_pdf
 from qa_onnx.serve.problems import DRAINING, Problem
 from qa_onnx.serve.schemas import (
     AnswerRequest,
@@ -97,7 +97,7 @@ async def model(request: Request) -> ModelResponse:
             context_characters=limits.context_characters,
             items=limits.items,
         ),
-        pdf=find_spec("pypdf") is not None,
+        pdf=reads_pdf(),
     )
 
 

@@ -1,0 +1,115 @@
+"""The real service with answers that a test knows, for the tests of the page; run as a module it serves a demo.
+
+A question of the form `find WORDS` is answered with WORDS, where the passage has them, and has the passage's first two
+words as alternatives. `hold` gets no answer until its request is canceled, and a question of any other form has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+from qa_onnx.answer import Answer
+from qa_onnx.errors import ClosedError
+from qa_onnx.serve.app import make_app
+from qa_onnx.serve.config import Limits, ServeConfig
+from qa_onnx.serve.server import Server, bind, url_of
+from qa_onnx.serve.service import Service
+
+KEY = "a-key-of-the-tests-only"
+PIECE_SECONDS = 0.05
+MANIFEST = SimpleNamespace(precision="int8", scores={"slope": 1.0}, max_positions=1024)
+
+
+def make_answer(text: str, context: str, *, score: float, alternatives: tuple[Answer, ...] = ()) -> Answer:
+    start = context.find(text) if text else -1
+    return Answer(
+        text=text,
+        score=score,
+        logprob=-0.1,
+        mean_logprob=-0.1,
+        start=start if start >= 0 else None,
+        end=start + len(text) if start >= 0 else None,
+        no_answer_probability=0.04 if text else score,
+        finish_reason="stop" if text else "no_answer",
+        prompt_tokens=10,
+        token_ids=(1, 2),
+        alternatives=alternatives,
+    )
+
+
+class ScriptedAnswerer:
+    """Has what `Service` and its routes use of an `Answerer`."""
+
+    manifest = MANIFEST
+    provider = "cpu"
+
+    def __init__(self):
+        self.held: list[Future[Answer]] = []
+        self.asked: list[tuple[str, str, object]] = []
+
+    def stats(self):
+        return SimpleNamespace(kernels="avx512")
+
+    def close(self, *, cancel_waiting=False):
+        for future in self.held:
+            if not future.done():
+                future.set_exception(ClosedError("closed"))
+
+    def submit(self, question, context, *, config, on_text=None):
+        self.asked.append((question, context, config))
+        future: Future[Answer] = Future()
+        if question == "hold":
+            self.held.append(future)
+            if on_text:
+                on_text("So far")
+            return future
+        threading.Thread(target=self._answer, args=(future, question, context, config, on_text), daemon=True).start()
+        return future
+
+    def _answer(self, future, question, context, config, on_text):
+        text = question.removeprefix("find ") if question.startswith("find ") else ""
+        others = context.split()[:2] if config.num_answers > 1 else []
+        alternatives = tuple(make_answer(word, context, score=0.05) for word in others)
+        answer = make_answer(text, context, score=0.874 if text else 0.91, alternatives=alternatives)
+        for word in text.split(" ") if on_text and config.num_answers == 1 else []:
+            on_text(word if text.startswith(word) else f" {word}")
+            time.sleep(PIECE_SECONDS)
+        if future.set_running_or_notify_cancel():
+            future.set_result(answer)
+
+
+@contextmanager
+def page_service(*, limits: Limits | None = None, api_keys=(), answerer=None, port=0):
+    """A service in another thread; yields its URL and its answerer."""
+    config = ServeConfig(port=port, api_keys=tuple(api_keys), access_log=False)
+    answerer = answerer or ScriptedAnswerer()
+    service = Service(answerer, name="scripted", limits=limits or Limits())
+    listening = bind(config)
+    server = Server(make_app(service, config), service)
+    server.capture_signals = nullcontext
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listening]),), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+
+    def drain():
+        loop.call_soon_threadsafe(server.begin_drain)
+
+    try:
+        yield SimpleNamespace(url=url_of(config, listening), answerer=answerer, drain=drain)
+    finally:
+        answerer.close(cancel_waiting=True)
+        server.should_exit = True
+        thread.join(10)
+
+
+if __name__ == "__main__":
+    with page_service(port=8123) as running:
+        print(running.url)  # noqa: T201
+        threading.Event().wait()
