@@ -118,11 +118,12 @@ async def _run_worker(data: bytes, limits: PdfLimits) -> dict[str, Any]:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-    if process.returncode < 0:  # by a signal: the system's limits, or a crash of the interpreter at them
+    status = process.returncode or 0
+    if status < 0:  # by a signal: the system's limits, or a crash of the interpreter at them
         return {"error": "too_much_work"}
-    if process.returncode > 0:
+    if status > 0:
         raise QAOnnxError(
-            f"the process that parses PDF files failed with status {process.returncode}; expected pypdf to be "
+            f"the process that parses PDF files failed with status {status}; expected pypdf to be "
             'importable. pip install --force-reinstall "qa_onnx[pdf]"'
         )
     found: dict[str, Any] = json.loads(output)

@@ -37,7 +37,7 @@ async def text(request: Request) -> TextResponse:
     if not reads_pdf():
         raise Problem(
             "unsupported_media_type",
-            'This service reads no PDF files. Send their text, or install it with the extra: pip install "qa_onnx[pdf]"',
+            'This service reads no PDF files. Send the text, or install the extra: pip install "qa_onnx[pdf]"',
         )
     service: Service = request.app.state.service
     limits = PdfLimits(file_bytes=service.limits.body_bytes, characters=service.limits.context_characters)

@@ -26,7 +26,11 @@ def stream(data: bytes, more: bytes = b"") -> bytes:
 
 def make_pdf(*pages: list[str]) -> bytes:
     """A PDF with the lines of each page in Helvetica."""
-    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>"]
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>",
+    ]
     kids = []
     for lines in pages:
         escaped = [line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)") for line in lines]
@@ -68,6 +72,11 @@ def make_bomb(mebibytes: int) -> bytes:
     packer = zlib.compressobj(9)
     once = b"".join(packer.compress(b" " * 2**20) for _ in range(mebibytes)) + packer.flush()
     return make_with_content(zlib.compress(once, 9), b"/Filter [/FlateDecode /FlateDecode]")
+
+
+def make_slow() -> bytes:
+    """A page of as many pieces of text as take a parser half a minute."""
+    return make_with_content(b"BT /F1 12 Tf " + b"(a) Tj " * 900_000 + b"ET")
 
 
 def make_loop() -> bytes:

@@ -11,9 +11,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; p
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe; pip install -e .[dev]")
 pytest.importorskip("fastapi", reason="no fastapi; pip install -e .[serve]")
 
-from qa_onnx.serve.config import Limits
-from tests.serve.page_service import KEY, page_service
-from tests.serve.pdf_files import make_encrypted, make_pdf
+from qa_onnx.serve import routes  # noqa: E402
+from qa_onnx.serve.config import Limits  # noqa: E402
+from tests.serve.page_service import KEY, page_service  # noqa: E402
+from tests.serve.pdf_files import make_encrypted, make_pdf  # noqa: E402
 
 expect = playwright.expect
 CHROMIUM = shutil.which("chromium")
@@ -23,7 +24,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-EMOJI = "👩‍🚀 launched 🚀 from 𝒦ourou 🇫🇷. "
+EMOJI = "👩‍🚀 launched 🚀 from 𝕂ourou 🇫🇷. "  # noqa: RUF001 - a letter of two UTF-16 units
 PASSAGE = f"{EMOJI}The rocket Ariane 6 left the pad at noon. 🌼 Nothing else was seen."
 SEEN = "(mark) => {const [a, b] = [mark, mark.parentElement].map((e) => e.getBoundingClientRect()); "
 SEEN += "return a.top >= b.top && a.bottom <= b.bottom && a.bottom <= innerHeight && a.top >= 0}"
@@ -45,7 +46,7 @@ def service():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens the page of a service. At the test's end, nothing has failed in it and nothing was loaded from elsewhere."""
+    """Opens the page of a service. At the end, nothing has failed in it and nothing was loaded from elsewhere."""
     contexts, bad = [], []
 
     def open_page(service, **options):
@@ -253,6 +254,15 @@ def test_says_why_a_file_is_not_read(page, name, data, message):
     expect(page.locator("#passage")).to_have_value("What was there before.")
 
 
+def test_says_that_pdf_is_not_read_here(open_page, monkeypatch):
+    monkeypatch.setattr(routes, "reads_pdf", lambda: False)
+    with page_service() as service:
+        page = open_page(service)
+        assert "PDF" not in page.get_attribute("#passage", "placeholder")
+        drop(page, "paper.pdf", make_pdf(["A page."]), "application/pdf")
+        expect(page.locator("#passage-error")).to_contain_text("does not read PDF files")
+
+
 # errors
 
 
@@ -274,7 +284,9 @@ def test_says_when_the_service_is_busy_and_tries_again(open_page):
         ask(first, "hold")
         expect(first.locator("#answer-text")).to_have_text("So far")
         ask(second, "find Ariane 6")
-        expect(second.locator("#error-text")).to_have_text(re.compile(r"The service is busy\. Try again in \d+.seconds?\."))
+        expect(second.locator("#error-text")).to_have_text(
+            re.compile(r"The service is busy\. Try again in \d+\sseconds?\.")
+        )
         first.click("#cancel")
         expect(first.locator("#cancel")).to_be_hidden()
         second.wait_for_timeout(300)
@@ -296,7 +308,9 @@ def test_says_what_is_too_large(open_page):
         ask(page, "find é", "é" * 2_000)
         expect(page.locator("#error-text")).to_contain_text("too large for this service, which takes up to 3 KiB")
         drop(page, "large.txt", b"a" * 5_000)
-        expect(page.locator("#passage-error")).to_have_text("large.txt has 5 KiB; this service takes files up to 3 KiB.")
+        expect(page.locator("#passage-error")).to_have_text(
+            "large.txt has 5 KiB; this service takes files up to 3 KiB."
+        )
 
 
 def test_says_when_an_answer_takes_too_long(open_page):
@@ -425,7 +439,7 @@ def test_its_policy_allows_only_its_own_script_and_style(browser, service):
     assert "http" not in policy
     failures = []
     page.on("console", lambda entry: failures.append(entry.text))
-    page.evaluate("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
     assert page.evaluate("window.ran") is None
     assert any("Content Security Policy" in text for text in failures)
     page.close()

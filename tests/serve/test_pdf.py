@@ -16,7 +16,7 @@ from qa_onnx.errors import InvalidInputError
 from qa_onnx.serve import pdf
 from qa_onnx.serve.pdf import PdfLimits, extract_text
 from qa_onnx.serve.pdf_worker import join_lines
-from tests.serve.pdf_files import make_bomb, make_encrypted, make_loop, make_pdf, make_with_content
+from tests.serve.pdf_files import make_bomb, make_encrypted, make_loop, make_pdf, make_slow, make_with_content
 
 SMALL = PdfLimits(cpu_seconds=2, seconds=10, memory_bytes=384 * 2**20)
 
@@ -84,9 +84,9 @@ def test_says_in_one_line_what_is_wrong(data, limits, message):
         make_bomb(1024),
         make_with_content(b"[" * 3_000_000),
         make_with_content(b"q " * 3_000_000),
-        make_with_content(b"BT /F1 12 Tf " + b"(a) Tj " * 900_000 + b"ET"),
+        make_slow(),
     ],
-    ids=["bomb", "brackets", "states", "letters"],
+    ids=["bomb", "brackets", "states", "slow"],
 )
 def test_a_hostile_file_costs_its_own_process_only(data):
     started = time.monotonic()
@@ -98,10 +98,8 @@ def test_a_hostile_file_costs_its_own_process_only(data):
 
 
 def test_a_canceled_task_ends_the_process():
-    slow = make_with_content(b"BT /F1 12 Tf " + b"(a) Tj " * 900_000 + b"ET")
-
     async def cancel():
-        task = asyncio.create_task(extract_text(slow, limits=PdfLimits()))
+        task = asyncio.create_task(extract_text(make_slow(), limits=PdfLimits()))
         while not workers():
             await asyncio.sleep(0.01)
         task.cancel()
