@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qa_onnx.engine.sequence import FinishReason
@@ -54,7 +54,7 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it by name, `new_tokens` included, ready for JSON."""
-        values = asdict(self) | {"new_tokens": self.new_tokens}
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | {"new_tokens": self.new_tokens}
         return values | {"alternatives": [answer.to_dict() for answer in self.alternatives]}
 
     def __repr__(self) -> str:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from qa_onnx import __version__
 from qa_onnx.errors import QAOnnxError
-from qa_onnx.serve import huggingface, pages, routes, upload, v2
+from qa_onnx.serve import huggingface, pages, routes, schemas, upload, v2
 from qa_onnx.serve.config import Limits, ServeConfig
 from qa_onnx.serve.metrics import Metrics
 from qa_onnx.serve.middleware import RequestMiddleware
-from qa_onnx.serve.problems import CONTENT_TYPE, STATUS_OF, Problem, problem_of, problem_of_validation
-from qa_onnx.serve.schemas import ProblemDetails
+from qa_onnx.serve.problems import CONTENT_TYPE, FAILED, STATUS_OF, Problem, problem_of
 from qa_onnx.serve.security import Gatekeeper
 from qa_onnx.serve.service import Service
 
@@ -27,6 +26,14 @@ DESCRIPTION = (
     "Answers questions about texts. Offsets count Unicode code points. Errors are RFC 9457 problem details with a "
     "stable `code`; they never repeat what was asked."
 )
+MODELS = (
+    schemas.AnswerRequest,
+    schemas.AnswersRequest,
+    huggingface.QuestionAnsweringRequest,
+    v2.InferRequest,
+    schemas.ProblemDetails,
+)
+REF = "#/components/schemas/{model}"
 POST_PROBLEMS = (400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 GET_PROBLEMS = (401, 403, 404, 500, 503)
 
@@ -44,16 +51,17 @@ def make_app(service: Service, config: ServeConfig) -> ASGIApp:
     app.state.service = service
     app.state.metrics = metrics = Metrics(service)
     for router in (routes.router, upload.router, huggingface.router, v2.router, pages.router):
-        app.include_router(router)
+        app.router.routes += router.routes  # `include_router` would put a layer around each request
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(QAOnnxError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_failure)
     description = describe(app, service.limits)
     app.openapi = lambda: description  # type: ignore[method-assign]
     app.state.docs = pages.write_docs(description)
     wrapped: ASGIApp = RequestMiddleware(
         app,
+        paths=description["paths"].keys(),
         gatekeeper=Gatekeeper(config),
         limits=service.limits,
         metrics=metrics,
@@ -75,15 +83,16 @@ def describe(app: FastAPI, limits: Limits) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
     )
-    schemas = document["components"]["schemas"]
+    components = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(unused, None)
-    schemas["ProblemDetails"] = ProblemDetails.model_json_schema()
+        components.pop(unused, None)
+    _, models = models_json_schema([(model, "validation") for model in MODELS], ref_template=REF)
+    components |= models["$defs"]
     for name in ("AnswerRequest", "Item", "AnswersRequest", "Inputs"):
         for field, most in (("question", limits.question_characters), ("context", limits.context_characters)):
-            if field in schemas[name]["properties"]:
-                _limit_length(schemas[name]["properties"][field], most)
-    schemas["AnswersRequest"]["properties"]["items"]["maxItems"] = limits.items
+            if field in components[name]["properties"]:
+                _limit_length(components[name]["properties"][field], most)
+    components["AnswersRequest"]["properties"]["items"]["maxItems"] = limits.items
     content = {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     titles = dict(STATUS_OF.values())
     for path in document["paths"].values():
@@ -115,17 +124,17 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return await _on_problem(request, problem_of(cast(QAOnnxError, error)))
 
 
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    return await _on_problem(request, problem_of_validation(cast(RequestValidationError, error).errors()))
+async def _on_failure(request: Request, error: Exception) -> Response:
+    """Whatever was not foreseen; Starlette raises it again, and the middleware logs it."""
+    return await _on_problem(request, Problem("engine_failed", FAILED))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """What the router says: an unknown path or method, or a body that the JSON parser refuses."""
+    """What the router says: an unknown path or method."""
     known = cast(HTTPException, error)
     codes = {
-        400: ("invalid_json", "The body cannot be read as JSON. Send one JSON object in UTF-8."),
         404: ("not_found", "There is no such path. /docs lists all of them."),
         405: ("method_not_allowed", "The path does not take this method; the Allow header names those it takes."),
     }
-    code, detail = codes.get(known.status_code, ("engine_failed", "The service failed; its log has more."))
+    code, detail = codes.get(known.status_code, ("engine_failed", FAILED))
     return await _on_problem(request, Problem(code, detail, headers=known.headers))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from qa_onnx.config import DEFAULT_MAX_NEW_TOKENS, MAX_NUM_ANSWERS, MAX_WHOLE_NUMBER, GenerationConfig
 from qa_onnx.serve.problems import Problem
-from qa_onnx.serve.routes import JSON, service_of
+from qa_onnx.serve.routes import JSON, body_of, read_body, service_of
 from qa_onnx.serve.schemas import Strict, Text
 
 router = APIRouter()
@@ -26,20 +26,24 @@ class Inputs(Strict):
 class Parameters(Strict):
     """Those of Hugging Face's question-answering task; what this model has no use for may be null only."""
 
-    top_k: Annotated[int, Field(ge=1, le=MAX_NUM_ANSWERS)] | None = Field(None, description="Number of answers.")
-    max_answer_len: Annotated[int, Field(ge=1, lt=MAX_WHOLE_NUMBER)] | None = Field(None, description="In tokens.")
+    top_k: Annotated[int, Field(ge=1, le=MAX_NUM_ANSWERS)] | None = Field(
+        default=None, description="Number of answers."
+    )
+    max_answer_len: Annotated[int, Field(ge=1, lt=MAX_WHOLE_NUMBER)] | None = Field(
+        default=None, description="In tokens."
+    )
     doc_stride: Annotated[int, Field(ge=0, lt=MAX_WHOLE_NUMBER)] | None = Field(
-        None, description="Tokens that windows share."
+        default=None, description="Tokens that windows share."
     )
     handle_impossible_answer: bool | None = Field(
-        None, description="false gives an answer always; else there may be an empty one."
+        default=None, description="false gives an answer always; else there may be an empty one."
     )
-    align_to_words: bool | None = Field(None, description="Answers are whole words always.")
+    align_to_words: bool | None = Field(default=None, description="Answers are whole words always.")
     max_question_len: None = None
     max_seq_len: None = None
 
 
-class Question(Strict):
+class QuestionAnsweringRequest(Strict):
     """What `InferenceClient.question_answering` sends."""
 
     inputs: Inputs
@@ -58,10 +62,12 @@ class Element(BaseModel):
 @router.post(
     "/hf/question-answering",
     response_model=Element | list[Element],
+    openapi_extra=body_of(QuestionAnsweringRequest),
     tags=["compatible"],
 )
-async def question_answering(body: Question, request: Request) -> Response:
+async def question_answering(request: Request) -> Response:
     """Extractive answers, as `huggingface_hub.InferenceClient.question_answering` asks: with `top_k` above 1 a list."""
+    body = await read_body(QuestionAnsweringRequest, request)
     parameters = body.parameters or Parameters()
     if parameters.align_to_words is False:
         raise Problem("invalid_request", "parameters.align_to_words: got false; answers are whole words. Leave it out")

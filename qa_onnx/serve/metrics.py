@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         """Registers everything."""
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "qa_onnx_requests", "Requests, by route and status.", ["route", "status"], registry=self.registry

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.log import describe_error, write_event, write_line
 from qa_onnx.serve.metrics import Metrics
-from qa_onnx.serve.problems import CONTENT_TYPE, Problem
+from qa_onnx.serve.problems import CONTENT_TYPE, FAILED, Problem
 from qa_onnx.serve.security import Gatekeeper
 
 DRAINED_BYTES = 16 * 2**20
@@ -60,21 +60,32 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": problem.status, "headers": raw})
         await self.send({"type": "http.response.body", "body": body})
 
-    @property
-    def route(self) -> str:
-        """The route's path, as it was declared: what a client writes into a path is not logged."""
-        path: str = getattr(self.scope.get("route"), "path", "") or "unmatched"
-        return path
-
 
 class RequestMiddleware:
     """Pure ASGI, so that nothing stands between the application and the connection."""
 
     def __init__(
-        self, app: ASGIApp, *, gatekeeper: Gatekeeper, limits: Limits, metrics: Metrics, access_log: bool
+        self,
+        app: ASGIApp,
+        *,
+        paths: Set[str],
+        gatekeeper: Gatekeeper,
+        limits: Limits,
+        metrics: Metrics,
+        access_log: bool,
     ) -> None:
-        """Wraps an application, whose requests find their id in `request.state.request_id`."""
+        """Wraps an application, whose requests find their id in `request.state.request_id`.
+
+        Args:
+            app: The application.
+            paths: Those of its routes that have no parameter.
+            gatekeeper: Checks hosts and keys.
+            limits: Of bodies.
+            metrics: Counts requests.
+            access_log: Write a line for each.
+        """
         self._app = app
+        self._paths = paths
         self._gatekeeper = gatekeeper
         self._limits = limits
         self._metrics = metrics
@@ -96,7 +107,7 @@ class RequestMiddleware:
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem and the log its place
             write_event("failed", request_id=request_id, **describe_error(error))
             if exchange.status == CLIENT_LEFT:  # nothing was sent yet
-                await exchange.send_problem(Problem("engine_failed", "The service failed; its log has more."))
+                await exchange.send_problem(Problem("engine_failed", FAILED))
         finally:
             self._note(exchange)
 
@@ -188,7 +199,10 @@ class RequestMiddleware:
 
     def _note(self, exchange: Exchange) -> None:
         seconds = time.perf_counter() - exchange.started
-        scope, route, status = exchange.scope, exchange.route, exchange.status
+        scope, status = exchange.scope, exchange.status
+        route: str = getattr(scope.get("route"), "path", "")  # as it was declared: a path may hold any text
+        if not route:
+            route = scope["path"] if scope["path"] in self._paths else "unmatched"
         if exchange.has_left:
             status = CLIENT_LEFT
         self._metrics.note(route=route, status=status, seconds=seconds)
@@ -207,6 +221,8 @@ class RequestMiddleware:
 
 def _check_media_type(path: str, headers: Mapping[str, str]) -> None:
     expected = MEDIA_TYPES.get(path, "application/json")
+    if path.startswith("/v2/") and "content-type" not in headers and "origin" not in headers:
+        return  # tritonclient; browsers send an origin
     given, _, parameters = headers.get("content-type", "").lower().partition(";")
     charset = parameters.partition("charset=")[2].strip(' "')
     if given.strip() != expected or charset not in ("", "utf-8"):

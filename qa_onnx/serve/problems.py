@@ -11,6 +11,7 @@ from qa_onnx.errors import ClosedError, InvalidInputError, QAOnnxError, QueueFul
 
 CONTENT_TYPE = "application/problem+json"
 DRAINING = "The service is shutting down. Ask another replica, or ask again later."
+FAILED = "The service failed; its log has more."
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 
 STATUS_OF = {

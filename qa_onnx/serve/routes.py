@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ValidationError
 
 from qa_onnx import __version__
 from qa_onnx.serve.events import EventStream
 from qa_onnx.serve.metrics import Metrics
 from qa_onnx.serve.pdf import reads_pdf
-from qa_onnx.serve.problems import DRAINING, Problem
+from qa_onnx.serve.problems import DRAINING, Problem, problem_of_validation
 from qa_onnx.serve.schemas import (
     AnswerRequest,
     AnswerResponse,
@@ -26,6 +27,7 @@ from qa_onnx.serve.schemas import (
 from qa_onnx.serve.service import Service
 
 router = APIRouter()
+Body = TypeVar("Body", bound=BaseModel)
 EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`: server-sent events."}}}
 METRICS = {CONTENT_TYPE_LATEST.partition(";")[0]: {"schema": {"type": "string"}}}
 
@@ -45,8 +47,32 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-@router.post("/v1/answer", response_model=AnswerResponse, responses={200: {"content": EVENTS}}, tags=["answers"])
-async def answer(body: AnswerRequest, request: Request) -> Response:
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Describes the body of a route that reads it with `read_body`; `qa_onnx.serve.app.describe` adds the schema."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def read_body(model: type[Body], request: Request) -> Body:
+    """The body of a request, parsed and checked at once. FastAPI would do both in Python, one after the other.
+
+    Raises:
+        Problem: It is no JSON, or does not fit.
+    """
+    try:
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise problem_of_validation(error.errors(include_url=False, include_input=False)) from error
+
+
+@router.post(
+    "/v1/answer",
+    response_model=AnswerResponse,
+    responses={200: {"content": EVENTS}},
+    openapi_extra=body_of(AnswerRequest),
+    tags=["answers"],
+)
+async def answer(request: Request) -> Response:
     """Answers one question. Offsets are Unicode code points of the context.
 
     With `"stream": true` the response is `text/event-stream`: events `text` with pieces `{"text"}`, then one event
@@ -54,6 +80,7 @@ async def answer(body: AnswerRequest, request: Request) -> Response:
     answer from several windows, or one of several answers, is one piece.
     """
     service, request_id = service_of(request), request.state.request_id
+    body = await read_body(AnswerRequest, request)
     config = body.to_config()
     if body.stream:
         pieces = service.stream(body.question, body.context, config)
@@ -63,9 +90,10 @@ async def answer(body: AnswerRequest, request: Request) -> Response:
     return JSON({"request_id": request_id, "answer": found.to_dict()})
 
 
-@router.post("/v1/answers", response_model=AnswersResponse, tags=["answers"])
-async def answers(body: AnswersRequest, request: Request) -> Response:
+@router.post("/v1/answers", response_model=AnswersResponse, openapi_extra=body_of(AnswersRequest), tags=["answers"])
+async def answers(request: Request) -> Response:
     """Answers several questions, of one context or of several: all of them, or none."""
+    body = await read_body(AnswersRequest, request)
     contexts = [body.context if item.context is None else item.context for item in body.items]
     given = [context for context in contexts if context is not None]
     if len(given) < len(contexts):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +19,12 @@ Count = Annotated[int, Field(ge=0, lt=MAX_WHOLE_NUMBER)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+@lru_cache(maxsize=256)
+def _make_config(*values: Any) -> GenerationConfig:
+    """Checks options once: most requests have those of others."""
+    return GenerationConfig(**dict(zip(Options.model_fields, values, strict=True)))
+
+
 class Strict(BaseModel):
     """A request's object: no field more, and no value of another type."""
 
@@ -28,35 +35,41 @@ class Options(Strict):
     """How to answer: the fields of `qa_onnx.GenerationConfig`."""
 
     max_new_tokens: int = Field(
-        DEFAULT_MAX_NEW_TOKENS, ge=1, lt=MAX_WHOLE_NUMBER, description="Maximum number of tokens of an answer."
+        default=DEFAULT_MAX_NEW_TOKENS, ge=1, lt=MAX_WHOLE_NUMBER, description="Maximum number of tokens of an answer."
     )
-    extractive: bool = Field(False, description="Only answers that are a span of the context.")
+    extractive: bool = Field(default=False, description="Only answers that are a span of the context.")
     num_answers: int = Field(
-        1, ge=1, le=MAX_NUM_ANSWERS, description="Number of different answers, the most probable first."
+        default=1, ge=1, le=MAX_NUM_ANSWERS, description="Number of different answers, the most probable first."
     )
     no_repeat_ngram_size: Count = Field(
-        0, description="No n-gram of this size occurs twice in prompt and answer; 0 is no limit."
+        default=0, description="No n-gram of this size occurs twice in prompt and answer; 0 is no limit."
     )
     temperature: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         allow_inf_nan=False,
         description="0 takes the most probable token; from 0.001 on, tokens are drawn from logits divided by it.",
     )
-    top_k: Count = Field(0, description="Draw from this number of most probable tokens; 0 is all of them.")
+    top_k: Count = Field(default=0, description="Draw from this number of most probable tokens; 0 is all of them.")
     top_p: float = Field(
-        1.0, gt=0, le=1, allow_inf_nan=False, description="Draw from the most probable tokens that add up to this."
+        default=1.0,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Draw from the most probable tokens that add up to this.",
     )
-    seed: Count | None = Field(None, description="Seed of the draws; null draws differently each time.")
+    seed: Count | None = Field(default=None, description="Seed of the draws; null draws differently each time.")
     no_answer_threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
-        None,
+        default=None,
         description="No answer where the probability of none is above it; null takes the bundle's.",
     )
     window: Annotated[int, Field(ge=MIN_WINDOW_TOKENS, lt=MAX_WHOLE_NUMBER)] | None = Field(
-        None, description="Maximum number of tokens of a context read at once; null takes the bundle's."
+        default=None, description="Maximum number of tokens of a context read at once; null takes the bundle's."
     )
-    stride: Count | None = Field(None, description="Tokens that neighboring windows share; null takes the bundle's.")
-    ignore_eos: bool = Field(False, description="Continue after the end-of-text token. For benchmarks.")
+    stride: Count | None = Field(
+        default=None, description="Tokens that neighboring windows share; null takes the bundle's."
+    )
+    ignore_eos: bool = Field(default=False, description="Continue after the end-of-text token. For benchmarks.")
 
     def to_config(self) -> GenerationConfig:
         """The options of the library.
@@ -64,7 +77,7 @@ class Options(Strict):
         Raises:
             InvalidInputError: Two of them contradict each other.
         """
-        return GenerationConfig(**{name: getattr(self, name) for name in Options.model_fields})
+        return _make_config(*(getattr(self, name) for name in Options.model_fields))
 
 
 class AnswerRequest(Options):
@@ -72,22 +85,24 @@ class AnswerRequest(Options):
 
     question: Text = Field(description="The question.")
     context: Text = Field(description="The text that has the answer. Longer ones are read in windows.")
-    stream: bool = Field(False, description="Answer with server-sent events: `text` as it grows, then `answer`.")
+    stream: bool = Field(
+        default=False, description="Answer with server-sent events: `text` as it grows, then `answer`."
+    )
 
 
 class Item(Strict):
     """A question of several."""
 
     question: Text = Field(description="The question.")
-    context: Text | None = Field(None, description="Its own context; null is the shared one.")
+    context: Text | None = Field(default=None, description="Its own context; null is the shared one.")
 
 
 class AnswersRequest(Strict):
     """Several questions: all of them are answered, or none."""
 
     items: Annotated[list[Item], Field(min_length=1)] = Field(description="The questions.")
-    context: Text | None = Field(None, description="The context of every item that has none of its own.")
-    options: Options = Field(Options(), description="How to answer all of them.")
+    context: Text | None = Field(default=None, description="The context of every item that has none of its own.")
+    options: Options = Field(default=Options(), description="How to answer all of them.")
 
 
 class Answer(BaseModel):

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from base64 import b64encode
 from collections.abc import Mapping
+from functools import lru_cache
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
@@ -63,6 +64,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+@lru_cache(maxsize=256)
 def _host_name(host: str) -> str:
     """The name in a `Host` header, without its port, in lower case; empty where it is none."""
     try:

@@ -1,4 +1,4 @@
-"""The real service with answers that a test knows, for the tests of the page; run as a module it serves a demo.
+"""The real service with answers that a test knows, for the tests of the page.
 
 A question of the form `find WORDS` is answered with WORDS, where the passage has them, and has the passage's first two
 words as alternatives. `hold` gets no answer until its request is canceled, and a question of any other form has none.
@@ -6,19 +6,16 @@ words as alternatives. `hold` gets no answer until its request is canceled, and 
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 from qa_onnx.answer import Answer
 from qa_onnx.errors import ClosedError
-from qa_onnx.serve.app import make_app
-from qa_onnx.serve.config import Limits, ServeConfig
-from qa_onnx.serve.server import Server, bind, url_of
-from qa_onnx.serve.service import Service
+from qa_onnx.serve.config import ServeConfig
+from tests.serve.conftest import Running
 
 KEY = "a-key-of-the-tests-only"
 PIECE_SECONDS = 0.05
@@ -84,32 +81,13 @@ class ScriptedAnswerer:
 
 
 @contextmanager
-def page_service(*, limits: Limits | None = None, api_keys=(), answerer=None, port=0):
-    """A service in another thread; yields its URL and its answerer."""
-    config = ServeConfig(port=port, api_keys=tuple(api_keys), access_log=False)
+def page_service(*, limits=None, api_keys=(), answerer=None):
+    """A service in another thread, on a `ScriptedAnswerer` or another one."""
     answerer = answerer or ScriptedAnswerer()
-    service = Service(answerer, name="scripted", limits=limits or Limits())
-    listening = bind(config)
-    server = Server(make_app(service, config), service)
-    server.capture_signals = nullcontext
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listening]),), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-
-    def drain():
-        loop.call_soon_threadsafe(server.begin_drain)
-
+    config = ServeConfig(port=0, api_keys=tuple(api_keys), access_log=False)
+    running = Running(answerer, limits=limits, config=config, name="scripted")
     try:
-        yield SimpleNamespace(url=url_of(config, listening), answerer=answerer, drain=drain)
+        yield running
     finally:
         answerer.close(cancel_waiting=True)
-        server.should_exit = True
-        thread.join(10)
-
-
-if __name__ == "__main__":
-    with page_service(port=8123) as running:
-        print(running.url)  # noqa: T201
-        threading.Event().wait()
+        running.close()

@@ -6,17 +6,14 @@ import re
 import shutil
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect, sync_playwright
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install -e .[dev]")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe; pip install -e .[dev]")
-pytest.importorskip("fastapi", reason="no fastapi; pip install -e .[serve]")
+from qa_onnx.serve import routes
+from qa_onnx.serve.config import Limits
+from tests.serve.page_service import KEY, page_service
+from tests.serve.pdf_files import make_encrypted, make_pdf
 
-from qa_onnx.serve import routes  # noqa: E402
-from qa_onnx.serve.config import Limits  # noqa: E402
-from tests.serve.page_service import KEY, page_service  # noqa: E402
-from tests.serve.pdf_files import make_encrypted, make_pdf  # noqa: E402
-
-expect = playwright.expect
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; make browser (Debian, as root)")
 FLAGS = (
@@ -32,7 +29,7 @@ SEEN += "return a.top >= b.top && a.bottom <= b.bottom && a.bottom <= innerHeigh
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         found = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield found
         found.close()
@@ -409,7 +406,7 @@ def test_has_no_accessibility_violation_in_any_state(open_page, service, options
     page = open_page(service, reduced_motion="reduce", **options)
 
     def check(state):
-        found = axe.Axe().run(page).response["violations"]
+        found = Axe().run(page).response["violations"]
         assert found == [], f"{state}: {[(one['id'], [node['html'] for node in one['nodes']]) for one in found]}"
 
     check("empty")

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pypdf")
-
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.serve import pdf
 from qa_onnx.serve.pdf import PdfLimits, extract_text

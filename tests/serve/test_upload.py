@@ -7,8 +7,6 @@ import time
 import httpx
 import pytest
 
-pytest.importorskip("pypdf")
-
 from qa_onnx.serve import upload
 from qa_onnx.serve.config import Limits
 from tests.serve.page_service import KEY, page_service

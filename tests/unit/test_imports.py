@@ -65,7 +65,10 @@ def test_the_runtime_imports_only_its_few_dependencies(path):
         "error_analysis.py": {"matplotlib"},
         "tables.py": {"datasets", "pyarrow"},
         "hub.py": {"huggingface_hub"},
+        "pdf_worker.py": {"pypdf"},
     }.get(path.name, set())
+    if path.parent.name == "serve":  # its extra; the command imports the others when it runs
+        roots -= {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}
     if path.parent.name == "checkpoint":  # which training and export load models with
         roots -= {"torch", "transformers", "safetensors", "huggingface_hub"}
     assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == optional
@@ -75,6 +78,13 @@ def test_the_runtime_imports_only_its_few_dependencies(path):
 def test_the_engine_knows_no_question_answer_or_text(path):
     below = {"qa_onnx.engine", "qa_onnx.config", "qa_onnx.errors", "qa_onnx.kernels"}
     ours = {".".join(name.split(".")[:2]) for name in imports_of(path) if name.partition(".")[0] == "qa_onnx"}
+    assert ours <= below
+
+
+@pytest.mark.parametrize("path", files_of("qa_onnx/serve"), ids=module_name)
+def test_the_service_knows_the_answerer_and_what_it_takes_and_gives_only(path):
+    below = {f"qa_onnx.{name}" for name in ("answer", "answerer", "config", "errors", "serve")}
+    ours = {".".join(name.split(".")[:2]) for name in imports_of(path) if name.startswith("qa_onnx.")}
     assert ours <= below
 
 
