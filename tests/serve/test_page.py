@@ -103,7 +103,9 @@ def test_the_answer_is_highlighted_where_it_is_after_emoji(page):
     expect(page.locator("mark")).to_have_text("Ariane 6")
     expect(page.locator("#answer-text")).to_have_text("Ariane 6")
     before, after = PASSAGE.split("Ariane 6")
-    texts = page.locator("#reader").evaluate("(reader) => [...reader.childNodes].map((node) => node.textContent)")
+    texts = page.locator("mark").evaluate(
+        "(mark) => [...mark.parentElement.childNodes].map((node) => node.textContent)"
+    )
     assert texts == [before, "Ariane 6", after]
     expect(page.locator("#score")).to_have_text("87%")
     expect(page.locator("#no-answer")).to_have_text("4%")
@@ -117,6 +119,16 @@ def test_the_answer_of_a_long_passage_is_scrolled_into_view(page):
     page.locator("#reader").evaluate("(reader) => { reader.scrollTop = 0; }")
     page.click("#show")
     assert page.locator("mark").evaluate(SEEN)
+
+
+def test_a_long_passage_is_shown_as_it_is(page):
+    emoji = "🌾" * 5_000
+    for passage in ("A line.\n" * 3_000, "One long line. " * 3_000, emoji, f"A {emoji}\n\n\nend\n"):
+        ask(page, "find nothing", f"{passage}the needle")
+        expect(page.locator("#score")).to_have_text("87%")
+        ask(page, "find the needle", None)
+        expect(page.locator("mark")).to_have_text("the needle")
+        assert page.locator("#reader").evaluate("(reader) => reader.textContent") == f"{passage}the needle"
 
 
 def test_the_answer_streams_and_cancel_frees_the_request(page, service):

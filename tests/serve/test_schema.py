@@ -25,6 +25,11 @@ def api(service):
     return schemathesis.openapi.from_url(f"{service.url}/openapi.json")
 
 
+@schemathesis.serializer("application/pdf")
+def serialize_pdf(_, value):
+    return str(value).encode("utf-8", "replace")
+
+
 schema = schemathesis.pytest.from_fixture("api")
 
 
