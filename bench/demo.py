@@ -74,6 +74,10 @@ What to type next:
   {PYTHON} -m qa_onnx answer --model {BUNDLE} --help
   {PYTHON} -m qa_onnx info --model {BUNDLE}
 
+To ask in a browser, at http://127.0.0.1:8000, and from other programs:
+
+  {PYTHON} -m qa_onnx serve --model {BUNDLE}
+
 With questions of your own, in a CSV file with the columns context, question and answer (here own.csv):
 
   {TRAIN_OWN} --dry-run

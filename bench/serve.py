@@ -237,26 +237,32 @@ def _measure(arguments: argparse.Namespace) -> None:
     step = max(1, len(examples) // arguments.questions)  # questions of all passages, not of the first few
     pairs = [(example.question, example.context) for example in examples[::step]][: arguments.questions]
     result: dict[str, Any] = {"model": arguments.model.name, **describe_machine()}
+
+    def note(part: str, figures: dict[str, Any]) -> dict[str, Any]:
+        sys.stderr.write(f"{part}: {json.dumps(figures)}\n")
+        result[part] = figures
+        return figures
+
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         script = write_bodies(pairs, directory)
         bodies = (directory / "bodies.jsonl").read_text(encoding="ascii").splitlines()
+        rounds, seconds = arguments.rounds, arguments.seconds
         with (
             Answerer.from_pretrained(arguments.model, config=EngineConfig()) as answerer,
             serving(arguments.model, directory, "--timeout-seconds", "600") as service,
         ):
-            result["equality"] = measure_equality(service, answerer, pairs)
-            result["throughput"] = measure_throughput(
-                service, answerer, pairs, script, rounds=arguments.rounds, seconds=arguments.seconds
+            note("equality", measure_equality(service, answerer, pairs))
+            speed = note(
+                "throughput", measure_throughput(service, answerer, pairs, script, rounds=rounds, seconds=seconds)
             )
             if not arguments.skip_document:
-                result["document"] = measure_document(service, pairs)
-        capacity = result["throughput"]["http_per_second"]
+                note("document", measure_document(service, pairs))
+        capacity, seconds = speed["http_per_second"], arguments.overload_seconds
         with serving(arguments.model, directory, "--queue-questions", "256") as service:
-            seconds = arguments.overload_seconds
-            result["overload"] = measure_overload(service, bodies, capacity=capacity, seconds=seconds)
+            note("overload", measure_overload(service, bodies, capacity=capacity, seconds=seconds))
             if arguments.soak_seconds:
-                result["soak"] = measure_soak(service, bodies, capacity=capacity, seconds=arguments.soak_seconds)
+                note("soak", measure_soak(service, bodies, capacity=capacity, seconds=arguments.soak_seconds))
     table = "\n".join(f"{part}: {json.dumps(figures)}" for part, figures in result.items())
     report(result, table, arguments.output)
 

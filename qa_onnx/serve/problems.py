@@ -81,8 +81,9 @@ def problem_of(error: QAOnnxError | TimeoutError) -> Problem:
 
 def problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The problem of a body that does not fit its schema: what is wrong at which place, never the value there."""
-    if any(error["type"] == "json_invalid" for error in errors):
-        return Problem("invalid_json", "The body cannot be read as JSON. Send one JSON object in UTF-8.")
+    for error in errors:
+        if error["type"] == "json_invalid":  # the parser tells what and where, never the text
+            return Problem("invalid_json", f"{error['msg']}. Send one JSON object in UTF-8, without lone surrogates.")
     shown = [f"{_place(error['loc'])}: {_expected(error)}" for error in errors[:5]]
     more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
     return Problem("invalid_request", "; ".join(shown) + more)
@@ -97,7 +98,5 @@ def _place(location: Sequence[str | int]) -> str:
 def _expected(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return "no such field"
-    if error["type"] == "string_unicode":
-        return "expected text without lone surrogates"
     message: str = error["msg"]
     return message[0].lower() + message[1:]

@@ -28,7 +28,16 @@ from qa_onnx.serve.service import Service
 
 router = APIRouter()
 Body = TypeVar("Body", bound=BaseModel)
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`: server-sent events."}}}
+EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "description": "An event; its data is JSON: `{text}`, an AnswerResponse, or ProblemDetails.",
+            "properties": {"event": {"enum": ["text", "answer", "error"]}, "data": {"type": "string"}},
+            "required": ["event", "data"],
+        }
+    }
+}
 METRICS = {CONTENT_TYPE_LATEST.partition(";")[0]: {"schema": {"type": "string"}}}
 
 

@@ -9,8 +9,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qa_onnx.serve.problems import Problem, problem_of_validation
-from qa_onnx.serve.routes import JSON, body_of, read_body, readyz, service_of
-from qa_onnx.serve.schemas import Options
+from qa_onnx.serve.routes import JSON, body_of, healthz, read_body, readyz, service_of
+from qa_onnx.serve.schemas import Health, Options
 
 router = APIRouter(prefix="/v2", tags=["compatible"])
 OUTPUTS = {"text": "BYTES", "score": "FP64", "start": "INT64", "end": "INT64", "no_answer_probability": "FP64"}
@@ -35,13 +35,15 @@ class InferRequest(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-@router.get("/health/live")
-@router.get("/health/ready")
+router.add_api_route("/health/live", healthz)
+router.add_api_route("/health/ready", readyz)
+
+
 @router.get("/models/{name}/ready")
-async def ready(request: Request, name: str | None = None) -> dict[str, str]:
-    """Whether the server, or the model, takes requests; 503 while it drains."""
+async def model_ready(name: str, request: Request) -> Health:
+    """Whether the model takes requests; 503 while the service drains."""
     _check_name(name, request)
-    return {"status": (await readyz(request)).status}
+    return await readyz(request)
 
 
 @router.get("/models/{name}")
@@ -75,6 +77,6 @@ async def infer(name: str, request: Request) -> Response:
     return JSON({"model_name": name, "model_version": "1", "id": body.id or "", "outputs": outputs})
 
 
-def _check_name(name: str | None, request: Request) -> None:
-    if name not in (None, service_of(request).name):
+def _check_name(name: str, request: Request) -> None:
+    if name != service_of(request).name:
         raise Problem("not_found", "There is no such model here. /v1/model tells the name of the one that is.")

@@ -480,7 +480,7 @@ def test_the_demo_with_options_does_nothing(demo_ran, monkeypatch, arguments, st
 
 def test_what_the_demo_says_to_type_next_is_taken():
     lines = [line for line in demo.NEXT.splitlines() if " -m " in line]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         program, *arguments = shlex.split(line.split(" -m ", 1)[1])
         parser = {

@@ -3,56 +3,61 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-
-from tests.serve.conftest import Running
-from tests.unit.fakes import echo_answerer
+from hypothesis import HealthCheck, Phase, given, settings
 
 schemathesis = pytest.importorskip("schemathesis")
-PHASES = (Phase.explicit, Phase.generate)
+from schemathesis.checks import not_a_server_error  # noqa: E402
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
-
-@pytest.fixture(scope="module")
-def service():
-    with echo_answerer(config={"max_wait_ms": 0}) as answerer:
-        running = Running(answerer)
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
-def api(service):
-    return schemathesis.openapi.from_url(f"{service.url}/openapi.json")
+GETS = ["/v1/model", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/{name}"]
+POSTS = ["/v1/answer", "/v1/answers", "/v1/text", "/hf/question-answering", "/v2/models/{name}/infer"]
+OPERATIONS = [("GET", path) for path in [*GETS, "/v2/models/{name}/ready"]] + [("POST", path) for path in POSTS]
+RIGHT, WRONG = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+TRIED = [(*operation, RIGHT) for operation in OPERATIONS] + [("POST", path, WRONG) for path in POSTS]
 
 
 @schemathesis.serializer("application/pdf")
-def serialize_pdf(_, value):
-    return str(value).encode("utf-8", "replace")
+def write_pdf(_, value):
+    return str(value).encode(errors="replace")
 
 
-schema = schemathesis.pytest.from_fixture("api")
+@pytest.fixture(scope="module")
+def api(running):
+    api = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    api.validate()
+    return api
 
 
-@schema.parametrize()
-@settings(max_examples=25, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_no_request_breaks_the_service(case):
-    case.call_and_validate()
+def test_the_document_names_every_route(api):
+    assert {path for _, path in OPERATIONS} == api.raw_schema["paths"].keys()
+    assert sum(map(len, api.raw_schema["paths"].values())) == len(OPERATIONS)
 
 
-def test_the_document_names_every_route(service):
-    paths = service.client.get("/openapi.json").json()["paths"]
-    assert paths.keys() == {
-        "/v1/answer",
-        "/v1/answers",
-        "/v1/model",
-        "/v1/text",
-        "/healthz",
-        "/readyz",
-        "/metrics",
-        "/hf/question-answering",
-        "/v2/health/live",
-        "/v2/health/ready",
-        "/v2/models/{name}",
-        "/v2/models/{name}/ready",
-        "/v2/models/{name}/infer",
-    }
+@pytest.mark.parametrize(("method", "path", "mode"), TRIED)
+def test_no_request_breaks_the_service_and_every_response_is_as_described(api, running, method, path, mode):
+    """What the document allows, and what it does not: never a 5xx, and a body of the schema of its status."""
+    operation = api[path][method]
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    if mode is WRONG:
+        checks.append(negative_data_rejection)
+    name = {"name": running.service.name} if "{name}" in path else {}
+
+    @given(case=operation.as_strategy(generation_mode=mode, path_parameters=name))
+    @settings(
+        max_examples=40 if method == "POST" else 3,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
+    def check(case):
+        case.call_and_validate(checks=checks)
+
+    check()
+    assert running.ask().status_code == 200

@@ -735,3 +735,30 @@ def test_the_bundles_threshold_holds_unless_the_caller_has_one():
         assert (answer.text, answer.finish_reason, answer.start, answer.new_tokens) == ("", "no_answer", None, 0)
         config = GenerationConfig(no_answer_threshold=1.0)
         assert answerer.answer("Rollo", CONTEXT, config=config).text == "Rollo"
+
+
+def test_a_batch_in_the_background_is_taken_whole_or_not_at_all(held):
+    questions = ["Who led?", "Who settled?", "Where?"]
+    with pytest.raises(QueueFullError):
+        held.submit_batch([*questions, "When?"], CONTEXT)
+    with pytest.raises(InvalidInputError, match="question 1"):
+        held.submit_batch(["Who led?", " "], CONTEXT)
+    assert held.stats().requests == 0
+    futures = held.submit_batch(questions, CONTEXT)
+    assert held.reached.wait(10)
+    with pytest.raises(QueueFullError):
+        held.submit("Who?", CONTEXT)
+    assert futures[1].cancel()
+    held.release.set()
+    assert [futures[index].result(10).text for index in (0, 2)] == ["Who led?", "Where?"]
+    assert [future.result(10) for future in held.submit_batch(questions, [CONTEXT] * 3)] == held.answer_batch(
+        questions, CONTEXT
+    )
+
+
+def test_a_caller_in_the_background_is_told_the_text_as_it_grows(answerer):
+    pieces = []
+    answer = answerer.submit("How long did they stay in Normandy?", CONTEXT, on_text=pieces.append).result(10)
+    assert len(pieces) > 3
+    assert answer.text.startswith("".join(pieces))
+    assert list(answerer.stream("How long did they stay in Normandy?", CONTEXT)) == pieces
