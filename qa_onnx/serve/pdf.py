@@ -106,7 +106,7 @@ async def _run_worker(data: bytes, limits: PdfLimits) -> dict[str, Any]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
-        env={},
+        env={},  # it needs none, and the service's has an API key
     )
     try:
         async with asyncio.timeout(limits.seconds):

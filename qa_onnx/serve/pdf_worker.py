@@ -37,6 +37,11 @@ def join_lines(page: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
+def clean(text: str) -> str:
+    """Joins surrogates that are pairs, as pypdf may give an emoji, and replaces lone ones; drops null characters."""
+    return text.replace("\0", "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, object]:
     """The text of a PDF, or what is wrong with it.
 
@@ -66,7 +71,7 @@ def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, obje
         return {"error": "too_much_work"}
     except Exception:  # noqa: BLE001 - a file that lies about itself makes a parser raise anything
         return {"error": "damaged"}
-    text = "\n\n".join(filter(None, map(join_lines, pages))).encode("utf-8", "replace").decode().replace("\0", "")
+    text = clean("\n\n".join(filter(None, map(join_lines, pages))))
     return {"text": text, "pages": count} if text else {"error": "no_text"}
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from qa_onnx.errors import QAOnnxError
 from qa_onnx.serve.pdf import PdfLimits, extract_text, reads_pdf
-from qa_onnx.serve.problems import Problem, problem_of
+from qa_onnx.serve.problems import DRAINING, Problem, problem_of
 from qa_onnx.serve.service import Service
 
 MAX_PARSING = 2
@@ -40,7 +40,13 @@ async def text(request: Request) -> TextResponse:
             'This service reads no PDF files. Send the text, or install the extra: pip install "qa_onnx[pdf]"',
         )
     service: Service = request.app.state.service
-    limits = PdfLimits(file_bytes=service.limits.body_bytes, characters=service.limits.context_characters)
+    if service.is_draining:
+        raise Problem("draining", DRAINING)
+    limits = PdfLimits(
+        file_bytes=service.limits.body_bytes,
+        characters=service.limits.context_characters,
+        seconds=min(service.limits.timeout_seconds, PdfLimits.seconds),
+    )
     if not _free.acquire(blocking=False):
         raise Problem(
             "queue_full",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from qa_onnx.answer import Answer
-from qa_onnx.errors import ClosedError
+from qa_onnx.errors import ClosedError, InvalidInputError
 from qa_onnx.serve.config import ServeConfig
 from tests.serve.conftest import Running
 
@@ -59,6 +59,8 @@ class ScriptedAnswerer:
 
     def submit(self, question, context, *, config, on_text=None):
         self.asked.append((question, context, config))
+        if config.extractive and config.num_answers > len(context.split()):
+            raise InvalidInputError(f"got num_answers {config.num_answers}; the context has fewer spans")
         future: Future[Answer] = Future()
         if question == "hold":
             self.held.append(future)

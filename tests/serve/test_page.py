@@ -170,6 +170,14 @@ def test_alternatives_are_listed_and_highlighted_when_clicked(page, service):
     expect(items.nth(0)).to_have_attribute("aria-pressed", "false")
 
 
+def test_says_where_there_are_no_other_answers(page):
+    page.check("#extractive")
+    ask(page, "find Ariane", "Ariane 6.")
+    page.click("#more")
+    expect(page.locator("#error-text")).to_have_text("The passage is too short for 3 different answers.")
+    expect(page.locator("mark")).to_have_text("Ariane")
+
+
 def test_says_where_there_is_no_answer(page):
     ask(page, "find nothing of the kind", "A short passage.")
     expect(page.locator("#answer-note")).to_contain_text("not in the passage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qa_onnx.errors import InvalidInputError
-from qa_onnx.serve import pdf
+from qa_onnx.serve import pdf, pdf_worker
 from qa_onnx.serve.pdf import PdfLimits, extract_text
 from qa_onnx.serve.pdf_worker import join_lines
 from tests.serve.pdf_files import make_bomb, make_encrypted, make_loop, make_pdf, make_slow, make_with_content
@@ -112,6 +113,38 @@ def test_says_what_to_install_where_there_is_no_parser(monkeypatch):
     monkeypatch.setattr(pdf, "find_spec", lambda name: None)
     with pytest.raises(InvalidInputError, match=r"qa_onnx\[pdf\]"):
         read(make_pdf(["A page."]))
+
+
+def test_the_process_can_take_and_write_no_more_than_it_may(monkeypatch, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"""
+import os, runpy, sys
+
+def fails(action):
+    try:
+        action()
+    except (MemoryError, OSError) as error:
+        return type(error).__name__
+
+def parse(data, **limits):
+    def write():
+        with open({str(tmp_path / "written")!r}, "wb") as file:
+            file.write(b"data")
+    return {{"text": str([fails(lambda: bytearray(2**29)), fails(write), sorted(os.environ)]), "pages": 1}}
+
+worker = runpy.run_path({str(pdf.WORKER)!r})
+worker["main"].__globals__["parse"] = parse
+worker["main"](*map(int, sys.argv[1:]))
+""")
+    monkeypatch.setattr(pdf, "WORKER", probe)
+    monkeypatch.setenv("QA_ONNX_API_KEY", "a-key-of-the-tests-only")
+    memory, written, variables = ast.literal_eval(read(make_pdf(["A page."])).text)
+    assert (memory, written) == ("MemoryError", "OSError")
+    assert set(variables) <= {"LC_CTYPE"}
+
+
+def test_an_emoji_in_two_halves_is_one_again():
+    assert pdf_worker.clean("a \ud83d\ude80\0 and \ud83d") == "a 🚀 and \ufffd"
 
 
 def test_names_a_parser_that_does_not_start(monkeypatch, tmp_path):

@@ -55,6 +55,12 @@ def test_asks_for_the_key():
         assert httpx.post(text, content=data, headers=PDF | {"X-API-Key": KEY}).json()["text"] == "One."
 
 
+def test_reads_nothing_while_it_drains():
+    with page_service() as service:
+        service.service.is_draining = True
+        problem(httpx.post(f"{service.url}/v1/text", content=make_pdf(["One."]), headers=PDF), 503, "draining")
+
+
 def test_parses_a_few_at_once_and_refuses_more(url):
     for _ in range(upload.MAX_PARSING):
         assert upload._free.acquire(blocking=False)
