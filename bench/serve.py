@@ -37,7 +37,6 @@ from qa_onnx.files import check_outputs
 
 CONNECTIONS = 64
 OVERLOAD = 4
-DOCUMENT_CHARACTERS = 1_000_000
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -148,10 +147,10 @@ def measure_overload(
     }
 
 
-def measure_document(service: ServiceProcess, pairs: Pairs) -> dict[str, Any]:
+def measure_document(service: ServiceProcess, pairs: Pairs, *, characters: int) -> dict[str, Any]:
     """How fast /healthz is while a long document is read, and how soon the service is idle once its client left."""
     text = "\n".join(context for _, context in pairs)
-    text = (text * (DOCUMENT_CHARACTERS // len(text) + 1))[:DOCUMENT_CHARACTERS]
+    text = (text * (characters // len(text) + 1))[:characters]
     question = pairs[len(pairs) // 2][0]
     idle = _time_health(service, lambda: time.sleep(2))
     results: list[float] = []
@@ -180,7 +179,7 @@ def measure_document(service: ServiceProcess, pairs: Pairs) -> dict[str, Any]:
         if service.cpu_seconds() - before <= 1 / 100:
             idle_after = time.perf_counter() - left - 0.1
     return {
-        "characters": DOCUMENT_CHARACTERS,
+        "characters": characters,
         "seconds_of_document": results[0],
         "health_ms_idle": idle,
         "health_ms_meanwhile": busy,
@@ -220,7 +219,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=positive, default=10, metavar="N", help="a round; default: %(default)s")
     parser.add_argument("--overload-seconds", type=positive, default=60, metavar="N", help="default: %(default)s")
     parser.add_argument("--soak-seconds", type=int, default=600, metavar="N", help="default: %(default)s; 0: none")
-    parser.add_argument("--skip-document", action="store_true", help="no document of 1,000,000 characters")
+    parser.add_argument(
+        "--document-characters", type=int, default=1_000_000, metavar="N", help="default: %(default)s; 0: no document"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
     return parser
 
@@ -256,8 +257,8 @@ def _measure(arguments: argparse.Namespace) -> None:
             speed = note(
                 "throughput", measure_throughput(service, answerer, pairs, script, rounds=rounds, seconds=seconds)
             )
-            if not arguments.skip_document:
-                note("document", measure_document(service, pairs))
+            if arguments.document_characters:
+                note("document", measure_document(service, pairs, characters=arguments.document_characters))
         capacity, seconds = speed["http_per_second"], arguments.overload_seconds
         with serving(arguments.model, directory, "--queue-questions", "256") as service:
             note("overload", measure_overload(service, bodies, capacity=capacity, seconds=seconds))

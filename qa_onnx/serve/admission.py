@@ -37,6 +37,14 @@ class Admission:
         self.characters = 0
         """Characters of their contexts and questions."""
 
+    def check_room(self) -> None:
+        """Refuses a request that no queue so full can take, whatever it asks: before its body is parsed.
+
+        Raises:
+            Problem: `queue_full`.
+        """
+        self._check(questions=1, characters=1)
+
     @contextmanager
     def admit(self, *, questions: int, characters: int) -> Iterator[None]:
         """Counts a request's questions while the block runs: all of them or none.
@@ -51,6 +59,17 @@ class Admission:
                 f"the items have {characters:,} characters together, each context counted for each of its questions; "
                 f"expected at most {self._max_characters:,}. Ask fewer questions at once, or shorten the contexts",
             )
+        self._check(questions=questions, characters=characters)
+        self.questions += questions
+        self.characters += characters
+        try:
+            yield
+        finally:
+            self.questions -= questions
+            self.characters -= characters
+            self._note(questions, characters)
+
+    def _check(self, *, questions: int, characters: int) -> None:
         excess_questions = self.questions + questions - self._max_questions
         excess_characters = self.characters + characters - self._max_characters
         if excess_questions > 0 or excess_characters > 0:
@@ -61,14 +80,6 @@ class Admission:
                 f"room for {self._max_questions:,} with {self._max_characters:,}. Ask again in {seconds} s.",
                 headers={"Retry-After": str(seconds)},
             )
-        self.questions += questions
-        self.characters += characters
-        try:
-            yield
-        finally:
-            self.questions -= questions
-            self.characters -= characters
-            self._note(questions, characters)
 
     def _note(self, questions: int, characters: int) -> None:
         self._finished.append((self._clock(), questions, characters))

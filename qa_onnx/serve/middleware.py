@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qa_onnx.serve.admission import Admission
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.log import describe_error, write_event, write_line
 from qa_onnx.serve.metrics import Metrics
@@ -70,6 +71,7 @@ class RequestMiddleware:
         *,
         paths: Set[str],
         gatekeeper: Gatekeeper,
+        admission: Admission,
         limits: Limits,
         metrics: Metrics,
         access_log: bool,
@@ -80,6 +82,7 @@ class RequestMiddleware:
             app: The application.
             paths: Those of its routes that have no parameter.
             gatekeeper: Checks hosts and keys.
+            admission: Refuses requests of a full queue before they are parsed.
             limits: Of bodies.
             metrics: Counts requests.
             access_log: Write a line for each.
@@ -87,6 +90,7 @@ class RequestMiddleware:
         self._app = app
         self._paths = paths
         self._gatekeeper = gatekeeper
+        self._admission = admission
         self._limits = limits
         self._metrics = metrics
         self._access_log = access_log
@@ -119,6 +123,8 @@ class RequestMiddleware:
             return
         _check_media_type(scope["path"], exchange.headers)
         body = await self._read_body(exchange.headers, receive)
+        if scope["path"] not in MEDIA_TYPES:
+            self._admission.check_room()
         await self._run_until_client_leaves(exchange, receive, body)
 
     async def _read_body(self, headers: Mapping[str, str], receive: Receive) -> bytes:

@@ -27,6 +27,7 @@ from qa_onnx.serve.schemas import (
 from qa_onnx.serve.service import Service
 
 router = APIRouter()
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 Body = TypeVar("Body", bound=BaseModel)
 EVENTS = {
     "text/event-stream": {
@@ -48,7 +49,7 @@ class JSON(Response):
 
     def render(self, content: Any) -> bytes:
         """Encodes a value."""
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return _ENCODER.encode(content).encode()
 
 
 def service_of(request: Request) -> Service:

@@ -56,8 +56,9 @@ async def model_metadata(name: str, request: Request) -> dict[str, Any]:
 
 
 @router.post("/models/{name}/infer", openapi_extra=body_of(InferRequest))
-async def infer(name: str, request: Request) -> Response:
+async def infer(request: Request) -> Response:
     """Answers each question about the context at the same place: all of them, or none."""
+    name = request.path_params["name"]
     _check_name(name, request)
     body = await read_body(InferRequest, request)
     tensors = {tensor.name: tensor.data for tensor in body.inputs}

@@ -122,8 +122,8 @@ def figures(starter_bundle, heldout_file, tmp_path_factory):
         "--seconds",
         "2",
     ]
-    more = ["--overload-seconds", "4", "--soak-seconds", "4", "--output", output]
-    assert measurement.main(list(map(str, [*arguments, *more]))) == 0
+    more = ["--overload-seconds", "4", "--soak-seconds", "4", "--document-characters", "200000"]
+    assert measurement.main(list(map(str, [*arguments, *more, "--output", output]))) == 0
     return json.loads(output.read_text())
 
 
