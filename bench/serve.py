@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import statistics
 import sys
@@ -24,6 +25,8 @@ from bench.machine import describe_machine
 from bench.questions import report
 from bench.serve_load import (
     ServiceProcess,
+    busy_seconds,
+    measure_overhead,
     offer,
     percentile,
     run_in_process,
@@ -98,14 +101,16 @@ def measure_throughput(
     service: ServiceProcess, answerer: Answerer, pairs: Pairs, script: Path, *, rounds: int, seconds: int
 ) -> dict[str, Any]:
     """Answers a second of wrk against the service and of `submit` in process, in turns; the first round warms up."""
-    http, inside = [], []
+    http, inside, others = [], [], []
     for _ in range(rounds + 1):
         time.sleep(0.5)
+        started, ours = busy_seconds(), _our_seconds(service)
         inside.append(run_in_process(answerer, pairs, at_once=CONNECTIONS, seconds=seconds))
         time.sleep(0.5)
         before = service.cpu_seconds(thread=True)
         figures = run_wrk(service.url, script, connections=CONNECTIONS, seconds=seconds)
         http.append(figures | {"loop_ms": (service.cpu_seconds(thread=True) - before) / figures["requests"] * 1000})
+        others.append(100 * (busy_seconds() - started - (_our_seconds(service) - ours)) / (2 * seconds + 1))
     ratios = [one["per_second"] / other["per_second"] for one, other in zip(http[1:], inside[1:], strict=True)]
     return {
         "connections": CONNECTIONS,
@@ -115,11 +120,15 @@ def measure_throughput(
         "percent_range": [100 * min(ratios), 100 * max(ratios)],
         "event_loop_cpu_ms": statistics.median(one["loop_ms"] for one in http[1:]),
         "submit_cpu_ms": statistics.median(one["submit_ms"] for one in inside[1:]),
-        "overhead_cpu_ms": statistics.median(
-            one["loop_ms"] - other["submit_ms"] for one, other in zip(http[1:], inside[1:], strict=True)
-        ),
         "failed": sum(one["failed"] for one in http),
+        "percent_of_a_processor_of_others": statistics.median(others[1:]),
     }
+
+
+def _our_seconds(service: ServiceProcess) -> float:
+    """CPU time of the service, of this process and of those that it has run."""
+    times = os.times()
+    return service.cpu_seconds() + times.user + times.system + times.children_user + times.children_system
 
 
 def measure_overload(
@@ -254,6 +263,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             serving(arguments.model, directory, "--timeout-seconds", "600") as service,
         ):
             note("equality", measure_equality(service, answerer, pairs))
+            note("overhead", measure_overhead(answerer.answer(*pairs[0]), pairs))
             speed = note(
                 "throughput", measure_throughput(service, answerer, pairs, script, rounds=rounds, seconds=seconds)
             )

@@ -8,21 +8,27 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Semaphore, Thread
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
-from qa_onnx import Answerer
+from qa_onnx import Answer, Answerer
 from qa_onnx.errors import InvalidInputError
+from qa_onnx.serve.app import make_app
+from qa_onnx.serve.config import Limits, ServeConfig
+from qa_onnx.serve.server import Server, bind
+from qa_onnx.serve.service import Service
 
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -98,6 +104,12 @@ def serving(bundle: Path, directory: Path, *options: str) -> Iterator[ServicePro
         process.wait()
 
 
+def busy_seconds() -> float:
+    """CPU time that all processes of the machine have taken."""
+    user, nice, system = map(int, Path("/proc/stat").read_text(encoding="ascii").split()[1:4])
+    return (user + nice + system) / TICKS
+
+
 def write_bodies(pairs: Sequence[tuple[str, str]], directory: Path) -> Path:
     """The bodies of /v1/answer, one a line, and a script that has wrk send them in turn; returns the script."""
     bodies = directory / "bodies.jsonl"
@@ -162,6 +174,64 @@ def run_in_process(
     thread.start()
     thread.join()
     return figures
+
+
+def measure_overhead(answer: Answer, pairs: Sequence[tuple[str, str]], *, blocks: int = 20) -> dict[str, float]:
+    """CPU time of the event loop for a request whose answer is there at once: all that HTTP adds to `submit`.
+
+    One request follows another on one connection, `len(pairs)` of them in a block. Other work on the machine can only
+    add to a block's time, so the least is the closest.
+    """
+    service = Service(cast(Answerer, _Answered(answer)), name="answered", limits=Limits())
+    config = ServeConfig(port=0, access_log=False)
+    bodies = [json.dumps({"question": question, "context": context}) for question, context in pairs]
+    found: list[float] = []
+    with bind(config) as listening:
+        server = _ThreadServer(make_app(service, config), service)
+
+        async def run() -> None:
+            ended = asyncio.get_running_loop().run_in_executor(None, ask)
+            await server.serve(sockets=[listening])
+            await ended
+
+        def ask() -> None:
+            while not server.started:
+                time.sleep(0.01)
+            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}") as client:
+                for _ in range(blocks + 1):
+                    before = service_thread_time()
+                    for body in bodies:
+                        headers = {"Content-Type": "application/json"}
+                        client.post("/v1/answer", content=body, headers=headers).raise_for_status()
+                    found.append((service_thread_time() - before) / len(bodies) * 1000)
+            server.should_exit = True
+
+        def service_thread_time() -> float:
+            return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+
+        thread = Thread(target=lambda: asyncio.run(run()))
+        thread.start()
+        thread.join()
+    return {"requests": blocks * len(bodies), "least_ms": min(found[1:]), "median_ms": statistics.median(found[1:])}
+
+
+class _Answered:
+    """As much of an `Answerer` as the service asks, with one answer to everything."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def submit(self, question: str, context: str, *, config: Any = None, on_text: Any = None) -> Future[Answer]:
+        """The answer."""
+        future: Future[Answer] = Future()
+        future.set_result(self._answer)
+        return future
+
+
+class _ThreadServer(Server):
+    """A server in a thread, where Python takes no signals."""
+
+    capture_signals = staticmethod(nullcontext)  # type: ignore[assignment]
 
 
 class _Connection(asyncio.Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from qa_onnx.answerer import Answerer
 from qa_onnx.config import EngineConfig
-from qa_onnx.errors import InvalidInputError
+from qa_onnx.errors import InvalidInputError, short_repr
 from qa_onnx.serve.config import API_KEY_VARIABLE, Limits, ServeConfig, read_api_keys
 
+_NAME = re.compile(r"[\w.-]+", re.ASCII)
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 LIMITS_HELP = {
     "body_bytes": "bytes of a request's body",
@@ -81,6 +83,12 @@ def run(arguments: argparse.Namespace, *, engine: EngineConfig) -> None:
     from qa_onnx.serve.server import bind, serve, url_of
     from qa_onnx.serve.service import Service
 
+    name = arguments.name or arguments.model.resolve().name or "model"
+    if not _NAME.fullmatch(name):
+        raise InvalidInputError(
+            f"got the name {short_repr(name)}; expected letters, digits, points, hyphens and underscores, as in a URL. "
+            "Choose one with --name"
+        )
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     config = ServeConfig(
         host=arguments.host,
@@ -96,7 +104,7 @@ def run(arguments: argparse.Namespace, *, engine: EngineConfig) -> None:
         bind(config) as listening,
         Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=engine) as answerer,
     ):
-        service = Service(answerer, name=arguments.name or arguments.model.resolve().name, limits=limits)
+        service = Service(answerer, name=name, limits=limits)
         url = url_of(config, listening)
         serve(
             make_app(service, config),

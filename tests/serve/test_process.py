@@ -55,6 +55,7 @@ def test_what_it_refuses_in_one_line(starter_bundle, tmp_path):
     assert "chmod 600" in said
     assert "a-key" not in said
     assert "--allow-anonymous" in run("--model", starter_bundle, "--host", "0.0.0.0")
+    assert "--name" in run("--model", starter_bundle, "--name", "a/b")
     assert "got items" in run("--model", starter_bundle, "--items", "9999")
 
 
