@@ -90,7 +90,7 @@ def _without_layers(route: BaseRoute) -> BaseRoute:
     if isinstance(route, APIRoute) and route.openapi_extra:
         made = get_type_hints(route.endpoint)["return"]
         if isinstance(made, type) and issubclass(made, Response):
-            return Route(route.path, route.endpoint, methods=list(route.methods))
+            return Route(route.path, route.endpoint, methods=list(route.methods or ()))
     return route
 
 

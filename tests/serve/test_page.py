@@ -59,7 +59,7 @@ def open_page(browser):
             lambda request: bad.append(request.url) if not request.url.startswith((service.url, "data:")) else None,
         )
         page.goto(service.url)
-        expect(page.locator("#model")).to_contain_text("int8")
+        expect(page.locator("#model")).to_contain_text("qa_onnx")
         return page
 
     yield open_page
@@ -373,7 +373,7 @@ def test_asks_for_a_key_and_keeps_it_in_memory(browser):
         page.keyboard.press("Enter")
         expect(page.locator("mark")).to_have_text("Ariane 6")
         expect(page.locator("#key-form")).to_be_hidden()
-        expect(page.locator("#model")).to_contain_text("int8")
+        expect(page.locator("#model")).to_contain_text("qa_onnx")
         stored = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
         assert KEY not in page.evaluate(stored)
         assert page.input_value("#key") == ""
