@@ -6,7 +6,7 @@ RUN apt-get update && apt-get install --no-install-recommends --yes g++ && rm -r
 WORKDIR /source
 COPY pyproject.toml setup.py constraints.txt MANIFEST.in README.md LICENSE ./
 COPY qa_onnx qa_onnx
-RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[cpu,serve]"
+RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[cpu,serve,pdf]"
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /venv /venv

@@ -9,13 +9,19 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test test-oldest test-sanitizers bench-peers lint format clean
+.PHONY: demo test browser test-oldest test-sanitizers bench-peers lint format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
 
 test: $(INSTALLED)  ## every test that this machine can run; skipped ones say why
 	$(RUN) -m pytest
+
+browser:  ## Chromium of the system's packages (Debian, as root), in which `make test` tests the page
+	@command -v chromium > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
+		|| echo "no Chromium: the tests of the page are skipped. Install the package chromium as root"
 
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the oldest ONNX Runtime that pyproject.toml allows gives the same answers
 	$(OLDEST_RUN) -m pytest tests/unit -p no:cacheprovider

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from qa_onnx import __version__
 from qa_onnx.errors import QAOnnxError
-from qa_onnx.serve import huggingface, pages, routes, schemas, v2
+from qa_onnx.serve import huggingface, pages, routes, schemas, upload, v2
 from qa_onnx.serve.config import Limits, ServeConfig
 from qa_onnx.serve.metrics import Metrics
 from qa_onnx.serve.middleware import RequestMiddleware
@@ -53,7 +53,7 @@ def make_app(service: Service, config: ServeConfig) -> ASGIApp:
     )
     app.state.service = service
     app.state.metrics = metrics = Metrics(service)
-    declared = [route for module in (routes, huggingface, v2, pages) for route in module.router.routes]
+    declared = [route for module in (routes, upload, huggingface, v2, pages) for route in module.router.routes]
     app.router.routes += map(_without_layers, declared)
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(QAOnnxError, _on_error)

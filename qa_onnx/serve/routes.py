@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from qa_onnx import __version__
 from qa_onnx.serve.events import EventStream
 from qa_onnx.serve.metrics import Metrics
+from qa_onnx.serve.pdf import reads_pdf
 from qa_onnx.serve.problems import DRAINING, Problem, problem_of_validation
 from qa_onnx.serve.schemas import (
     AnswerRequest,
@@ -135,7 +135,7 @@ async def model(request: Request) -> ModelResponse:
             context_characters=limits.context_characters,
             items=limits.items,
         ),
-        pdf=find_spec("pypdf") is not None,
+        pdf=reads_pdf(),
     )
 
 

@@ -15,10 +15,15 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 )
 
 GETS = ["/v1/model", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/{name}"]
-POSTS = ["/v1/answer", "/v1/answers", "/hf/question-answering", "/v2/models/{name}/infer"]
+POSTS = ["/v1/answer", "/v1/answers", "/v1/text", "/hf/question-answering", "/v2/models/{name}/infer"]
 OPERATIONS = [("GET", path) for path in [*GETS, "/v2/models/{name}/ready"]] + [("POST", path) for path in POSTS]
 RIGHT, WRONG = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 TRIED = [(*operation, RIGHT) for operation in OPERATIONS] + [("POST", path, WRONG) for path in POSTS]
+
+
+@schemathesis.serializer("application/pdf")
+def write_pdf(_, value):
+    return str(value).encode(errors="replace")
 
 
 @pytest.fixture(scope="module")
