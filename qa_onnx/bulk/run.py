@@ -143,44 +143,43 @@ def answer_files(config: BulkConfig) -> BulkReport:
 
 
 def _answer_shards(config: BulkConfig, answers: AnswerBatch, files: Sequence[InputFile]) -> BulkReport:
-    targets = [
-        [config.output / f"part-{number:05}-{shard:05}.{config.output_format}" for shard in range(len(file.shards))]
-        for number, file in enumerate(files)
+    parts = [
+        [(config.output / f"part-{number:05}-{shard:05}.{config.output_format}", rows) for shard, rows in enumerate(of)]
+        for number, of in enumerate(file.shards for file in files)
     ]
-    wanted = [[not target.exists() for target in of_file] for of_file in targets]
-    sizes = [
-        (size, is_wanted)
-        for file, of_file in zip(files, wanted, strict=True)
-        for size, is_wanted in zip(file.shards, of_file, strict=True)
-    ]
-    total = sum(size for size, is_wanted in sizes if is_wanted)
-
-    def shards() -> Iterator[Shard]:
-        for file, of_file, is_wanted in zip(files, targets, wanted, strict=True):
-            first = 0
-            for table, size, target in zip(file.tables(is_wanted), file.shards, of_file, strict=True):
-                if table is not None:
-                    yield Shard.of(table, file, first_row=first, target=target)
-                first += size
-
+    before = _rows_there(parts)
+    total = sum(rows for of_file in parts for _, rows in of_file)
     write = ShardWriter(answers=answers, output_format=config.output_format, keeps_errors=config.on_error == "null")
-    before = sum(size for size, is_wanted in sizes if not is_wanted)
-    written, errors = 0, 0
+    errors = 0
     try:
-        with Progress(total, "answering", enabled=True) as bar:
-            for done in write_shards(shards(), write, processes=config.processes):
-                written += done.rows
+        with Progress(total - before, "answering", enabled=True) as bar:
+            for done in write_shards(_missing_shards(files, parts), write, processes=config.processes):
                 errors += done.errors
                 bar.advance(done.rows)
     except (QAOnnxError, KeyboardInterrupt) as error:
-        if written + before:
-            error.add_note(
-                f"The answers to {written + before:,} rows are in {config.output}; the same command continues there"
-            )
+        kept = _rows_there(parts)
+        if kept:
+            error.add_note(f"The answers to {kept:,} rows are in {config.output}; the same command continues there")
         raise
     finally:
         answers.close()
-    return BulkReport(rows=written, rows_before=before, shards=len(sizes), errors=errors)
+    return BulkReport(rows=total - before, rows_before=before, shards=sum(map(len, parts)), errors=errors)
+
+
+def _rows_there(parts: Sequence[Sequence[tuple[Path, int]]]) -> int:
+    """How many rows the files have that are there."""
+    return sum(rows for of_file in parts for path, rows in of_file if path.exists())
+
+
+def _missing_shards(files: Sequence[InputFile], parts: Sequence[Sequence[tuple[Path, int]]]) -> Iterator[Shard]:
+    """The shards whose file is not there."""
+    for file, of_file in zip(files, parts, strict=True):
+        first = 0
+        tables = file.tables([not path.exists() for path, _ in of_file])
+        for table, (path, rows) in zip(tables, of_file, strict=True):
+            if table is not None:
+                yield Shard.of(table, file, first_row=first, target=path)
+            first += rows
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`python -m qa_onnx answer-file`: the answers of `answer_batch`, and nothing lost by kills, full disks and two runs."""
+"""`python -m qa_onnx answer-file`: the answers of `answer_batch`; kills, full disks and two runs lose nothing."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_two_runs_at_once_are_refused(tiny_bundle, source, undisturbed, tmp_path
         assert time.monotonic() < until
         time.sleep(0.001)
     os.kill(first.pid, signal.SIGSTOP)
-    out, errors = start(tiny_bundle, source, output).communicate(timeout=60)
+    errors = start(tiny_bundle, source, output).communicate(timeout=60)[1]
     os.kill(first.pid, signal.SIGCONT)
     assert f"is already running, in process {first.pid}" in errors
     assert errors.count("\n") == 1
@@ -237,7 +237,7 @@ def test_rows_with_errors_are_kept_where_they_may_be(tiny_bundle, questions, tmp
     pq.write_table(questions.slice(0, 70).set_column(1, "question", pa.array(asked)), source)
     assert run(*command(tiny_bundle, source, tmp_path / "strict")) == 2
     errors = capsys.readouterr().err
-    assert "row 65 (the first is 0): question has 40" in errors
+    assert "row 65 (the first is 0): question has " in errors
     assert "The answers to 60 rows are in" in errors
 
 
@@ -246,11 +246,8 @@ def test_other_formats_and_several_files_in_their_order(tiny_bundle, questions, 
     for number in range(3):
         pq.write_table(questions.slice(number * 20, 20), tmp_path / f"{number}.parquet")
     inputs = ["--input", *(tmp_path / f"{number}.parquet" for number in (2, 0, 1))]
-    more = ["--output-format", output_format, *inputs]
-    assert (
-        run(*command(tiny_bundle, "", tmp_path / "out")[:3], *command(tiny_bundle, "", tmp_path / "out", *more)[5:])
-        == 0
-    )
+    arguments = command(tiny_bundle, "", tmp_path / "out", "--output-format", output_format, *inputs)  # the last counts
+    assert run(*arguments) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["_SUCCESS", "_run.json", *(f"part-0000{number}-00000.{output_format}" for number in range(3))]
     if output_format == "jsonl":
