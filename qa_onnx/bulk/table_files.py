@@ -34,7 +34,7 @@ BATCH_BYTES = 8 * 2**20
 MAX_LINE_BYTES = 256 * 2**20
 """Of JSON lines."""
 PARQUET_BUFFER = 2**20
-"""Bytes of a column that are read at once: else pyarrow reads all that a row group has of it."""
+"""Bytes of a column that are read at once. Unless told, pyarrow reads all that a row group has of it."""
 
 
 def format_of(path: Path) -> str:
@@ -80,7 +80,7 @@ def read_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     kind = format_of(path)
     with _errors_of(path):
         if kind == "parquet":
-            with pa.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER) as file:
+            with pa.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS):
                     batch.validate(full=True)  # that texts are UTF-8, too
                     yield batch

@@ -101,33 +101,37 @@ def test_answers_are_those_of_answer_batch_to_the_bit(tiny_bundle, questions, un
     assert len({row["answer"] for row in expected}) > 50
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kills_at_random_moments_lose_and_repeat_nothing(tiny_bundle, source, undisturbed, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "count"), [(1, 4), (2, 3)])
+def test_kills_at_random_moments_lose_and_repeat_nothing(tiny_bundle, source, undisturbed, tmp_path, processes, count):
     expected, seconds = undisturbed
     draw = random.Random(processes)
-    output = tmp_path / "out"
-    kills = partial = 0
-    while kills < 4:
-        process = start(tiny_bundle, source, output, "--processes", processes, start_new_session=True)
+    partial = folder = 0
+    for kill in range(count):
+        output = tmp_path / f"out-{folder}"
+        process = start(tiny_bundle, source, output, "--processes", processes)
         before = contents(output) if output.exists() else {}
-        wanted = draw.randrange(1, 5)  # more shards, so that each run gets somewhere
-        until = time.monotonic() + 60
-        while process.poll() is None and len(list(output.glob("part-*"))) < len(before) + wanted:
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, seconds / 20))
-        assert process.poll() is None, process.communicate()
+        if kill % 2 == 0:  # some shards later, else nothing may ever be done between two kills
+            wanted, until = len(list(output.glob("part-*"))) + draw.randrange(1, 6), time.monotonic() + 60
+            while process.poll() is None and len(list(output.glob("part-*"))) < wanted:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, seconds / 50))
+        else:
+            time.sleep(draw.uniform(0, seconds))
         process.kill()
         process.communicate()
-        kills += 1
-        left = contents(output)
+        left = contents(output) if output.exists() else {}
         assert before.items() <= left.items() <= expected.items()
         partial += 1 < len(left) < len(expected)
+        folder += left == expected
     assert partial
     time.sleep(0.2)  # workers of a parent that was killed end by themselves
+    output = tmp_path / f"out-{folder}"
     out, errors = start(tiny_bundle, source, output, "--processes", processes).communicate(timeout=60)
-    assert (out.count("were there already"), errors) == (1, "")
-    assert contents(output) == expected
+    assert errors == ""
+    assert out.startswith("answered ")
+    for number in range(folder + 1):
+        assert contents(tmp_path / f"out-{number}") == expected
     assert not list(output.glob(".*"))
 
 
@@ -317,6 +321,19 @@ def test_a_command_that_cannot_run_says_so_in_one_line_and_leaves_nothing(
     assert words in error
     assert error.count("\n") == 1
     assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_the_measurement_counts_equal_answers_and_memory(tiny_bundle, heldout_file, tmp_path, capsys):
+    from bench.bulk import main as measure
+
+    result = tmp_path / "bulk.json"
+    options = ["--questions", "40", "--rounds", "1", "--memory-rows", "60", "--max-new-tokens", "4"]
+    assert measure(["--model", str(tiny_bundle), "--data", str(heldout_file), *options, "--output", str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert found["speed"]["equal"] == found["speed"]["questions"] == 40
+    assert found["memory"][0]["rows"] == 60
+    assert 20 < found["memory"][0]["peak_mib"] < 2_000
+    assert "40 of 40 answers and scores are equal" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tmp_path, capsys):

@@ -234,3 +234,25 @@ def test_folders_stand_for_their_files(write, tmp_path):
     ):
         with pytest.raises(InvalidInputError, match=words):
             find_files(inputs)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_memory_does_not_grow_with_the_file(write, suffix, tmp_path):
+    """Also where all rows of a Parquet file are one row group."""
+
+    def peak(rows):
+        path = tmp_path / f"{rows}{suffix}"
+        given = pa.table(
+            {"question": ["Who?"] * rows, "context": [f"{index} " + "word " * 100 for index in range(rows)]}
+        )
+        if suffix == ".parquet":
+            pq.write_table(given, path, row_group_size=rows, compression="none", use_dictionary=False)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in given.to_pylist()))
+        del given
+        file = plan_of(path, shard_rows=500)
+        before = pa.total_allocated_bytes()
+        return max(pa.total_allocated_bytes() - before for _ in file.tables([True] * len(file.shards)))
+
+    small, large = peak(3_000), peak(24_000)
+    assert large < 1.5 * small
