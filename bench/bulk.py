@@ -150,8 +150,8 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {' | '.join(f'{value:,}' for value in row.values())} |" for row in result["memory"]])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.bulk", description="Measure bulk answering.")
     parser.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
     parser.add_argument("--data", type=Path, metavar="FILE", help="SQuAD file; default: measure the memory only")
@@ -163,7 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=positive, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file, too")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line."""
+    arguments = make_parser().parse_args(argv)
     check_outputs({"--output": arguments.output}, {"--data": arguments.data, "--model": arguments.model})
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
