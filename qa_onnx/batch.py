@@ -99,8 +99,8 @@ class AnswerBatch:
         """Answers the rows of a batch.
 
         Args:
-            columns: Each column by its name, all of one length: lists, NumPy arrays, pandas Series, or anything else
-                that has a length and yields values. Two of them hold strings: questions and contexts.
+            columns: Each column by its name, all of one length: lists, NumPy or Arrow arrays, pandas Series, or what
+                else has a length and yields values. Two of them hold strings: questions and contexts.
 
         Returns:
             The columns as they came, and as lists `answer` (string), `score` (float), `start` and `end` (characters of
@@ -115,7 +115,7 @@ class AnswerBatch:
             BundleError, ProviderError: As from `Answerer.from_pretrained`, in either case.
         """
         self.check_names(columns)
-        questions, contexts = list(columns[self.question]), list(columns[self.context])
+        questions, contexts = _values(columns[self.question]), _values(columns[self.context])
         for name, column in columns.items():
             if len(column) != len(questions):
                 raise InvalidInputError(
@@ -164,10 +164,10 @@ class AnswerBatch:
     def _load(self) -> Answerer:
         key = self._key()
         with _loading:
-            if key not in _loaded:
+            answerer = _loaded.get(key)
+            if answerer is None:
                 answerer = Answerer.from_pretrained(self.model, provider=self.provider, config=self.engine)
                 _loaded[key] = answerer
-        answerer = _loaded[key]
         answerer.answer_batch([], [], config=self.generation)  # options that do not fit the model are no row's error
         return answerer
 
@@ -211,6 +211,11 @@ class AnswerBatch:
             yield from self._answer_some(answerer, questions, contexts, rows[middle:])
         else:
             yield from zip(rows, answers, strict=True)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; an Arrow array yields scalars of its own, and has a method for Python's."""
+    return list(column.to_pylist() if hasattr(column, "to_pylist") else column)
 
 
 def text_problem(name: str, value: object) -> str:

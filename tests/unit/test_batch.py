@@ -177,6 +177,15 @@ def test_columns_may_have_other_names_and_be_arrays(loads):
     assert list(out)[-1] == "qa_error"
 
 
+def test_columns_of_arrow_tables_and_frames_are_taken(loads):
+    given = rows(4)
+    expected = AnswerBatch("bundle")(given)["answer"]
+    table = pytest.importorskip("pyarrow").table(given)
+    assert AnswerBatch("bundle")(dict(zip(table.column_names, table.columns, strict=True)))["answer"] == expected
+    frame = pytest.importorskip("pandas").DataFrame(given, index=[7, 3, 5, 1])
+    assert AnswerBatch("bundle")(dict(frame.items()))["answer"] == expected
+
+
 def test_no_rows_are_no_error(loads):
     out = AnswerBatch("bundle")({"question": [], "context": []})
     assert out == {name: [] for name in ("question", "context", *RESULTS)}
