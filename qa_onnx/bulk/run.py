@@ -35,7 +35,6 @@ FORMAT_VERSION = 1
 RUN_NAME = "_run.json"
 DONE_NAME = "_SUCCESS"
 LOCK_NAME = ".lock"
-DEFAULT_SHARD_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class BulkConfig:
     prefix: str = ""
     on_error: str = "raise"
     output_format: str = "parquet"
-    shard_rows: int = DEFAULT_SHARD_ROWS
+    shard_rows: int = 1000
     processes: int = 1
     generation: GenerationConfig
     provider: str = "auto"
@@ -243,8 +242,8 @@ def _check_run(output: Path, manifest: dict[str, Any]) -> None:
         both = {name: (_shown(found.get(name)), _shown(manifest[name])) for name in manifest}
         named = ", ".join(f"{name} {old} instead of {new}" for name, (old, new) in both.items() if old != new)
         raise InvalidInputError(
-            f"--output {output}: is of another run ({named}); expected the same command as then. Choose a new folder, "
-            "or delete this one"
+            f"--output {output}: is of another run ({named or 'with other shards'}); expected the command of then. "
+            "Choose a new folder, or delete this one"
         )
 
 
