@@ -39,7 +39,9 @@ sys.exit(status)
 """
 ROOT = Path(__file__).parent.parent
 MILLION = 1_000_000
-QUESTIONS_PER_CONTEXT = 20
+QUESTIONS_PER_CONTEXT = 50
+NOTE_BYTES = 1_000
+"""Of a column that is only kept, so that files are large and answers quick."""
 WORDS = "river bridge tower castle harbor valley forest market garden station built opened near old long".split()
 
 
@@ -109,7 +111,7 @@ def measure_memory(arguments: argparse.Namespace, directory: Path) -> list[dict[
 
 def write_synthetic(path: Path, rows: int) -> None:
     """Writes rows with short contexts, each asked about several times, in one row group: the hardest to stream."""
-    schema = pa.schema([("id", pa.int64()), ("question", pa.string()), ("context", pa.string())])
+    schema = pa.schema([("id", pa.int64()), *[(name, pa.string()) for name in ("question", "context", "note")]])
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         writer.write_table(pa.Table.from_pylist(list(_synthetic(rows)), schema), row_group_size=rows)
 
@@ -119,8 +121,9 @@ def _synthetic(rows: int) -> Iterator[dict[str, Any]]:
     context = ""
     for index in range(rows):
         if index % QUESTIONS_PER_CONTEXT == 0:
-            context = " ".join(draw.choices(WORDS, k=24)).capitalize() + f" {index}."
-        yield {"id": index, "question": f"Which {draw.choice(WORDS)} is it?", "context": context}
+            context = " ".join(draw.choices(WORDS, k=12)).capitalize() + f" {index}."
+        note = draw.randbytes(NOTE_BYTES // 2).hex()
+        yield {"id": index, "question": f"Which {draw.choice(WORDS)} is it?", "context": context, "note": note}
 
 
 def _answer_file(
