@@ -323,6 +323,16 @@ def test_a_command_that_cannot_run_says_so_in_one_line_and_leaves_nothing(
     assert not list((tmp_path / "out").glob("part-*"))
 
 
+def test_without_pyarrow_it_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['pyarrow'] = None; from qa_onnx.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = command("bundle", "questions.csv", tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: answer-file needs the package pyarrow; pip install pyarrow, or qa_onnx[bulk]\n"
+
+
 def test_the_measurement_counts_equal_answers_and_memory(tiny_bundle, heldout_file, tmp_path, capsys):
     from bench.bulk import main as measure
 
