@@ -8,6 +8,7 @@ the other; it should be the same.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import subprocess
@@ -46,37 +47,37 @@ WORDS = "river bridge tower castle harbor valley forest market garden station bu
 
 
 def measure_speed(arguments: argparse.Namespace, examples: Sequence[Example], directory: Path) -> dict[str, Any]:
-    """Answers a second of both, round by round; a round has an order other than the one before."""
+    """Answers per second of both, round by round; each round has the other order."""
     source = directory / "questions.parquet"
     questions, contexts = [example.question for example in examples], [example.context for example in examples]
     pq.write_table(
         pa.table({"id": [example.id for example in examples], "question": questions, "context": contexts}), source
     )
     seconds: dict[str, list[float]] = {"answer_batch": [], "answer-file": [], "answer-file, its start": []}
+    processor_seconds: dict[str, list[float]] = {"answer_batch": [], "answer-file": []}
     equal = 0
     config = EngineConfig(threads=arguments.threads, prefix_cache_bytes=0)  # contexts of the round before are not kept
     with Answerer.from_pretrained(arguments.model, config=config) as answerer:
         answerer.answer_batch(questions[:64], contexts[:64], max_new_tokens=arguments.max_new_tokens)
         for number in range(arguments.rounds):
             for name in ("answer_batch", "answer-file")[:: 1 if number % 2 == 0 else -1]:
-                started = time.monotonic()
+                started, computed = time.monotonic(), _processor_seconds()
                 if name == "answer_batch":
                     answers = answerer.answer_batch(questions, contexts, max_new_tokens=arguments.max_new_tokens)
-                    seconds[name].append(time.monotonic() - started)
                 else:
-                    output = directory / f"round-{number}"
-                    _answer_file(arguments, source, output)
-                    seconds[name].append(time.monotonic() - started)
-                    started = time.monotonic()
-                    _answer_file(arguments, source, output)  # all is there: what is left is the start, and the checks
-                    seconds["answer-file, its start"].append(time.monotonic() - started)
+                    _answer_file(arguments, source, directory / f"round-{number}")
+                seconds[name].append(time.monotonic() - started)
+                processor_seconds[name].append(_processor_seconds() - computed)
+            started = time.monotonic()
+            _answer_file(arguments, source, directory / f"round-{number}")  # all is there: the start and the checks
+            seconds["answer-file, its start"].append(time.monotonic() - started)
             found = pq.read_table(directory / f"round-{number}").select(["answer", "score"]).to_pylist()
             equal = sum(
                 row == {"answer": answer.text, "score": answer.score}
                 for row, answer in zip(found, answers, strict=True)
             )
     rates = {name: round(len(examples) / statistics.median(times), 1) for name, times in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["answer_batch"], seconds["answer-file"], strict=True)]
+    ratios = _ratios(seconds)
     return {
         "questions": len(examples),
         "equal": equal,
@@ -84,8 +85,22 @@ def measure_speed(arguments: argparse.Namespace, examples: Sequence[Example], di
         "start_seconds": round(statistics.median(seconds["answer-file, its start"]), 2),
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio_of_processor_time": round(statistics.median(_ratios(processor_seconds)), 3),
+        "processor_seconds": {
+            name: [round(value, 2) for value in values] for name, values in processor_seconds.items()
+        },
         "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
     }
+
+
+def _ratios(seconds: dict[str, list[float]]) -> list[float]:
+    """For each round, the speed of answer-file relative to answer_batch."""
+    return [a / b for a, b in zip(seconds["answer_batch"], seconds["answer-file"], strict=True)]
+
+
+def _processor_seconds() -> float:
+    """What this process and those that it waited for have computed: other work on the machine changes it less."""
+    return sum(os.times()[:4])
 
 
 def measure_memory(arguments: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
@@ -147,7 +162,8 @@ def _table(result: dict[str, Any]) -> str:
         lines += [f"| {name} | {rate} |" for name, rate in speed["answers_per_second"].items()]
         lines += [
             f"\n{speed['equal']} of {speed['questions']} answers and scores are equal. answer-file has "
-            f"{speed['ratio']:.1%} of the speed, its start and its checks of {speed['start_seconds']} s included.\n"
+            f"{speed['ratio']:.1%} of the speed, its start and its checks of {speed['start_seconds']} s included; by "
+            f"processor time {speed['ratio_of_processor_time']:.1%}.\n"
         ]
     lines += ["| rows | input MiB | peak MiB | s | hours of a million |", "| ---: | ---: | ---: | ---: | ---: |"]
     return "\n".join(lines + [f"| {' | '.join(f'{value:,}' for value in row.values())} |" for row in result["memory"]])
