@@ -40,6 +40,7 @@ sys.exit(status)
 """
 ROOT = Path(__file__).parent.parent
 MILLION = 1_000_000
+MEMORY_NEW_TOKENS = 1
 QUESTIONS_PER_CONTEXT = 50
 NOTE_BYTES = 1_000
 """Of a column that is only kept, so that files are large and answers quick."""
@@ -110,11 +111,12 @@ def measure_memory(arguments: argparse.Namespace, directory: Path) -> list[dict[
         source = directory / f"{rows}.parquet"
         write_synthetic(source, rows)
         started = time.monotonic()
-        peak = _answer_file(arguments, source, directory / f"out-{rows}", max_new_tokens=1)
+        peak = _answer_file(arguments, source, directory / f"out-{rows}", max_new_tokens=MEMORY_NEW_TOKENS)
         taken = time.monotonic() - started
         results.append(
             {
                 "rows": rows,
+                "new_tokens": MEMORY_NEW_TOKENS,
                 "input_mib": round(source.stat().st_size / 2**20, 1),
                 "peak_mib": round(peak),
                 "seconds": round(taken, 1),
@@ -165,7 +167,10 @@ def _table(result: dict[str, Any]) -> str:
             f"{speed['ratio']:.1%} of the speed, its start and its checks of {speed['start_seconds']} s included; by "
             f"processor time {speed['ratio_of_processor_time']:.1%}.\n"
         ]
-    lines += ["| rows | input MiB | peak MiB | s | hours of a million |", "| ---: | ---: | ---: | ---: | ---: |"]
+    lines += [
+        "| rows | new tokens | input MiB | peak MiB | s | hours of a million |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     return "\n".join(lines + [f"| {' | '.join(f'{value:,}' for value in row.values())} |" for row in result["memory"]])
 
 
