@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test browser test-oldest test-sanitizers bench-peers lint format clean
+.PHONY: demo test browser test-oldest test-sanitizers test-distributed bench-peers lint format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
@@ -39,6 +39,16 @@ test-sanitizers: $(INSTALLED)  ## the kernels' tests with AddressSanitizer and U
 		$(RUN) setup.py -q build_ext --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(RUN) -m tests.kernels $(SANITIZED)/lib/qa_onnx/kernels/libqa_onnx_kernels.so
+
+DISTRIBUTED = runs/distributed
+test-distributed: $(INSTALLED) $(DISTRIBUTED)/.installed  ## the examples on Ray and Spark, with kills; Spark needs Java 17
+	$(RUN) -m export.to_onnx --model starter --precision int8 --output $(DISTRIBUTED)/bundle --force
+	QA_ONNX_BUNDLE=$(DISTRIBUTED)/bundle $(DISTRIBUTED)/bin/python -m pytest tests/distributed -p no:cacheprovider
+
+$(DISTRIBUTED)/.installed: examples/distributed.txt pyproject.toml
+	$(PYTHON) -m venv $(DISTRIBUTED)
+	$(DISTRIBUTED)/bin/python -m pip install --quiet --requirement examples/distributed.txt $(EDITABLE) .
+	touch $@
 
 bench-peers: $(INSTALLED)  ## an environment for each peer of the benchmarks that clashes with this project's packages
 	$(PYTHON) -m venv runs/peers/openvino

@@ -1,4 +1,4 @@
-"""The command line: `python -m qa_onnx answer | predict | evaluate | calibrate | info | serve`."""
+"""The command line: `python -m qa_onnx answer | answer-file | predict | evaluate | calibrate | info | serve`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from qa_onnx.answer import Answer
 from qa_onnx.answerer import Answerer
+from qa_onnx.bulk.command import add_bulk_options, answer_file
 from qa_onnx.bundle import Bundle
 from qa_onnx.calibration import calibrate
 from qa_onnx.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, KERNELS, EngineConfig, GenerationConfig
@@ -125,6 +126,10 @@ def _answer_lines(answer: Answer) -> list[str]:
 
 def _on_one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _answer_file(arguments: argparse.Namespace) -> None:
+    _write(answer_file(arguments, generation=_config(arguments), engine=_engine_config(arguments)))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -241,10 +246,10 @@ def _names(sources: Sequence[Path]) -> str:
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
-    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=_engine(arguments))
+    return Answerer.from_pretrained(arguments.model, provider=arguments.provider, config=_engine_config(arguments))
 
 
-def _engine(arguments: argparse.Namespace) -> EngineConfig:
+def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         threads=arguments.threads,
         kernels=arguments.kernels,
@@ -254,7 +259,7 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    serve_command.run(arguments, engine=_engine(arguments))
+    serve_command.run(arguments, engine=_engine_config(arguments))
 
 
 def _json_line(example: Example, answer: Answer) -> str:
@@ -459,11 +464,15 @@ def make_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="answer over HTTP, until Ctrl-C or SIGTERM; needs the extra serve")
     serve_command.add_options(serve)
     serve.set_defaults(run=_serve)
+    bulk = commands.add_parser("answer-file", help="answer files of any size, row by row, into a folder of files")
+    add_bulk_options(bulk)
+    add_columns_option(bulk)
+    bulk.set_defaults(run=_answer_file)
 
     for command in (predict, calibrate):
         add_data_options(command)
         command.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
-    for command in (predict, calibrate, serve):
+    for command in (predict, calibrate, bulk, serve):
         command.add_argument(
             "--batch-size",
             type=positive,
@@ -471,7 +480,7 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="N",
             help="default: %(default)s questions",
         )
-    for command in (answer, predict, calibrate, serve):
+    for command in (answer, predict, calibrate, bulk, serve):
         command.add_argument("--model", required=True, type=Path, metavar="BUNDLE", help="written by export.to_onnx")
         command.add_argument("--provider", choices=PROVIDERS, default="auto", help="default: %(default)s")
         command.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core")
@@ -486,7 +495,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
         )
-    for command in (answer, predict):
+    for command in (answer, predict, bulk):
         _add_generation_options(command)
 
     scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")

@@ -12,13 +12,13 @@ import sys
 
 import pytest
 
-from bench import accuracy, latency, long_documents, reliability, report, roofline, scaling, throughput, training
+from bench import accuracy, bulk, latency, long_documents, reliability, report, roofline, scaling, throughput, training
 from export import to_onnx
 from qa_onnx import cli
 from tests.conftest import ROOT
 from training import finetune
 
-TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/bulk.md"))
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [
     line
@@ -34,6 +34,7 @@ PARSERS = {
     "training.finetune": finetune.make_parser,
     "export.to_onnx": to_onnx.make_parser,
     "bench.accuracy": accuracy.make_parser,
+    "bench.bulk": bulk.make_parser,
     "bench.latency": latency.make_parser,
     "bench.long_documents": long_documents.make_parser,
     "bench.reliability": reliability.make_parser,

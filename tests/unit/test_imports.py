@@ -69,6 +69,8 @@ def test_the_runtime_imports_only_its_few_dependencies(path):
     }.get(path.name, set())
     if path.parent.name == "serve":  # its extra; the command imports the others when it runs
         roots -= {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}
+    if path.parent.name == "bulk":  # the extra of that name
+        roots -= {"pyarrow"}
     if path.parent.name == "checkpoint":  # which training and export load models with
         roots -= {"torch", "transformers", "safetensors", "huggingface_hub"}
     assert roots - sys.stdlib_module_names - {"qa_onnx", "numpy", "tokenizers", "onnxruntime"} == optional
@@ -92,6 +94,12 @@ def test_the_service_knows_the_answerer_and_what_it_takes_and_gives_only(path):
 def test_text_and_evaluation_know_no_answerer(path):
     above = {f"qa_onnx.{name}" for name in ("answerer", "request", "search", "loop", "cli")}
     assert above & set(imports_of(path)) == set()
+
+
+@pytest.mark.parametrize("path", [ROOT / "qa_onnx" / "batch.py", *files_of("qa_onnx/bulk")], ids=module_name)
+def test_bulk_work_touches_the_answerer_only(path):
+    inside = {f"qa_onnx.{name}" for name in ("engine", "text", "loop", "request", "search", "cli", "kernels")}
+    assert {name for name in imports_of(path) if name.startswith(tuple(inside))} == set()
 
 
 @pytest.mark.parametrize(("package", "allowed"), [("training", {"qa_onnx"}), ("export", {"qa_onnx"})])
