@@ -7,8 +7,7 @@ padded grids. Here each of these chains is part of an operator (domain `qa_onnx`
     Unpack       rows of the token embedding, whose packed weight the output layer reads, too
     SharedAttention    attention of packed tokens on prefixes that sequences share and on their own columns
 
-A layer is five of them. In float32, matmuls stay ONNX Runtime's own; in int8 and bfloat16, attention multiplies in
-bfloat16 where the processor has AMX, and else in float32, too. There is no grid: attention reads a table,
+A layer is five of them. In float32, matmuls stay ONNX Runtime's own. There is no grid: attention reads a table,
 
     segments int64 [S, 5]    group, row, first packed token, number of tokens, column of the first one
 
@@ -57,7 +56,7 @@ def build_kernel_decoder(
         config: Of the same model.
         quantized: The matrices to multiply in int8.
         eos_token_id: The token that ends an answer.
-        bfloat16: Multiply the other matrices in bfloat16. Sums, norms, the softmax and residuals stay float32.
+        bfloat16: Multiply the other matrices in bfloat16. Sums, norms, attention and residuals stay float32.
     """
     builder = _KernelBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, bfloat16=bfloat16)
     return builder.checked_model()
@@ -177,7 +176,6 @@ class _KernelBuilder(DecoderBuilder):
             [context, *(f"{PRESENT_NAME}{layer}.{part}" for part in ("key", "value"))],
             key_offset=0 if is_last else width,
             scale=self._attention_scale(layer),
-            rounds=int(self.bfloat16 or bool(self.quantized)),
         )
         residual = self._fused(f"{name}.attn.c_proj", context, residual=residual)
         hidden = self._fused(f"{name}.mlp.c_fc", residual, norm=f"{name}.ln_2", activates=True)

@@ -9,9 +9,6 @@
 #include "attention.h"
 #include "matmul.h"
 #include "simd.h"
-#if defined(__AMX_BF16__)
-#include "attention_tiles.h"
-#endif
 
 namespace qa {
 namespace {
@@ -94,14 +91,6 @@ void prepare_rows(const RowsArgs& a, int64_t first, int64_t last, float* scratch
   }
 }
 
-void attend_any(const AttentionArgs& a, int64_t group, int64_t head, const Token* tokens, int64_t count,
-                float* scratch) {
-#if defined(__AMX_BF16__)
-  if (a.rounds) return attend_on_tiles(a, group, head, tokens, count, scratch);
-#endif
-  attend(a, group, head, tokens, count, scratch);
-}
-
 }  // namespace
 
 #if defined(__AVX512BF16__)
@@ -110,13 +99,6 @@ constexpr bool kHasBFloat16 = true;
 constexpr bool kHasBFloat16 = false;
 #endif
 
-#if defined(__AMX_BF16__)
-constexpr bool kRoundsAttention = true;
-#else
-constexpr bool kRoundsAttention = false;
-#endif
-
-extern const Kernels QA_KERNELS = {QA_NAME,   kHasBFloat16, kRoundsAttention, prepare_rows,
-                                   matmul,    write_keys,   attend_any,       unpack_column};
+extern const Kernels QA_KERNELS = {QA_NAME, kHasBFloat16, prepare_rows, matmul, write_keys, attend, unpack_column};
 
 }  // namespace qa

@@ -59,7 +59,6 @@ struct AttentionArgs {
   const float* key_value;  // [N, key_stride]: keys from key_offset, values behind them
   int64_t query_stride, key_stride, key_offset;
   float scale;
-  bool rounds;             // to bfloat16, where the kernels do (Kernels::rounds_attention)
   int64_t heads, head_size;
   int64_t rows, prefix_columns, columns;  // R, P and C
   const float *prefix_keys, *prefix_values;  // [G, H, 1, P, D]
@@ -71,7 +70,6 @@ struct AttentionArgs {
 struct Kernels {
   const char* name;
   bool has_bfloat16;
-  bool rounds_attention;
   // Prepares rows `first` to `last` (not included). `scratch` has room for a row, [K].
   void (*prepare_rows)(const RowsArgs&, int64_t first, int64_t last, float* scratch);
   // Computes a tile; its columns begin with a panel.
@@ -79,8 +77,7 @@ struct Kernels {
   // Writes keys and values of `count` packed tokens from `token` on to columns from `column` on.
   void (*write_keys)(const AttentionArgs&, int64_t group, int64_t head, int64_t row, int64_t token, int64_t count,
                      int64_t column);
-  // Computes the context of some tokens of a group, sorted by row; with `rounds`, of at most kTileTokens. `scratch` has
-  // attention_scratch() floats, and begins with a cache line.
+  // Computes the context of some tokens of a group, sorted by row. `scratch` has attention_scratch() floats.
   void (*attend)(const AttentionArgs&, int64_t group, int64_t head, const Token* tokens, int64_t count, float* scratch);
   // One row of a packed weight's transpose, [K]: the embedding of a token.
   void (*unpack_column)(Type, const void* weight, const float* column_scales, int64_t column, int64_t width, float* y);
@@ -89,12 +86,6 @@ struct Kernels {
 constexpr int64_t kAttentionTokens = 6;
 inline int64_t attention_scratch(int64_t prefix_columns, int64_t columns, int64_t head_size) {
   return kAttentionTokens * (prefix_columns + columns + 2 * kPanel + 2 * (head_size + kPanel)) + kPanel;
-}
-// On tiles: scores, contexts and queries of the tokens, and keys and values of a row or a prefix, rounded.
-constexpr int64_t kTileTokens = 96, kMaxTileSize = 128;
-inline int64_t tile_scratch(int64_t prefix_columns, int64_t columns, int64_t head_size) {
-  const int64_t size = head_size + 2 * kPanel, stride = prefix_columns + columns + 6 * kPanel;
-  return (kTileTokens + 2 * kPanel) * (stride + 2 * size) + stride * size;
 }
 
 extern const Kernels kAmx, kAvx512, kAvx512Vnni, kAvxVnni, kAvx2;

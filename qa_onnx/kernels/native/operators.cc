@@ -9,7 +9,7 @@
 //   SharedAttention         context [M, H D] and the caches, into which keys and values are written in place
 //     inputs      query [M, *], key_value [N, *], segments [S, 5], prefix_lengths [G], suffix_starts [G, R],
 //                 prefix keys and values [G, H, 1, P, D], own keys and values [G, H, R, C, D], output_index? [M]
-//     attributes  key_offset, scale, rounds (1: to bfloat16, where the kernels can)
+//     attributes  key_offset, scale
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -255,12 +255,9 @@ struct Segment {  // a row of `segments`
 struct SharedAttention {
   int64_t key_offset;
   float scale;
-  bool may_round;
 
   explicit SharedAttention(const ort::KernelInfo* info)
-      : key_offset(int_attribute(info, "key_offset")),
-        scale(float_attribute(info, "scale")),
-        may_round(int_attribute(info, "rounds") != 0) {}
+      : key_offset(int_attribute(info, "key_offset")), scale(float_attribute(info, "scale")) {}
 
   void compute(ort::KernelContext* context) const {
     const Tensor query = input(context, 0), key_value = input(context, 1), segments = input(context, 2),
@@ -324,9 +321,8 @@ struct SharedAttention {
               {query_of[size_t(one->token + i)], one->row, start, one->column + i + 1});
     }
 
-    const bool rounds = may_round && g_kernels->rounds_attention && size % 2 == 0 && size <= qa::kMaxTileSize;
     const qa::AttentionArgs args{query.as<float>(), key_value.as<float>(), query.sizes[1], key_value.sizes[1],
-                                 key_offset, scale, rounds, heads, size, rows, prefix_columns, columns,
+                                 key_offset, scale, heads, size, rows, prefix_columns, columns,
                                  prefix_keys.as<float>(), prefix_values.as<float>(), new_keys, new_values,
                                  prefix_lengths.as<int64_t>(), result};
     parallel(context, heads, [&](int64_t head) {
@@ -337,16 +333,13 @@ struct SharedAttention {
       int64_t group, head, first, count;
     };
     std::vector<Task> tasks;
-    const int64_t most = rounds ? qa::kTileTokens : kTokensPerTask;
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t head = 0; head < heads; ++head)
-        for (int64_t first = 0; first < int64_t(tokens_of[size_t(g)].size()); first += most)
-          tasks.push_back({g, head, first, std::min(most, int64_t(tokens_of[size_t(g)].size()) - first)});
+        for (int64_t first = 0; first < int64_t(tokens_of[size_t(g)].size()); first += kTokensPerTask)
+          tasks.push_back({g, head, first, std::min(kTokensPerTask, int64_t(tokens_of[size_t(g)].size()) - first)});
     parallel(context, int64_t(tasks.size()), [&](int64_t task) {
       const Task& one = tasks[size_t(task)];
-      const int64_t floats = rounds ? qa::tile_scratch(prefix_columns, columns, size)
-                                    : qa::attention_scratch(prefix_columns, columns, size);
-      auto* memory = static_cast<float*>(aligned_scratch(size_t(4 * floats)));
+      float* memory = scratch<float>(size_t(qa::attention_scratch(prefix_columns, columns, size)));
       g_kernels->attend(args, one.group, one.head, tokens_of[size_t(one.group)].data() + one.first, one.count, memory);
     });
   }
