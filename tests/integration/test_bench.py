@@ -21,6 +21,7 @@ from bench import (
     demo,
     latency,
     long_documents,
+    look_ahead,
     reliability,
     report,
     roofline,
@@ -38,6 +39,7 @@ from qa_onnx.data.squad import parse_squad
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.kernels import find_kernels
 from tests.conftest import ROOT
+from tests.kernels import needs_kernels
 from training import finetune
 from training.starter.sample import generate
 
@@ -118,6 +120,20 @@ def test_latency_asks_two_questions_a_passage(tiny_model_dir, tmp_path, work, qu
     assert "| qa_onnx fp32 |" in capsys.readouterr().out
     assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_look_ahead_is_measured_on_second_questions(starter_bundle, tmp_path, capsys):
+    needs_kernels()
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=30)))
+    arguments = ["--bundle", starter_bundle, "--data", data, "--output", output, "--passages", 5]
+    assert look_ahead.main([*map(str, arguments)]) == 0
+    plain, kernels, ahead = json.loads(output.read_text())["rows"]
+    assert [len(row["seconds"]) for row in (plain, kernels, ahead)] == [4, 4, 4]
+    assert plain["draft_tokens"] == kernels["draft_tokens"] == 0
+    assert ahead["equal_percent"] == kernels["equal_percent"] == 100
+    assert ahead["steps_each"] <= kernels["steps_each"]
+    assert "| kernels, look-ahead |" in capsys.readouterr().out
 
 
 def test_many_callers_get_what_a_batch_gets(tiny_model_dir, tmp_path, work, quick, capsys):
