@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qa_onnx.data.reader import read_examples
 
 BATCH_SIZES = (8, 16, 32)
 TUNING_QUESTIONS = 64
+LONG_CONTEXTS, LONG_CONTEXT_QUESTIONS, LONG_CONTEXT_WORDS = 12, 4, 720
 
 
 def documents(examples: Sequence[Example]) -> list[Example]:
@@ -37,9 +39,32 @@ def one_question(examples: Sequence[Example]) -> list[Example]:
     return list({example.context: example for example in reversed(examples)}.values())[::-1][:64]
 
 
+def long_context(examples: Sequence[Example]) -> list[Example]:
+    """Four questions on each of 12 contexts of several passages, together about 800 of GPT-2's tokens."""
+    by_passage: dict[str, list[Example]] = {}
+    for example in examples:
+        by_passage.setdefault(example.context, []).append(example)
+    found: list[Example] = []
+    passages: list[str] = []
+    for passage in by_passage:
+        words = sum(len(text.split()) for text in [*passages, passage])
+        if words > LONG_CONTEXT_WORDS:
+            asked = [example for one in passages for example in by_passage[one]]
+            context = "\n\n".join(passages)
+            if len(asked) >= LONG_CONTEXT_QUESTIONS:
+                spread = range(0, len(asked), len(asked) // LONG_CONTEXT_QUESTIONS)
+                found += [replace(asked[index], context=context) for index in spread][:LONG_CONTEXT_QUESTIONS]
+            passages = []
+        if len(found) == LONG_CONTEXTS * LONG_CONTEXT_QUESTIONS:
+            break
+        passages.append(passage)
+    return found
+
+
 WORKLOADS: dict[str, Callable[[Sequence[Example]], Sequence[Example]]] = {
     "documents": documents,
     "one-question": one_question,
+    "long-context": long_context,
     "natural": lambda examples: examples,
 }
 

@@ -343,6 +343,12 @@ def test_the_workloads_are_those_of_the_issue(real_data):
     assert len({example.context for example in documents}) == 48
     assert documents == examples[: len(documents)]
     assert len({example.context for example in single}) == len(single) == 64
+    long = throughput.long_context(examples)
+    contexts = [example.context for example in long]
+    assert contexts == [context for context in dict.fromkeys(contexts) for _ in range(4)]
+    assert len(contexts) == 48
+    assert all(550 < len(context.split()) <= 720 for context in contexts)
+    assert all(answer.text in example.context for example in long for answer in example.answers)
     assert single[0] == examples[0]
 
 
