@@ -212,7 +212,7 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
                 fillstyle="full" if _style(row["name"]) == "-" else "none",
                 label=row["name"],
             )
-    right.legend(fontsize=7, loc="best")
+    figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     right.set(xlabel="answers a second", ylabel="tokens equal to PyTorch fp32, %")
     right.set(xlim=(0, None), ylim=(None, 101))
 
