@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import qa_onnx
+from qa_onnx.answerer import choose_backend
 from qa_onnx.batch import ON_ERROR, AnswerBatch
 from qa_onnx.bulk.plan import InputFile, find_files, plan_file
 from qa_onnx.bulk.table_files import OUTPUT_FORMATS
@@ -117,7 +118,8 @@ def answer_files(config: BulkConfig) -> BulkReport:
         provider=config.provider,
         engine=config.engine,
     )
-    Bundle.open(config.model)
+    precision = Bundle.open(config.model).manifest.precision
+    provider, kernels = choose_backend(precision, provider=config.provider, kernels=config.engine.kernels)
     paths = find_files(config.inputs)
     with _folder(config.output):
         files = [
@@ -135,7 +137,7 @@ def answer_files(config: BulkConfig) -> BulkReport:
             raise InvalidInputError(
                 f"{' and '.join(map(str, config.inputs))}: there are no rows; expected at least one"
             )
-        _check_run(config.output, _manifest(config, files))
+        _check_run(config.output, _manifest(config, files, provider=provider, kernels=kernels.instruction_set))
         report = _answer_shards(config, answers, files)
         write_file(config.output / DONE_NAME, "")
     return report
@@ -199,8 +201,15 @@ def _folder(output: Path) -> Iterator[None]:
             output.rmdir()
 
 
-def _manifest(config: BulkConfig, files: Sequence[InputFile]) -> dict[str, Any]:
-    """What decides the content of every shard. How it is computed, as by how many processes, does not."""
+def _manifest(config: BulkConfig, files: Sequence[InputFile], *, provider: str, kernels: str | None) -> dict[str, Any]:
+    """What decides the content of every shard. How it is computed, as by how many processes, does not.
+
+    Args:
+        config: What was asked for.
+        files: The inputs.
+        provider: That runs the bundle here, where the configuration may say `auto`.
+        kernels: Their instruction set; None without kernels.
+    """
     generation = {field.name: getattr(config.generation, field.name) for field in fields(GenerationConfig)}
     return {
         "format_version": FORMAT_VERSION,
@@ -211,8 +220,8 @@ def _manifest(config: BulkConfig, files: Sequence[InputFile]) -> dict[str, Any]:
         "output_format": config.output_format,
         "on_error": config.on_error,
         "prefix": config.prefix,
-        "provider": config.provider,
-        "kernels": config.engine.kernels,
+        "provider": provider,
+        "kernels": kernels,
         "generation": generation,
     }
 

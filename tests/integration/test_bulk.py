@@ -280,6 +280,24 @@ def test_a_folder_of_another_run_is_refused(tiny_bundle, source, undisturbed, tm
     assert contents(output) == undisturbed[0]
 
 
+def test_what_ran_is_recorded_and_a_machine_that_runs_another_is_refused(
+    tiny_bundle, source, undisturbed, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name, content in undisturbed[0].items():
+        (output / name).write_bytes(content)
+    manifest = json.loads((output / "_run.json").read_text())
+    with Answerer.from_pretrained(tiny_bundle) as answerer:
+        stats = answerer.stats()
+    assert (manifest["provider"], manifest["kernels"]) == (stats.provider, stats.kernels)
+    assert run(*command(tiny_bundle, source, output, "--provider", stats.provider)) == 0  # what `auto` was
+    for name, there in (("provider", "other"), ("kernels", "avx1024")):
+        (output / "_run.json").write_text(json.dumps(manifest | {name: there}))
+        assert run(*command(tiny_bundle, source, output)) == 2
+        assert f"is of another run ({name} {there} instead of {getattr(stats, name)})" in capsys.readouterr().err
+
+
 def test_changed_inputs_another_bundle_and_files_of_others_are_refused(
     tiny_bundle, questions, source, undisturbed, tmp_path, capsys
 ):
