@@ -150,6 +150,8 @@ def _answer_shards(config: BulkConfig, answers: AnswerBatch, files: Sequence[Inp
     ]
     before = _rows_there(parts)
     total = sum(rows for of_file in parts for _, rows in of_file)
+    if before < total:
+        (config.output / DONE_NAME).unlink(missing_ok=True)  # of a run whose shards were deleted since
     write = ShardWriter(answers=answers, output_format=config.output_format, keeps_errors=config.on_error == "null")
     errors = 0
     try:

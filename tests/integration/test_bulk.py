@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from qa_onnx import Answerer
+from qa_onnx import Answerer, EngineError
 from qa_onnx.batch import ERROR, RESULTS
 from qa_onnx.cli import main
 from tests.conftest import ROOT
@@ -371,3 +371,24 @@ def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tm
         (output / name).write_bytes(content)
     assert run(*command(tiny_bundle, source, output)) == 0
     assert capsys.readouterr().out.startswith("answered 0 rows, 600 were there already: 20 files")
+
+
+def test_a_run_that_misses_shards_is_not_marked_as_done(
+    tiny_bundle, source, undisturbed, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name, content in undisturbed[0].items():
+        (output / name).write_bytes(content)
+    (output / "part-00000-00007.parquet").unlink()
+
+    def fail(*_, **__):
+        raise EngineError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qa_onnx.bulk.run.write_shards", fail)
+        assert run(*command(tiny_bundle, source, output)) == 2
+    assert "the device is gone" in capsys.readouterr().err
+    assert contents(output).keys() == undisturbed[0].keys() - {"_SUCCESS", "part-00000-00007.parquet"}
+    assert run(*command(tiny_bundle, source, output)) == 0
+    assert contents(output) == undisturbed[0]
