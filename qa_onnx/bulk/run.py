@@ -57,7 +57,7 @@ class BulkConfig:
         engine: Of each process.
 
     Raises:
-        InvalidInputError: A value is out of range.
+        InvalidInputError: A value is out of range, or answers would be drawn without a seed.
     """
 
     inputs: Sequence[Path]
@@ -81,6 +81,11 @@ class BulkConfig:
         for name in ("shard_rows", "processes"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"got {name} {getattr(self, name)}; expected a whole number of at least 1")
+        if self.generation.samples and self.generation.seed is None:
+            raise InvalidInputError(
+                f"got temperature {self.generation.temperature:g} without a seed; expected one, as a run that is "
+                "continued would draw other answers. Pass --seed, such as --seed 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -324,6 +324,7 @@ def test_changed_inputs_another_bundle_and_files_of_others_are_refused(
         (["--output-format", "xlsx"], "output_format 'xlsx'; expected one of parquet, jsonl, csv"),
         (["--processes", "0"], "processes 0"),
         (["--on-error", "skip"], "on_error 'skip'"),
+        (["--temperature", "0.7"], "temperature 0.7 without a seed; expected"),
         (["--num-answers", "2"], "num_answers 2; a row has columns for one answer"),
         (["--window", "100000"], "window 100000; the model has 256 positions"),
         (["--columns", "question=ask"], "no column 'ask'"),
