@@ -186,6 +186,21 @@ def test_ctrl_c_ends_it_with_what_is_done_kept(tiny_bundle, source, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_ctrl_c_while_processes_start_is_one_line(tiny_bundle, source, tmp_path):
+    for wait in (0, 0.1, 0.3):  # all of them within their imports, which take longer
+        process = start(tiny_bundle, source, tmp_path / "out", "--processes", "2", start_new_session=True)
+        until = time.monotonic() + 60
+        children = ["pgrep", "-c", "-P", str(process.pid), "-f", "spawn_main"]
+        while int(subprocess.run(children, capture_output=True, text=True, check=False).stdout) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+        assert (process.returncode, out, errors.count("\n")) == (130, "", 1)
+        assert errors.startswith("interrupted")
+
+
 def test_a_full_disk_in_the_middle_keeps_the_shards_before(tiny_bundle, questions, tmp_path):
     noise = random.Random(0)
     long = ["" if index < 90 else noise.randbytes(2_000).hex() for index in range(120)]
