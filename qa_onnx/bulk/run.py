@@ -192,20 +192,27 @@ def _missing_shards(files: Sequence[InputFile], parts: Sequence[Sequence[tuple[P
 
 @contextmanager
 def _folder(output: Path) -> Iterator[None]:
-    """Makes and locks the output folder, clears what a killed run left half written, and removes it if it is empty."""
+    """Makes and locks the output folder, clears what was left half written, and removes it if it is empty."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInputError(f"--output {output}: cannot be made ({error.strerror}); expected a folder") from error
     try:
         with folder_lock(output / LOCK_NAME, what=f"a run of answer-file in {output}"):
-            for name in ("part-*", f"{RUN_NAME}.*", f"{DONE_NAME}.*"):
-                for path in output.glob(f".{name}.partial"):
-                    path.unlink()
-            yield
+            _remove_partial_files(output)
+            try:
+                yield
+            finally:
+                _remove_partial_files(output)  # of processes that were killed because of an error or Ctrl-C
     finally:
         with suppress(OSError):  # it has files, as it should
             output.rmdir()
+
+
+def _remove_partial_files(output: Path) -> None:
+    for name in ("part-*", f"{RUN_NAME}.*", f"{DONE_NAME}.*"):
+        for path in output.glob(f".{name}.partial"):
+            path.unlink()
 
 
 def _manifest(config: BulkConfig, files: Sequence[InputFile], *, provider: str, kernels: str | None) -> dict[str, Any]:

@@ -399,6 +399,7 @@ def test_a_run_that_misses_shards_is_not_marked_as_done(
     (output / "part-00000-00007.parquet").unlink()
 
     def fail(*_, **__):
+        (output / ".part-00000-00007.parquet.0123abcd.partial").touch()  # as a process that was killed leaves it
         raise EngineError("the device is gone")
 
     with monkeypatch.context() as patch:
@@ -406,5 +407,6 @@ def test_a_run_that_misses_shards_is_not_marked_as_done(
         assert run(*command(tiny_bundle, source, output)) == 2
     assert "the device is gone" in capsys.readouterr().err
     assert contents(output).keys() == undisturbed[0].keys() - {"_SUCCESS", "part-00000-00007.parquet"}
+    assert not list(output.glob(".*"))
     assert run(*command(tiny_bundle, source, output)) == 0
     assert contents(output) == undisturbed[0]
