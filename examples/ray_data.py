@@ -28,6 +28,7 @@ import ray
 
 from qa_onnx import EngineConfig, GenerationConfig
 from qa_onnx.batch import AnswerBatch
+from qa_onnx.bulk.workers import TYPES
 from qa_onnx.files import write_file
 
 
@@ -48,8 +49,7 @@ class AnswerAndKeep:
         found = self._answers({name: batch[name].to_pylist() for name in batch.column_names})
         table = batch
         for name in self._answers.columns:
-            kind = pa.int64() if name in ("start", "end") else None
-            table = table.append_column(name, pa.array(found[name], kind))
+            table = table.append_column(name, pa.array(found[name], TYPES[name]))
         content = io.BytesIO()
         pq.write_table(table, content)
         name = hashlib.sha256(repr(found[self._key]).encode()).hexdigest()[:32]

@@ -70,6 +70,22 @@ class AnswererStats:
     prefix_cache: PrefixCacheStats
 
 
+def choose_backend(precision: str, *, provider: str, kernels: str) -> tuple[str, KernelChoice]:
+    """Decides what a bundle is run with on this machine: the provider, and whether with kernels.
+
+    Args:
+        precision: Of the bundle.
+        provider: As of `Answerer.from_pretrained`.
+        kernels: `EngineConfig.kernels`.
+
+    Raises:
+        InvalidInputError: An unknown provider.
+        ProviderError: The provider or the kernels are not there, or do not run the precision.
+    """
+    found = resolve_provider(provider, precision)
+    return found, choose_kernels(kernels, provider=found, precision=precision)
+
+
 class Answerer:
     """Answers questions with a bundle. Make one with `from_pretrained`; call it from any number of threads.
 
@@ -125,10 +141,9 @@ class Answerer:
             raise InvalidInputError(f"got config of type {type(config).__name__}; expected an EngineConfig")
         config = config or EngineConfig()
         bundle = Bundle.open(path)
-        provider = resolve_provider(provider, bundle.manifest.precision)
+        provider, kernels = choose_backend(bundle.manifest.precision, provider=provider, kernels=config.kernels)
         bundle.check_files()
         tokenizer = bundle.load_tokenizer()
-        kernels = choose_kernels(config.kernels, provider=provider, precision=bundle.manifest.precision)
         path = bundle.graph_path(has_kernels=kernels.library is not None)
         session = Session(path, provider=provider, config=config, kernels=kernels.library)
         copier = load_copier(bundle.cache_copy_path, provider=provider, config=config)
@@ -341,7 +356,7 @@ class Answerer:
             running=scheduler.running,
             answered=self._loop.answered,
             batch_size=scheduler.batch_size,
-            kernels=None if self._kernels.library is None else self._kernels.library.instruction_set,
+            kernels=self._kernels.instruction_set,
             kernels_reason=self._kernels.reason,
             uses_cuda_graphs=engine.uses_cuda_graphs,
             engine=replace(engine.stats),

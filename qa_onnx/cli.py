@@ -491,7 +491,7 @@ def make_parser() -> argparse.ArgumentParser:
             help="our own operators, on the CPU; default: %(default)s",
         )
         command.add_argument("--device-id", type=int, default=0, metavar="N", help="GPU; default: %(default)s")
-    for command in (answer, predict, calibrate):
+    for command in (answer, predict, calibrate, bulk):
         command.add_argument(
             "--max-new-tokens", type=positive, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from qa_onnx.batch import text_problem
-from qa_onnx.bulk.table_files import FORMATS, check_output, format_of, read_batches, read_schema
+from qa_onnx.bulk.table_files import FORMATS, check_output, check_values, format_of, read_batches, read_schema
 from qa_onnx.bundle import sha256_of
 from qa_onnx.data.columns import REQUIRED, find_columns
 from qa_onnx.errors import InvalidInputError
@@ -125,7 +125,7 @@ def plan_file(
 
     Raises:
         InvalidInputError: The file cannot be read, a column is missing or of the wrong type, a name of a result is
-            taken, the output format cannot hold a column, or a row has no text.
+            taken, the output format cannot hold a column or a value, or a row has no text.
     """
     schema = read_schema(path)
     try:
@@ -146,6 +146,7 @@ def plan_file(
     shards: list[int] = []
     row, size, total = 0, 0, 0
     for batch in read_batches(path, schema):
+        check_values(path, batch, output_format)
         if needs_texts:
             _check_texts(path, batch, found, row)
         row += batch.num_rows

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import qa_onnx
+from qa_onnx.answerer import choose_backend
 from qa_onnx.batch import ON_ERROR, AnswerBatch
 from qa_onnx.bulk.plan import InputFile, find_files, plan_file
 from qa_onnx.bulk.table_files import OUTPUT_FORMATS
@@ -56,7 +57,7 @@ class BulkConfig:
         engine: Of each process.
 
     Raises:
-        InvalidInputError: A value is out of range.
+        InvalidInputError: A value is out of range, or answers would be drawn without a seed.
     """
 
     inputs: Sequence[Path]
@@ -80,6 +81,11 @@ class BulkConfig:
         for name in ("shard_rows", "processes"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"got {name} {getattr(self, name)}; expected a whole number of at least 1")
+        if self.generation.samples and self.generation.seed is None:
+            raise InvalidInputError(
+                f"got temperature {self.generation.temperature:g} without a seed; expected one, as a run that is "
+                "continued would draw other answers. Pass --seed, such as --seed 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +123,8 @@ def answer_files(config: BulkConfig) -> BulkReport:
         provider=config.provider,
         engine=config.engine,
     )
-    Bundle.open(config.model)
+    precision = Bundle.open(config.model).manifest.precision
+    provider, kernels = choose_backend(precision, provider=config.provider, kernels=config.engine.kernels)
     paths = find_files(config.inputs)
     with _folder(config.output):
         files = [
@@ -135,7 +142,7 @@ def answer_files(config: BulkConfig) -> BulkReport:
             raise InvalidInputError(
                 f"{' and '.join(map(str, config.inputs))}: there are no rows; expected at least one"
             )
-        _check_run(config.output, _manifest(config, files))
+        _check_run(config.output, _manifest(config, files, provider=provider, kernels=kernels.instruction_set))
         report = _answer_shards(config, answers, files)
         write_file(config.output / DONE_NAME, "")
     return report
@@ -148,6 +155,8 @@ def _answer_shards(config: BulkConfig, answers: AnswerBatch, files: Sequence[Inp
     ]
     before = _rows_there(parts)
     total = sum(rows for of_file in parts for _, rows in of_file)
+    if before < total:
+        (config.output / DONE_NAME).unlink(missing_ok=True)  # of a run whose shards were deleted since
     write = ShardWriter(answers=answers, output_format=config.output_format, keeps_errors=config.on_error == "null")
     errors = 0
     try:
@@ -183,24 +192,38 @@ def _missing_shards(files: Sequence[InputFile], parts: Sequence[Sequence[tuple[P
 
 @contextmanager
 def _folder(output: Path) -> Iterator[None]:
-    """Makes and locks the output folder, clears what a killed run left half written, and removes it if it is empty."""
+    """Makes and locks the output folder, clears what was left half written, and removes it if it is empty."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInputError(f"--output {output}: cannot be made ({error.strerror}); expected a folder") from error
     try:
         with folder_lock(output / LOCK_NAME, what=f"a run of answer-file in {output}"):
-            for name in ("part-*", f"{RUN_NAME}.*", f"{DONE_NAME}.*"):
-                for path in output.glob(f".{name}.partial"):
-                    path.unlink()
-            yield
+            _remove_partial_files(output)
+            try:
+                yield
+            finally:
+                _remove_partial_files(output)  # of processes that were killed because of an error or Ctrl-C
     finally:
         with suppress(OSError):  # it has files, as it should
             output.rmdir()
 
 
-def _manifest(config: BulkConfig, files: Sequence[InputFile]) -> dict[str, Any]:
-    """What decides the content of every shard. How it is computed, as by how many processes, does not."""
+def _remove_partial_files(output: Path) -> None:
+    for name in ("part-*", f"{RUN_NAME}.*", f"{DONE_NAME}.*"):
+        for path in output.glob(f".{name}.partial"):
+            path.unlink()
+
+
+def _manifest(config: BulkConfig, files: Sequence[InputFile], *, provider: str, kernels: str | None) -> dict[str, Any]:
+    """What decides the content of every shard. How it is computed, as by how many processes, does not.
+
+    Args:
+        config: What was asked for.
+        files: The inputs.
+        provider: That runs the bundle here, where the configuration may say `auto`.
+        kernels: Their instruction set; None without kernels.
+    """
     generation = {field.name: getattr(config.generation, field.name) for field in fields(GenerationConfig)}
     return {
         "format_version": FORMAT_VERSION,
@@ -211,8 +234,8 @@ def _manifest(config: BulkConfig, files: Sequence[InputFile]) -> dict[str, Any]:
         "output_format": config.output_format,
         "on_error": config.on_error,
         "prefix": config.prefix,
-        "provider": config.provider,
-        "kernels": config.engine.kernels,
+        "provider": provider,
+        "kernels": kernels,
         "generation": generation,
     }
 

@@ -33,6 +33,15 @@ BATCH_BYTES = 8 * 2**20
 """At most so many rows or, in text files, characters are read at once."""
 MAX_LINE_BYTES = 256 * 2**20
 """Of JSON lines."""
+PLAIN_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_boolean,
+    pa.types.is_null,
+)
+"""Of columns whose values every format can hold."""
 PARQUET_BUFFER = 2**20
 """Bytes of a column that are read at once. Unless told, pyarrow reads all that a row group has of it."""
 
@@ -100,7 +109,7 @@ def encode(table: pa.Table, output_format: str) -> bytes:
     """A table as the content of a file of one of `OUTPUT_FORMATS`.
 
     Raises:
-        InvalidInputError: The format cannot hold a column.
+        InvalidInputError: The format cannot hold a column, or one of its values.
     """
     try:
         if output_format == "jsonl":
@@ -111,9 +120,11 @@ def encode(table: pa.Table, output_format: str) -> bytes:
         else:
             pa.parquet.write_table(table, sink, compression="zstd")
         return bytes(sink.getvalue())
-    except pa.ArrowException as error:
+    except InvalidInputError:
+        raise
+    except (OverflowError, ValueError, pa.ArrowException) as error:  # also of dates that Python does not have
         raise InvalidInputError(
-            f"{output_format} cannot hold the columns ({one_line(error)}); choose another --output-format"
+            f"{output_format} cannot hold the values ({one_line(error)}); choose another --output-format"
         ) from error
 
 
@@ -131,6 +142,27 @@ def check_output(schema: pa.Schema, output_format: str) -> None:
                 f"the column {field.name!r} has the type {field.type}, which {output_format} has no form for; choose "
                 "another --output-format, or leave the column out"
             )
+
+
+def check_values(path: Path, batch: pa.RecordBatch, output_format: str) -> None:
+    """Checks that a format can hold the values of some rows, before anything is computed for them.
+
+    Args:
+        path: The file that they are from, for messages.
+        batch: The rows.
+        output_format: One of `OUTPUT_FORMATS`.
+
+    Raises:
+        InvalidInputError: It cannot; the message names the column.
+    """
+    with _errors_of(path):
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            if any(is_plain(field.type) for is_plain in PLAIN_TYPES):
+                continue
+            try:
+                encode(pa.table([column], [field.name]), output_format)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"the column {field.name!r} of type {field.type}: {error}") from error
 
 
 @contextmanager

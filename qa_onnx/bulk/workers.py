@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -167,12 +168,14 @@ def _started(processes: int, write: ShardWriter) -> Iterator[dict[Connection, Ba
     """Some processes by the connection to each; they are killed at the end, which leaves no half file."""
     context = multiprocessing.get_context("spawn")  # a fork would have none of the threads of ONNX Runtime
     workers: dict[Connection, BaseProcess] = {}
+    resource_tracker.ensure_running()  # the first start would start it, which ends with SIGINT unblocked
     try:
         for _ in range(processes):
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(target=_work, args=(theirs, write), daemon=True)
-            process.start()
-            workers[ours] = process
+            with _sigint_blocked():
+                process.start()
+                workers[ours] = process
             theirs.close()
         yield workers
     finally:
@@ -181,6 +184,16 @@ def _started(processes: int, write: ShardWriter) -> Iterator[dict[Connection, Ba
         for connection, process in workers.items():
             process.join()
             connection.close()
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Has Ctrl-C wait for the end of the block, and never come to processes that are started in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, write: Callable[[Shard], Written]) -> None:

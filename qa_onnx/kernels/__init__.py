@@ -53,6 +53,11 @@ class KernelChoice:
     library: KernelLibrary | None = None
     reason: str = ""
 
+    @property
+    def instruction_set(self) -> str | None:
+        """That of the kernels; None without them."""
+        return None if self.library is None else self.library.instruction_set
+
 
 def choose_kernels(wanted: str, *, provider: str, precision: str) -> KernelChoice:
     """Decides whether a bundle is run with kernels, and logs it.

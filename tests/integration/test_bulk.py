@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from qa_onnx import Answerer
+from qa_onnx import Answerer, EngineError
 from qa_onnx.batch import ERROR, RESULTS
 from qa_onnx.cli import main
 from tests.conftest import ROOT
@@ -186,6 +186,21 @@ def test_ctrl_c_ends_it_with_what_is_done_kept(tiny_bundle, source, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_ctrl_c_while_processes_start_is_one_line(tiny_bundle, source, tmp_path):
+    for wait in (0, 0.1, 0.3):  # all of them within their imports, which take longer
+        process = start(tiny_bundle, source, tmp_path / "out", "--processes", "2", start_new_session=True)
+        until = time.monotonic() + 60
+        children = ["pgrep", "-c", "-P", str(process.pid), "-f", "spawn_main"]
+        while int(subprocess.run(children, capture_output=True, text=True, check=False).stdout) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+        assert (process.returncode, out, errors.count("\n")) == (130, "", 1)
+        assert errors.startswith("interrupted")
+
+
 def test_a_full_disk_in_the_middle_keeps_the_shards_before(tiny_bundle, questions, tmp_path):
     noise = random.Random(0)
     long = ["" if index < 90 else noise.randbytes(2_000).hex() for index in range(120)]
@@ -280,6 +295,24 @@ def test_a_folder_of_another_run_is_refused(tiny_bundle, source, undisturbed, tm
     assert contents(output) == undisturbed[0]
 
 
+def test_what_ran_is_recorded_and_a_machine_that_runs_another_is_refused(
+    tiny_bundle, source, undisturbed, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name, content in undisturbed[0].items():
+        (output / name).write_bytes(content)
+    manifest = json.loads((output / "_run.json").read_text())
+    with Answerer.from_pretrained(tiny_bundle) as answerer:
+        stats = answerer.stats()
+    assert (manifest["provider"], manifest["kernels"]) == (stats.provider, stats.kernels)
+    assert run(*command(tiny_bundle, source, output, "--provider", stats.provider)) == 0  # what `auto` was
+    for name, there in (("provider", "other"), ("kernels", "avx1024")):
+        (output / "_run.json").write_text(json.dumps(manifest | {name: there}))
+        assert run(*command(tiny_bundle, source, output)) == 2
+        assert f"is of another run ({name} {there} instead of {getattr(stats, name)})" in capsys.readouterr().err
+
+
 def test_changed_inputs_another_bundle_and_files_of_others_are_refused(
     tiny_bundle, questions, source, undisturbed, tmp_path, capsys
 ):
@@ -306,6 +339,7 @@ def test_changed_inputs_another_bundle_and_files_of_others_are_refused(
         (["--output-format", "xlsx"], "output_format 'xlsx'; expected one of parquet, jsonl, csv"),
         (["--processes", "0"], "processes 0"),
         (["--on-error", "skip"], "on_error 'skip'"),
+        (["--temperature", "0.7"], "temperature 0.7 without a seed; expected"),
         (["--num-answers", "2"], "num_answers 2; a row has columns for one answer"),
         (["--window", "100000"], "window 100000; the model has 256 positions"),
         (["--columns", "question=ask"], "no column 'ask'"),
@@ -353,3 +387,26 @@ def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tm
         (output / name).write_bytes(content)
     assert run(*command(tiny_bundle, source, output)) == 0
     assert capsys.readouterr().out.startswith("answered 0 rows, 600 were there already: 20 files")
+
+
+def test_a_run_that_misses_shards_is_not_marked_as_done(
+    tiny_bundle, source, undisturbed, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name, content in undisturbed[0].items():
+        (output / name).write_bytes(content)
+    (output / "part-00000-00007.parquet").unlink()
+
+    def fail(*_, **__):
+        (output / ".part-00000-00007.parquet.0123abcd.partial").touch()  # as a process that was killed leaves it
+        raise EngineError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qa_onnx.bulk.run.write_shards", fail)
+        assert run(*command(tiny_bundle, source, output)) == 2
+    assert "the device is gone" in capsys.readouterr().err
+    assert contents(output).keys() == undisturbed[0].keys() - {"_SUCCESS", "part-00000-00007.parquet"}
+    assert not list(output.glob(".*"))
+    assert run(*command(tiny_bundle, source, output)) == 0
+    assert contents(output) == undisturbed[0]

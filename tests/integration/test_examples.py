@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -63,3 +66,23 @@ def test_a_document_of_several_windows_is_explored(starter_bundle, examples, tmp
     assert out.count("%") == 6
     assert f"{examples[0].question}  (1 windows)" not in out
     assert "windows)" in out
+
+
+def test_files_of_ray_data_with_and_without_errors_are_one_data_set(tiny_bundle, tmp_path, monkeypatch):
+    """What an actor does, which needs no Ray; `tests/distributed` has the rest."""
+    pa = pytest.importorskip("pyarrow")
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    spec = importlib.util.spec_from_file_location("ray_data_example", ROOT / "examples" / "ray_data.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    actor = example.AnswerAndKeep(str(tiny_bundle), Path(tmp_path), "id", max_new_tokens=4)
+    context = "Ada crossed the bridge."
+    for key, questions in (("a", ["Who?", "What?"]), ("b", ["Who?", None]), ("c", [None, " "])):
+        ids = [f"{key}{row}" for row in range(2)]
+        asked = pa.array(questions, pa.string())
+        actor(pa.table({"id": ids, "question": asked, "context": [context] * 2}))
+    files = sorted(map(str, tmp_path.glob("part-*.parquet")))
+    schemas = {example.pq.read_schema(file).remove_metadata() for file in files}
+    assert (len(files), len(schemas)) == (3, 1)
+    rows = {row["id"]: row["error"] for row in example.pq.read_table(tmp_path).to_pylist()}
+    assert {key for key, error in rows.items() if error} == {"b1", "c0", "c1"}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from datetime import date
 from decimal import Decimal
 
@@ -14,6 +17,7 @@ from qa_onnx.batch import RESULTS
 from qa_onnx.bulk import plan, table_files
 from qa_onnx.bulk.plan import find_files, plan_file
 from qa_onnx.bulk.table_files import encode, read_batches, read_schema
+from tests.conftest import ROOT
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402 - after the check that it is there
@@ -215,8 +219,61 @@ def test_json_lines_and_csv_hold_what_parquet_does():
     rows = list(csv.DictReader(encode(given.drop(["deep"]), "csv").decode().splitlines(keepends=True)))
     assert [row["context"] for row in rows] == [CONTEXT] * 3
     assert float(rows[1]["number"]) == 0.1
-    with pytest.raises(InvalidInputError, match="csv cannot hold the columns"):
+    with pytest.raises(InvalidInputError, match="csv cannot hold the values"):
         encode(given, "csv")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "output_format", "words"),
+    [
+        (2**62, pa.timestamp("us"), "jsonl", r"jsonl cannot hold the values \(.*out of range"),
+        (2**30, pa.date32(), "jsonl", "jsonl cannot hold the values"),
+        (1, pa.duration("us"), "jsonl", "value of type timedelta, which jsonl has no form for"),
+        (1, pa.timestamp("us", "Nowhere/Land"), "csv", "csv cannot hold the values"),
+    ],
+)
+def test_values_that_the_format_cannot_hold_are_named_before_anything_is_computed(
+    write, number, kind, output_format, words
+):
+    width = pa.int32() if kind.bit_width == 32 else pa.int64()
+    when = pa.array([0] * 299 + [number], width).cast(kind)
+    path = write(table(300, when=when), ".parquet")
+    assert sum(plan_of(path).shards) == 300
+    with pytest.raises(InvalidInputError, match=rf"given\.parquet: the column 'when' of type .*: .*{words}.*--output"):
+        plan_of(path, output_format=output_format)
+
+
+def test_nanoseconds_without_pandas_are_an_error_that_names_the_column(write, tmp_path):
+    (tmp_path / "pandas.py").write_text("raise ImportError('no pandas')")
+    when = pa.array([1] * 10, pa.int64()).cast(pa.timestamp("ns"))
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from qa_onnx import InvalidInputError\n"
+        "from qa_onnx.bulk.plan import plan_file\n"
+        "options = {'columns': {}, 'results': [], 'needs_texts': True, 'output_format': 'jsonl', 'shard_rows': 4}\n"
+        "try: plan_file(Path(sys.argv[1]), **options)\n"
+        "except InvalidInputError as error: print(error)"
+    )
+    path = write(table(when=when), ".parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert "given.parquet: the column 'when' of type timestamp[ns]: jsonl cannot hold the values (" in done.stdout
+
+
+def test_a_struct_without_fields_is_refused_before_anything_is_computed(tmp_path):
+    path = tmp_path / "given.jsonl"
+    path.write_text('{"question": "q", "context": "c", "meta": {}}')
+    with pytest.raises(InvalidInputError, match=r"given\.jsonl: the column 'meta' of type .*parquet cannot hold"):
+        plan_of(path)
+    assert plan_of(path, output_format="jsonl").shards == (1,)
 
 
 def test_folders_stand_for_their_files(write, tmp_path):
