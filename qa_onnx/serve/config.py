@@ -16,6 +16,8 @@ API_KEY_VARIABLE = "QA_ONNX_API_KEY"
 MIN_KEY_CHARACTERS = 16
 MAX_PORT = 65_535
 MAX_SECONDS = 86_400.0
+MAX_ITEMS = 16_384
+"""Of any service: more of them in a body are not parsed, which takes the event loop as long as it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Limits:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and 0 < value <= MAX_SECONDS):
                 raise InvalidInputError(f"got {name} {short_repr(value)}; expected seconds above 0, at most a day")
+        if self.items > MAX_ITEMS:
+            raise InvalidInputError(f"got items {self.items}; expected at most {MAX_ITEMS}")
         if self.items > self.queue_questions:
             raise InvalidInputError(
                 f"got items {self.items} and queue_questions {self.queue_questions}; expected a queue that holds at "

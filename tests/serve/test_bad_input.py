@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from qa_onnx.serve import problems, routes, v2
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.problems import STATUS_OF
 from tests.serve.conftest import CONTEXT
@@ -62,6 +63,66 @@ def check_problem(response, code):
     assert problem["request_id"] == response.headers["x-request-id"]
     assert SECRET not in response.text
     return problem["detail"]
+
+
+MANY = 200_000
+WRONG_ITEMS = b"[" + b",".join([b"0"] * MANY) + b"]"
+UNKNOWN_FIELDS = b",".join(b'"%d":0' % number for number in range(MANY))
+TENSOR = b'{"name": "question", "datatype": "BYTES", "shape": %s, "data": %s}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/answers", b'{"context": "x", "items": %s}' % WRONG_ITEMS),
+        ("/v1/answers", b'{"context": "x", "items": %s}' % WRONG_ITEMS.replace(b"0", b'{"question": "?"}')),
+        ("/v1/answer", b'{"question": "Who?", "context": "x", %s}' % UNKNOWN_FIELDS),
+        ("/v1/answers", b'{"context": "x", "items": [{"question": "Who?", %s}]}' % UNKNOWN_FIELDS),
+        ("/hf/question-answering", b'{"inputs": {%s}}' % UNKNOWN_FIELDS),
+        ("/v2/models/echo/infer", b'{"inputs": %s}' % WRONG_ITEMS),
+        ("/v2/models/echo/infer", b'{"inputs": [%s]}' % (TENSOR % (b"[1]", WRONG_ITEMS))),
+        ("/v2/models/echo/infer", b'{"inputs": [%s]}' % (TENSOR % (WRONG_ITEMS.replace(b"0", b'"a"'), b'["Who?"]'))),
+        (
+            "/v2/models/echo/infer",
+            b'{"inputs": [%s, %s], "parameters": {%s}}'
+            % (
+                TENSOR % (b"[1]", b'["Who?"]'),
+                (TENSOR % (b"[1]", b'["x"]')).replace(b"question", b"context"),
+                UNKNOWN_FIELDS,
+            ),
+        ),
+    ],
+    ids=[
+        "items",
+        "valid items",
+        "fields",
+        "fields of an item",
+        "fields of inputs",
+        "inputs",
+        "data",
+        "shape",
+        "parameters",
+    ],
+)
+def test_many_errors_are_neither_collected_nor_described(running, monkeypatch, path, body):
+    """Hundreds of thousands of them, or of items, once took seconds and gigabytes, in the event loop."""
+    described = []
+    expected = problems._expected
+    monkeypatch.setattr(problems, "_expected", lambda error: described.append(error) or expected(error))
+    validated = []
+    to_problem = routes.problem_of_validation
+    for module in (routes, v2):
+        monkeypatch.setattr(
+            module, "problem_of_validation", lambda invalid: validated.append(invalid) or to_problem(invalid)
+        )
+    response = running.client.post(path, content=body, headers={"content-type": "application/json"})
+    check_problem(response, "invalid_request")
+    assert len(response.content) < 2000
+    (invalid,) = validated
+    if UNKNOWN_FIELDS in body:
+        assert described == []
+    else:
+        assert invalid.error_count() <= 3
 
 
 @pytest.mark.parametrize("path", POSTS)

@@ -68,6 +68,7 @@ def test_before_anything_was_answered_retry_after_is_a_second():
         {"timeout_seconds": 0},
         {"timeout_seconds": float("nan")},
         {"items": 2000},
+        {"items": 20_000, "queue_questions": 20_000},
         {"queue_characters": 1000},
     ],
 )
