@@ -29,6 +29,8 @@ class Limits:
         question_characters: Maximum length of a question, in Unicode code points.
         context_characters: Maximum length of a context, in Unicode code points.
         items: Maximum number of questions of one request.
+        windows: Maximum number of windows that the contexts of one request are read in, as they are estimated before
+            anything is tokenized (`Answerer.estimate_windows`).
         queue_questions: Maximum number of questions that wait or are answered.
         queue_characters: Maximum number of characters of their contexts and questions; a context that several questions
             share counts for each of them, as each of them reads it.
@@ -44,6 +46,7 @@ class Limits:
     question_characters: int = 2_000
     context_characters: int = 1_000_000
     items: int = 256
+    windows: int = 10_000
     queue_questions: int = 1_024
     queue_characters: int = 16_000_000
     timeout_seconds: float = 60.0
@@ -56,6 +59,7 @@ class Limits:
             "question_characters",
             "context_characters",
             "items",
+            "windows",
             "queue_questions",
             "queue_characters",
         ):

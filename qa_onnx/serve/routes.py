@@ -134,6 +134,7 @@ async def model(request: Request) -> ModelResponse:
             question_characters=limits.question_characters,
             context_characters=limits.context_characters,
             items=limits.items,
+            windows=limits.windows,
         ),
         pdf=reads_pdf(),
     )

@@ -150,6 +150,7 @@ class ModelLimits(BaseModel):
     question_characters: int
     context_characters: int
     items: int
+    windows: int
 
 
 class ModelResponse(BaseModel):

@@ -47,7 +47,7 @@ class Service:
         Raises:
             Problem: A limit is exceeded, the queue is full, the service drains, or there is no answer in time.
         """
-        with self._admitted(questions, contexts):
+        with self._admitted(questions, contexts, config):
             futures: list[Future[Answer]] = []
             try:
                 async with asyncio.timeout(self.limits.timeout_seconds):
@@ -89,7 +89,7 @@ class Service:
         def tell(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        with self._admitted([question], [context]):
+        with self._admitted([question], [context], config):
             try:
                 futures = await self._submit(
                     lambda: [self.answerer.submit(question, context, config=config, on_text=tell)], [context]
@@ -117,7 +117,7 @@ class Service:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
-    def _admitted(self, questions: Sequence[str], contexts: Sequence[str]) -> Iterator[None]:
+    def _admitted(self, questions: Sequence[str], contexts: Sequence[str], config: GenerationConfig) -> Iterator[None]:
         if self.is_draining:
             raise Problem("draining", DRAINING)
         limits = self.limits
@@ -133,6 +133,13 @@ class Service:
                     raise Problem(
                         "invalid_request", f"{place}: got {len(text):,} characters; expected at most {most:,}"
                     )
+        windows = self.answerer.estimate_windows(questions, contexts, config=config)
+        if windows > limits.windows:
+            raise Problem(
+                "invalid_request",
+                f"the contexts would be read in about {windows:,} windows; expected at most {limits.windows:,}. Ask "
+                "fewer questions at once, shorten contexts and questions, or ask for larger windows that share less",
+            )
         characters = sum(map(len, questions)) + sum(map(len, contexts))
         with self.admission.admit(questions=len(questions), characters=characters):
             yield

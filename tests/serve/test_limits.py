@@ -64,6 +64,7 @@ def test_before_anything_was_answered_retry_after_is_a_second():
     "fields",
     [
         {"items": 0},
+        {"windows": 0},
         {"body_bytes": 1.5},
         {"timeout_seconds": 0},
         {"timeout_seconds": float("nan")},
@@ -103,6 +104,28 @@ def test_the_queue_counts_characters_of_each_question(start_held):
     thread.join(10)
     assert results[0].status_code == 200
     assert running.ask("Who led?", "x" * 25).status_code == 200
+
+
+def test_a_request_of_too_many_windows_is_refused_before_it_is_tokenized(start, monkeypatch):
+    """Small windows, or a question that leaves no room for larger ones, make millions of prompts of one body."""
+    running = start(max_positions=1024)
+    monkeypatch.setattr(running.answerer, "submit", None)
+    monkeypatch.setattr(running.answerer, "submit_batch", None)
+    body = {"items": [{"question": "Who?"}] * 256, "context": "word " * 12_000}
+    for options in ({"window": 16}, {"window": 32, "stride": 31}):
+        refused = running.client.post("/v1/answers", json=body | {"options": options})
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+        assert "expected at most 10,000. Ask" in refused.json()["detail"]
+    for stream in (False, True):
+        refused = running.ask("?!" * 490, "word " * 190_000, stream=stream)
+        assert "windows" in refused.json()["detail"]
+
+
+def test_windows_are_limited_as_they_are_set(start):
+    running = start(limits=Limits(windows=5))
+    assert running.ask(context=CONTEXT * 5, window=32, stride=0).json()["answer"]["windows"] > 1
+    assert running.ask(context=CONTEXT * 50, window=32, stride=0).status_code == 422
+    assert running.client.get("/v1/model").json()["limits"]["windows"] == 5
 
 
 @pytest.mark.parametrize("stream", [False, True])
