@@ -150,11 +150,12 @@ class Service:
         """Tokenizes and submits, in another thread where that takes long: the event loop serves others meanwhile."""
         if sum(map(len, contexts)) < INLINE_CHARACTERS:
             return submit()
-        submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, submit)
+        job = self._tokenizing.submit(submit)
         try:
-            return await asyncio.shield(submitted)
+            return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
-            submitted.add_done_callback(_cancel_all)
+            if not job.cancel():  # it has begun
+                job.add_done_callback(_cancel_all)
             raise
 
 
@@ -173,8 +174,8 @@ async def _next(pieces: asyncio.Queue[str | None], seconds_left: float) -> str |
         return ""
 
 
-def _cancel_all(submitted: asyncio.Future[list[Future[Answer]]]) -> None:
+def _cancel_all(job: Future[list[Future[Answer]]]) -> None:
     """Cancels what was submitted for a caller that had left meanwhile."""
-    if not submitted.cancelled() and submitted.exception() is None:
-        for future in submitted.result():
+    if job.exception() is None:
+        for future in job.result():
             future.cancel()

@@ -190,6 +190,51 @@ def test_a_client_that_leaves_while_its_context_is_tokenized(start, monkeypatch)
     assert running.answerer.stats().answered == 0
 
 
+@pytest.fixture
+def hold_tokenizing(monkeypatch):
+    """Has the threads that tokenize wait until `release` is set; `asked` has the questions of which they began."""
+    release = threading.Event()
+
+    def hold(running):
+        asked = []
+        submit = running.answerer.submit
+
+        def wait_and_submit(question, context, **options):
+            asked.append(question)
+            assert release.wait(20)
+            return submit(question, context, **options)
+
+        monkeypatch.setattr(running.answerer, "submit", wait_and_submit)
+        return asked, release
+
+    yield hold
+    release.set()
+
+
+@pytest.mark.parametrize("seconds", [None, 0.5])
+def test_what_nobody_waits_for_leaves_the_queue_of_the_tokenizer(start, hold_tokenizing, seconds):
+    """A client that left, or a deadline that passed, costs no thread later."""
+    running = start(limits=Limits(timeout_seconds=seconds or 60))
+    asked, release = hold_tokenizing(running)
+    posts = [
+        running.post_raw(
+            "/v1/answer", {"question": f"Who? {number}", "context": CONTEXT * 400, "stream": number % 2 == 0}
+        )
+        for number in range(service.TOKENIZING_THREADS + 4)
+    ]
+    wait_until(lambda: running.service.admission.questions == len(posts) and len(asked) == service.TOKENIZING_THREADS)
+    if seconds is None:
+        for connection in posts:
+            connection.close()
+    wait_until(lambda: running.service.admission.questions == 0)
+    release.set()
+    wait_until(running.is_idle)
+    running.service._tokenizing.submit(int).result(10)  # what was queued before it has begun
+    assert len(asked) == service.TOKENIZING_THREADS
+    for connection in posts:
+        connection.close()
+
+
 def test_a_stream_is_never_silent_for_long(start_held, monkeypatch):
     monkeypatch.setattr(service, "KEEP_ALIVE_SECONDS", 0.1)
     running = start_held()
