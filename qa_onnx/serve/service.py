@@ -154,6 +154,8 @@ class Service:
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
+            if job.cancelled():  # by `fail_waiting`; nobody cancelled this task
+                raise Problem("draining", DRAINING) from None
             if not job.cancel():  # it has begun
                 job.add_done_callback(_cancel_all)
             raise

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from qa_onnx import InvalidInputError
-from qa_onnx.serve import service
+from qa_onnx.serve import server, service
 from qa_onnx.serve.admission import Admission
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.problems import Problem
@@ -292,3 +292,18 @@ def test_a_drain_that_takes_too_long_fails_what_is_left(start_held, capfd):
     events = capfd.readouterr().err
     assert "Traceback" not in events
     assert json.loads(events.splitlines()[-1])["questions_failed"] == 2
+
+
+def test_a_drain_that_takes_too_long_fails_what_is_tokenized_or_waits_for_it(start, hold_tokenizing, monkeypatch):
+    monkeypatch.setattr(server, "CLOSING_SECONDS", 1)
+    running = start(limits=Limits(drain_seconds=0.3))
+    asked, _ = hold_tokenizing(running)
+    asks = [
+        in_thread(lambda stream=stream: running.ask("Who led them?", CONTEXT * 400, stream=stream))
+        for stream in (False, True) * service.TOKENIZING_THREADS
+    ]
+    wait_until(lambda: running.service.admission.questions == len(asks) and len(asked) == service.TOKENIZING_THREADS)
+    running.drain()
+    for thread, results in asks:
+        thread.join(10)
+        assert (results[0].status_code, results[0].json()["code"]) == (503, "draining")
