@@ -53,12 +53,14 @@ class Service:
                 async with asyncio.timeout(self.limits.timeout_seconds):
                     if len(questions) == 1:
                         futures = await self._submit(
-                            lambda: [self.answerer.submit(questions[0], contexts[0], config=config)], contexts
+                            lambda: [self.answerer.submit(questions[0], contexts[0], config=config)],
+                            [*questions, *contexts],
                         )
                         answers = [await asyncio.wrap_future(futures[0])]
                     else:
                         futures = await self._submit(
-                            lambda: self.answerer.submit_batch(questions, contexts, config=config), contexts
+                            lambda: self.answerer.submit_batch(questions, contexts, config=config),
+                            [*questions, *contexts],
                         )
                         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
             except (QAOnnxError, TimeoutError) as error:
@@ -92,7 +94,7 @@ class Service:
         with self._admitted([question], [context], config):
             try:
                 futures = await self._submit(
-                    lambda: [self.answerer.submit(question, context, config=config, on_text=tell)], [context]
+                    lambda: [self.answerer.submit(question, context, config=config, on_text=tell)], [question, context]
                 )
                 futures[0].add_done_callback(lambda _: tell(None))
                 yield None
@@ -144,11 +146,9 @@ class Service:
         with self.admission.admit(questions=len(questions), characters=characters):
             yield
 
-    async def _submit(
-        self, submit: Callable[[], list[Future[Answer]]], contexts: Sequence[str]
-    ) -> list[Future[Answer]]:
+    async def _submit(self, submit: Callable[[], list[Future[Answer]]], texts: Sequence[str]) -> list[Future[Answer]]:
         """Tokenizes and submits, in another thread where that takes long: the event loop serves others meanwhile."""
-        if sum(map(len, contexts)) < INLINE_CHARACTERS:
+        if sum(map(len, texts)) < INLINE_CHARACTERS:
             return submit()
         job = self._tokenizing.submit(submit)
         try:

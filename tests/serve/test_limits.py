@@ -190,6 +190,21 @@ def test_a_client_that_leaves_while_its_context_is_tokenized(start, monkeypatch)
     assert running.answerer.stats().answered == 0
 
 
+def test_many_long_questions_are_tokenized_in_another_thread(start, monkeypatch):
+    running = start(max_positions=1024)
+    names = []
+    submit_batch = running.answerer.submit_batch
+
+    def note_and_submit(*arguments, **options):
+        names.append(threading.current_thread().name)
+        return submit_batch(*arguments, **options)
+
+    monkeypatch.setattr(running.answerer, "submit_batch", note_and_submit)
+    body = {"items": [{"question": "Who? " * 50}] * 60, "context": "x"}
+    assert running.client.post("/v1/answers", json=body).status_code == 200
+    assert names[0].startswith("tokenize")
+
+
 @pytest.fixture
 def hold_tokenizing(monkeypatch):
     """Has the threads that tokenize wait until `release` is set; `asked` has the questions of which they began."""
