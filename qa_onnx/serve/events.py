@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qa_onnx.answer import Answer
-from qa_onnx.serve.problems import Problem
+from qa_onnx.serve.problems import Problem, log_failure
 
 
 class EventStream(Response):
@@ -35,8 +35,9 @@ class EventStream(Response):
                 async for piece in pieces:
                     await send({"type": "http.response.body", "body": self._event(piece), "more_body": True})
             except Problem as problem:
-                error = _format("error", problem.to_dict(self._request_id))
-                await send({"type": "http.response.body", "body": error, "more_body": True})
+                log_failure(problem, self._request_id)
+                event = _format("error", problem.to_dict(self._request_id))
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _event(self, piece: str | Answer | None) -> bytes:

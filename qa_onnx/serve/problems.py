@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qa_onnx.errors import ClosedError, InvalidInputError, QAOnnxError, QueueFullError
+from qa_onnx.serve.log import describe_error, write_event
 
 CONTENT_TYPE = "application/problem+json"
 DRAINING = "The service is shutting down. Ask another replica, or ask again later."
@@ -82,6 +83,12 @@ def problem_of(error: QAOnnxError | TimeoutError) -> Problem:
     if isinstance(error, TimeoutError):
         return Problem("timeout", "The answer was not there in time. Shorten the context, or ask again later.")
     return Problem("engine_failed", f"The engine failed ({type(error).__name__}); the service's log has more.")
+
+
+def log_failure(problem: Problem, request_id: str) -> None:
+    """Logs the error behind a problem that is the service's own, without its message."""
+    if problem.code == "engine_failed" and problem.__cause__ is not None:
+        write_event("failed", request_id=request_id, **describe_error(problem.__cause__))
 
 
 def problem_of_validation(invalid: ValidationError) -> Problem:

@@ -8,10 +8,11 @@ import json
 
 import pytest
 
+from qa_onnx.errors import EngineError
 from qa_onnx.serve import problems, routes, v2
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.problems import STATUS_OF
-from tests.serve.conftest import CONTEXT
+from tests.serve.conftest import CONTEXT, read_events
 
 SECRET = "Geheimnis"
 GOOD = {"question": "Who?", "context": SECRET}
@@ -241,6 +242,29 @@ def test_what_is_no_http(running, data):
     with running.raw("", data) as connection:
         assert b" 400 " in connection.recv(4096)
     assert running.ask().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_fails_is_a_problem_and_is_logged_with_its_request(start, monkeypatch, capfd, stream):
+    running = start()
+
+    def fail(*arguments, **options):
+        raise EngineError(f"failed at {CONTEXT}")
+
+    monkeypatch.setattr(running.answerer._engine, "prefill", fail)
+    response = running.ask(stream=stream)
+    if stream:
+        name, problem = read_events(response.text)[-1]
+        assert (name, problem["code"], problem["status"]) == ("error", "engine_failed", 500)
+    else:
+        check_problem(response, "engine_failed")
+    running.close()
+    written = capfd.readouterr().err
+    (event,) = [line for line in map(json.loads, written.splitlines()) if line["event"] == "failed"]
+    assert event["request_id"] == response.headers["x-request-id"]
+    assert event["error"] == "EngineError"
+    assert "test_bad_input.py" in str(event["frames"])
+    assert CONTEXT not in written
 
 
 def test_an_error_of_the_engine_is_a_problem_without_its_message(start, monkeypatch, capfd):
