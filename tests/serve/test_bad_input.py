@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from qa_onnx import Answer
 from qa_onnx.errors import EngineError
 from qa_onnx.serve import problems, routes, v2
 from qa_onnx.serve.config import Limits
@@ -264,6 +265,27 @@ def test_an_engine_that_fails_is_a_problem_and_is_logged_with_its_request(start,
     assert event["request_id"] == response.headers["x-request-id"]
     assert event["error"] == "EngineError"
     assert "test_bad_input.py" in str(event["frames"])
+    assert CONTEXT not in written
+
+
+def test_a_stream_that_fails_in_a_way_nobody_foresaw_ends_with_an_event(start, monkeypatch, capfd):
+    running = start()
+
+    def fail(answer):
+        raise RuntimeError(f"failed at {CONTEXT}")
+
+    monkeypatch.setattr(Answer, "to_dict", fail)
+    response = running.ask(stream=True)
+    name, problem = read_events(response.text)[-1]
+    assert (name, problem["code"], problem["request_id"]) == (
+        "error",
+        "engine_failed",
+        response.headers["x-request-id"],
+    )
+    running.close()
+    written = capfd.readouterr().err
+    (event,) = [line for line in map(json.loads, written.splitlines()) if line["event"] == "failed"]
+    assert (event["request_id"], event["error"]) == (problem["request_id"], "RuntimeError")
     assert CONTEXT not in written
 
 
