@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -47,6 +49,24 @@ def test_retry_after_is_the_measured_rate():
             pass
         assert caught.value.headers == {"Retry-After": "2"}  # 4 characters; 50 took 20 seconds
     assert (admission.questions, admission.characters) == (0, 0)
+
+
+def test_what_was_not_answered_is_no_part_of_the_rate():
+    clock = Clock()
+    admission = Admission(max_questions=10, max_characters=1000, clock=clock)
+    for _ in range(10):  # a question a second, and many that were cancelled
+        with admission.admit(questions=1, characters=1):
+            clock.seconds += 1.0
+        with contextlib.suppress(asyncio.CancelledError), admission.admit(questions=10, characters=10):
+            raise asyncio.CancelledError
+    assert admission.questions == 0
+    with (
+        admission.admit(questions=10, characters=10),
+        pytest.raises(Problem) as caught,
+        admission.admit(questions=5, characters=5),
+    ):
+        pass
+    assert caught.value.headers == {"Retry-After": "5"}
 
 
 def test_before_anything_was_answered_retry_after_is_a_second():
