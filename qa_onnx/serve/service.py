@@ -37,6 +37,8 @@ class Service:
         self.admission = Admission(max_questions=limits.queue_questions, max_characters=limits.queue_characters)
         self.answered = 0
         """Questions that were answered."""
+        self.parsing = 0
+        """PDF files that are being read."""
         self.is_draining = False
         """Whether no more requests are taken."""
         self._tokenizing = ThreadPoolExecutor(TOKENIZING_THREADS, thread_name_prefix="tokenize")

@@ -15,7 +15,7 @@ from qa_onnx.serve import server, service
 from qa_onnx.serve.admission import Admission
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.problems import Problem
-from tests.serve.conftest import CONTEXT, read_events, wait_until
+from tests.serve.conftest import CONTEXT, in_thread, read_events, wait_until
 
 
 class Clock:
@@ -23,14 +23,6 @@ class Clock:
 
     def __call__(self):
         return self.seconds
-
-
-def in_thread(call):
-    """Runs a call in a thread; its result comes in the list."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
-    thread.start()
-    return thread, results
 
 
 def test_retry_after_is_the_measured_rate():
