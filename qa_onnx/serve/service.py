@@ -95,9 +95,11 @@ class Service:
 
         with self._admitted([question], [context], config):
             try:
-                futures = await self._submit(
-                    lambda: [self.answerer.submit(question, context, config=config, on_text=tell)], [question, context]
-                )
+                async with asyncio.timeout_at(deadline):
+                    futures = await self._submit(
+                        lambda: [self.answerer.submit(question, context, config=config, on_text=tell)],
+                        [question, context],
+                    )
                 futures[0].add_done_callback(lambda _: tell(None))
                 yield None
                 told = 0
