@@ -30,7 +30,7 @@ from qa_onnx.loop import EngineLoop
 from qa_onnx.progress import Progress
 from qa_onnx.request import Request
 from qa_onnx.text.constraint import Spans, TokenBytes, check_byte_level
-from qa_onnx.text.windows import encode_windows
+from qa_onnx.text.windows import encode_windows, estimate_windows
 
 INLINE_CHARACTERS = 10_000
 """Contexts shorter than this are tokenized in the event loop, which takes a millisecond or two."""
@@ -341,6 +341,23 @@ class Answerer:
             submitted.add_done_callback(_cancel_result)
             raise
         return await asyncio.wrap_future(future)
+
+    def estimate_windows(
+        self, questions: Sequence[str], contexts: Sequence[str], *, config: GenerationConfig | None = None
+    ) -> int:
+        """About how many windows the contexts would be read in, one context per question; nothing is tokenized.
+
+        Raises:
+            InvalidInputError: `config` is no `GenerationConfig`.
+        """
+        config = self._resolve(config)
+        return estimate_windows(
+            questions,
+            contexts,
+            max_positions=self._manifest.max_positions,
+            max_new_tokens=config.max_new_tokens,
+            settings=self._manifest.window_settings.with_given(window=config.window, stride=config.stride),
+        )
 
     def stats(self) -> AnswererStats:
         """What the answerer does now, and has done since it was loaded.

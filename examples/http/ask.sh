@@ -4,10 +4,10 @@
 set -eu
 url="${1:-http://127.0.0.1:8000}"
 ask() {
-    curl --silent --show-error --fail-with-body --no-buffer "$url$1" \
-        --header 'Content-Type: application/json' \
-        ${QA_ONNX_API_KEY:+--header "Authorization: Bearer $QA_ONNX_API_KEY"} \
-        --data "$2"
+    # The key goes through a pipe: every user of the machine can read a command line.
+    printf '%s\n' "${QA_ONNX_API_KEY:+Authorization: Bearer $QA_ONNX_API_KEY}" |
+        curl --silent --show-error --fail-with-body --no-buffer "$url$1" \
+            --header 'Content-Type: application/json' --header @- --data "$2"
     echo
 }
 ask /v1/answer '{"question": "Who led the Normans?", "context": "The Normans were led by Rollo."}'

@@ -47,7 +47,9 @@ class Admission:
 
     @contextmanager
     def admit(self, *, questions: int, characters: int) -> Iterator[None]:
-        """Counts a request's questions while the block runs: all of them or none.
+        """Counts a request's questions while the block runs: all of them or none. Those that it answers are the rate.
+
+        A block that an exception leaves, as where the client has left or there was no answer in time, answers none.
 
         Raises:
             Problem: `queue_full` where there is no room now, with the seconds until there may be; `invalid_request`
@@ -64,10 +66,10 @@ class Admission:
         self.characters += characters
         try:
             yield
+            self._note(questions, characters)
         finally:
             self.questions -= questions
             self.characters -= characters
-            self._note(questions, characters)
 
     def _check(self, *, questions: int, characters: int) -> None:
         excess_questions = self.questions + questions - self._max_questions

@@ -21,7 +21,7 @@ from qa_onnx.serve import huggingface, pages, routes, schemas, upload, v2
 from qa_onnx.serve.config import Limits, ServeConfig
 from qa_onnx.serve.metrics import Metrics
 from qa_onnx.serve.middleware import RequestMiddleware
-from qa_onnx.serve.problems import CONTENT_TYPE, FAILED, STATUS_OF, Problem, problem_of
+from qa_onnx.serve.problems import CONTENT_TYPE, FAILED, STATUS_OF, Problem, log_failure, problem_of
 from qa_onnx.serve.security import Gatekeeper
 from qa_onnx.serve.service import Service
 
@@ -125,9 +125,10 @@ def _limit_length(schema: dict[str, Any], most: int) -> None:
 
 
 async def _on_problem(request: Request, error: Exception) -> Response:
-    problem = cast(Problem, error)
+    problem, request_id = cast(Problem, error), request.state.request_id
+    log_failure(problem, request_id)
     return Response(
-        problem.to_json(request.state.request_id, path=request.url.path),
+        problem.to_json(request_id, path=request.url.path),
         status_code=problem.status,
         headers=problem.headers,
         media_type=CONTENT_TYPE,
@@ -135,7 +136,9 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return await _on_problem(request, problem_of(cast(QAOnnxError, error)))
+    problem = problem_of(cast(QAOnnxError, error))
+    problem.__cause__ = error
+    return await _on_problem(request, problem)
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ LIMITS_HELP = {
     "question_characters": "characters of a question",
     "context_characters": "characters of a context",
     "items": "questions of a request",
+    "windows": "windows that the contexts of a request are read in, as estimated from their length",
     "queue_questions": "questions that wait or are answered; more get 429",
     "queue_characters": "characters of their contexts and questions",
     "timeout_seconds": "seconds that a request waits for its answers",

@@ -16,6 +16,8 @@ API_KEY_VARIABLE = "QA_ONNX_API_KEY"
 MIN_KEY_CHARACTERS = 16
 MAX_PORT = 65_535
 MAX_SECONDS = 86_400.0
+MAX_ITEMS = 16_384
+"""Of any service: more of them in a body are not parsed, which takes the event loop as long as it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class Limits:
         question_characters: Maximum length of a question, in Unicode code points.
         context_characters: Maximum length of a context, in Unicode code points.
         items: Maximum number of questions of one request.
+        windows: Maximum number of windows that the contexts of one request are read in, as they are estimated before
+            anything is tokenized (`Answerer.estimate_windows`).
         queue_questions: Maximum number of questions that wait or are answered.
         queue_characters: Maximum number of characters of their contexts and questions; a context that several questions
             share counts for each of them, as each of them reads it.
@@ -42,6 +46,7 @@ class Limits:
     question_characters: int = 2_000
     context_characters: int = 1_000_000
     items: int = 256
+    windows: int = 10_000
     queue_questions: int = 1_024
     queue_characters: int = 16_000_000
     timeout_seconds: float = 60.0
@@ -54,6 +59,7 @@ class Limits:
             "question_characters",
             "context_characters",
             "items",
+            "windows",
             "queue_questions",
             "queue_characters",
         ):
@@ -64,6 +70,8 @@ class Limits:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and 0 < value <= MAX_SECONDS):
                 raise InvalidInputError(f"got {name} {short_repr(value)}; expected seconds above 0, at most a day")
+        if self.items > MAX_ITEMS:
+            raise InvalidInputError(f"got items {self.items}; expected at most {MAX_ITEMS}")
         if self.items > self.queue_questions:
             raise InvalidInputError(
                 f"got items {self.items} and queue_questions {self.queue_questions}; expected a queue that holds at "

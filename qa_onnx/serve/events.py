@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qa_onnx.answer import Answer
-from qa_onnx.serve.problems import Problem
+from qa_onnx.serve.problems import FAILED, Problem, log_failure
 
 
 class EventStream(Response):
@@ -34,9 +34,11 @@ class EventStream(Response):
             try:
                 async for piece in pieces:
                     await send({"type": "http.response.body", "body": self._event(piece), "more_body": True})
-            except Problem as problem:
-                error = _format("error", problem.to_dict(self._request_id))
-                await send({"type": "http.response.body", "body": error, "more_body": True})
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an event and the log its place
+                problem = error if isinstance(error, Problem) else _unforeseen(error)
+                log_failure(problem, self._request_id)
+                event = _format("error", problem.to_dict(self._request_id))
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _event(self, piece: str | Answer | None) -> bytes:
@@ -45,6 +47,12 @@ class EventStream(Response):
         if isinstance(piece, str):
             return _format("text", {"text": piece})
         return _format("answer", {"request_id": self._request_id, "answer": piece.to_dict()})
+
+
+def _unforeseen(error: Exception) -> Problem:
+    problem = Problem("engine_failed", FAILED)
+    problem.__cause__ = error
+    return problem
 
 
 def _format(name: str, data: dict[str, Any]) -> bytes:

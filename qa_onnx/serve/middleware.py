@@ -15,7 +15,7 @@ from qa_onnx.serve.admission import Admission
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.log import describe_error, write_event, write_line
 from qa_onnx.serve.metrics import Metrics
-from qa_onnx.serve.problems import CONTENT_TYPE, FAILED, Problem
+from qa_onnx.serve.problems import CONTENT_TYPE, DRAINING, FAILED, Problem
 from qa_onnx.serve.security import Gatekeeper
 
 DRAINED_BYTES = 16 * 2**20
@@ -41,6 +41,7 @@ class Exchange:
     request_id: str
     started: float = field(default_factory=time.perf_counter)
     status: int = CLIENT_LEFT
+    is_started: bool = False
     is_complete: bool = False
     has_left: bool = False
 
@@ -48,6 +49,7 @@ class Exchange:
         """Sends a message of the response; the first gets the request's id as a header."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.is_started = True
             message = {**message, "headers": [*message["headers"], (b"x-request-id", self.request_id.encode())]}
         elif not message.get("more_body", False):
             self.is_complete = True
@@ -110,7 +112,7 @@ class RequestMiddleware:
             exchange.status = CLIENT_LEFT
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem and the log its place
             write_event("failed", request_id=request_id, **describe_error(error))
-            if exchange.status == CLIENT_LEFT:  # nothing was sent yet
+            if not exchange.is_started:
                 await exchange.send_problem(Problem("engine_failed", FAILED))
         finally:
             self._note(exchange)
@@ -169,6 +171,7 @@ class RequestMiddleware:
 
         Raises:
             ClientLeftError: The client has left.
+            Problem: `draining`: the server ends, and cancels what it still runs.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -196,10 +199,12 @@ class RequestMiddleware:
         try:
             await self._app(exchange.scope, replay, exchange.send)
         except asyncio.CancelledError as error:
-            if not exchange.has_left:
+            if exchange.has_left:
+                task.uncancel()
+                raise ClientLeftError from error
+            if exchange.is_started:
                 raise
-            task.uncancel()
-            raise ClientLeftError from error
+            raise Problem("draining", DRAINING) from error
         finally:
             watcher.cancel()
 

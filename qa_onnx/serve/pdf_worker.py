@@ -47,6 +47,9 @@ def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, obje
 
     Returns:
         `text` and `pages`; or `error`, a key of `qa_onnx.serve.pdf.ERRORS`, and `found`, what was too much.
+
+    Raises:
+        MemoryError: The PDF takes more than there may be.
     """
     from pypdf import PdfReader
     from pypdf.errors import DependencyError
@@ -65,13 +68,13 @@ def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, obje
             size += len(pages[-1])
             if size > max_characters:
                 return {"error": "too_much_text"}
+        text = clean("\n\n".join(filter(None, map(join_lines, pages))))
     except DependencyError:  # AES needs a package that pypdf does without
         return {"error": "encrypted"}
     except MemoryError:
-        return {"error": "too_much_work"}
+        raise
     except Exception:  # noqa: BLE001 - a file that lies about itself makes a parser raise anything
         return {"error": "damaged"}
-    text = clean("\n\n".join(filter(None, map(join_lines, pages))))
     return {"text": text, "pages": count} if text else {"error": "no_text"}
 
 
@@ -84,8 +87,11 @@ def main(memory_bytes: int, cpu_seconds: int, max_pages: int, max_characters: in
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    found = parse(sys.stdin.buffer.read(), max_pages=max_pages, max_characters=max_characters)
-    sys.stdout.write(json.dumps(found))
+    try:
+        output = json.dumps(parse(sys.stdin.buffer.read(), max_pages=max_pages, max_characters=max_characters)).encode()
+    except MemoryError:
+        output = b'{"error": "too_much_work"}'
+    sys.stdout.buffer.write(output)
 
 
 if __name__ == "__main__":

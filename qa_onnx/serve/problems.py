@@ -7,11 +7,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from qa_onnx.errors import ClosedError, InvalidInputError, QAOnnxError, QueueFullError
+from qa_onnx.serve.log import describe_error, write_event
 
 CONTENT_TYPE = "application/problem+json"
 DRAINING = "The service is shutting down. Ask another replica, or ask again later."
 FAILED = "The service failed; its log has more."
+MAX_ERRORS = 100
+"""A body with more errors gets none of them listed: a description of each would take seconds and gigabytes."""
+SHOWN_ERRORS = 5
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 
 STATUS_OF = {
@@ -79,13 +85,26 @@ def problem_of(error: QAOnnxError | TimeoutError) -> Problem:
     return Problem("engine_failed", f"The engine failed ({type(error).__name__}); the service's log has more.")
 
 
-def problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
+def log_failure(problem: Problem, request_id: str) -> None:
+    """Logs the error behind a problem that is the service's own, without its message."""
+    if problem.code == "engine_failed" and problem.__cause__ is not None:
+        write_event("failed", request_id=request_id, **describe_error(problem.__cause__))
+
+
+def problem_of_validation(invalid: ValidationError) -> Problem:
     """The problem of a body that does not fit its schema: what is wrong at which place, never the value there."""
+    count = invalid.error_count()
+    if count > MAX_ERRORS:
+        return Problem(
+            "invalid_request",
+            f"{count:,} fields are unknown, missing or wrong. /docs describes those that are expected.",
+        )
+    errors = invalid.errors(include_url=False, include_context=False, include_input=False)
     for error in errors:
         if error["type"] == "json_invalid":  # the parser tells what and where, never the text
             return Problem("invalid_json", f"{error['msg']}. Send one JSON object in UTF-8, without lone surrogates.")
-    shown = [f"{_place(error['loc'])}: {_expected(error)}" for error in errors[:5]]
-    more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+    shown = [f"{_place(error['loc'])}: {_expected(error)}" for error in errors[:SHOWN_ERRORS]]
+    more = f"; and {count - SHOWN_ERRORS} more" if count > SHOWN_ERRORS else ""
     return Problem("invalid_request", "; ".join(shown) + more)
 
 

@@ -72,7 +72,7 @@ async def read_body(model: type[Body], request: Request) -> Body:
     try:
         return model.model_validate_json(await request.body())
     except ValidationError as error:
-        raise problem_of_validation(error.errors(include_url=False, include_input=False)) from error
+        raise problem_of_validation(error) from error
 
 
 @router.post(
@@ -134,6 +134,7 @@ async def model(request: Request) -> ModelResponse:
             question_characters=limits.question_characters,
             context_characters=limits.context_characters,
             items=limits.items,
+            windows=limits.windows,
         ),
         pdf=reads_pdf(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from qa_onnx.config import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -14,6 +14,7 @@ from qa_onnx.config import (
     MIN_WINDOW_TOKENS,
     GenerationConfig,
 )
+from qa_onnx.serve.config import MAX_ITEMS
 
 Count = Annotated[int, Field(ge=0, lt=MAX_WHOLE_NUMBER)]
 Text = Annotated[str, Field(min_length=1)]
@@ -100,7 +101,9 @@ class Item(Strict):
 class AnswersRequest(Strict):
     """Several questions: all of them are answered, or none."""
 
-    items: Annotated[list[Item], Field(min_length=1)] = Field(description="The questions.")
+    items: Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), FailFast()] = Field(
+        description="The questions."
+    )
     context: Text | None = Field(default=None, description="The context of every item that has none of its own.")
     options: Options = Field(default=Options(), description="How to answer all of them.")
 
@@ -147,6 +150,7 @@ class ModelLimits(BaseModel):
     question_characters: int
     context_characters: int
     items: int
+    windows: int
 
 
 class ModelResponse(BaseModel):

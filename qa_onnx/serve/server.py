@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
         service, loop = self._service, asyncio.get_running_loop()
         write_event("draining", questions=service.admission.questions)
         ends = loop.time() + service.limits.drain_seconds
-        while service.admission.questions and loop.time() < ends:
+        while (service.admission.questions or service.parsing) and loop.time() < ends:
             await asyncio.sleep(0.02)
         failed = service.admission.questions
         await asyncio.to_thread(service.fail_waiting)

@@ -37,6 +37,8 @@ class Service:
         self.admission = Admission(max_questions=limits.queue_questions, max_characters=limits.queue_characters)
         self.answered = 0
         """Questions that were answered."""
+        self.parsing = 0
+        """PDF files that are being read."""
         self.is_draining = False
         """Whether no more requests are taken."""
         self._tokenizing = ThreadPoolExecutor(TOKENIZING_THREADS, thread_name_prefix="tokenize")
@@ -47,18 +49,20 @@ class Service:
         Raises:
             Problem: A limit is exceeded, the queue is full, the service drains, or there is no answer in time.
         """
-        with self._admitted(questions, contexts):
+        with self._admitted(questions, contexts, config):
             futures: list[Future[Answer]] = []
             try:
                 async with asyncio.timeout(self.limits.timeout_seconds):
                     if len(questions) == 1:
                         futures = await self._submit(
-                            lambda: [self.answerer.submit(questions[0], contexts[0], config=config)], contexts
+                            lambda: [self.answerer.submit(questions[0], contexts[0], config=config)],
+                            [*questions, *contexts],
                         )
                         answers = [await asyncio.wrap_future(futures[0])]
                     else:
                         futures = await self._submit(
-                            lambda: self.answerer.submit_batch(questions, contexts, config=config), contexts
+                            lambda: self.answerer.submit_batch(questions, contexts, config=config),
+                            [*questions, *contexts],
                         )
                         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
             except (QAOnnxError, TimeoutError) as error:
@@ -89,11 +93,13 @@ class Service:
         def tell(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        with self._admitted([question], [context]):
+        with self._admitted([question], [context], config):
             try:
-                futures = await self._submit(
-                    lambda: [self.answerer.submit(question, context, config=config, on_text=tell)], [context]
-                )
+                async with asyncio.timeout_at(deadline):
+                    futures = await self._submit(
+                        lambda: [self.answerer.submit(question, context, config=config, on_text=tell)],
+                        [question, context],
+                    )
                 futures[0].add_done_callback(lambda _: tell(None))
                 yield None
                 told = 0
@@ -117,7 +123,7 @@ class Service:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
-    def _admitted(self, questions: Sequence[str], contexts: Sequence[str]) -> Iterator[None]:
+    def _admitted(self, questions: Sequence[str], contexts: Sequence[str], config: GenerationConfig) -> Iterator[None]:
         if self.is_draining:
             raise Problem("draining", DRAINING)
         limits = self.limits
@@ -133,21 +139,29 @@ class Service:
                     raise Problem(
                         "invalid_request", f"{place}: got {len(text):,} characters; expected at most {most:,}"
                     )
+        windows = self.answerer.estimate_windows(questions, contexts, config=config)
+        if windows > limits.windows:
+            raise Problem(
+                "invalid_request",
+                f"the contexts would be read in about {windows:,} windows; expected at most {limits.windows:,}. Ask "
+                "fewer questions at once, shorten contexts and questions, or ask for larger windows that share less",
+            )
         characters = sum(map(len, questions)) + sum(map(len, contexts))
         with self.admission.admit(questions=len(questions), characters=characters):
             yield
 
-    async def _submit(
-        self, submit: Callable[[], list[Future[Answer]]], contexts: Sequence[str]
-    ) -> list[Future[Answer]]:
+    async def _submit(self, submit: Callable[[], list[Future[Answer]]], texts: Sequence[str]) -> list[Future[Answer]]:
         """Tokenizes and submits, in another thread where that takes long: the event loop serves others meanwhile."""
-        if sum(map(len, contexts)) < INLINE_CHARACTERS:
+        if sum(map(len, texts)) < INLINE_CHARACTERS:
             return submit()
-        submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, submit)
+        job = self._tokenizing.submit(submit)
         try:
-            return await asyncio.shield(submitted)
+            return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
-            submitted.add_done_callback(_cancel_all)
+            if job.cancelled():  # by `fail_waiting`; nobody cancelled this task
+                raise Problem("draining", DRAINING) from None
+            if not job.cancel():  # it has begun
+                job.add_done_callback(_cancel_all)
             raise
 
 
@@ -166,8 +180,8 @@ async def _next(pieces: asyncio.Queue[str | None], seconds_left: float) -> str |
         return ""
 
 
-def _cancel_all(submitted: asyncio.Future[list[Future[Answer]]]) -> None:
+def _cancel_all(job: Future[list[Future[Answer]]]) -> None:
     """Cancels what was submitted for a caller that had left meanwhile."""
-    if not submitted.cancelled() and submitted.exception() is None:
-        for future in submitted.result():
+    if job.exception() is None:
+        for future in job.result():
             future.cancel()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
@@ -17,7 +15,6 @@ MAX_PARSING = 2
 RETRY_SECONDS = 2
 
 router = APIRouter()
-_free = threading.Semaphore(MAX_PARSING)
 
 
 class TextResponse(BaseModel):
@@ -47,16 +44,17 @@ async def text(request: Request) -> TextResponse:
         characters=service.limits.context_characters,
         seconds=min(service.limits.timeout_seconds, PdfLimits.seconds),
     )
-    if not _free.acquire(blocking=False):
+    if service.parsing >= MAX_PARSING:
         raise Problem(
             "queue_full",
             f"{MAX_PARSING} PDF files are being read. Send this one again in {RETRY_SECONDS} s.",
             headers={"Retry-After": str(RETRY_SECONDS)},
         )
+    service.parsing += 1
     try:
         found = await extract_text(await request.body(), limits=limits)
     except QAOnnxError as error:
         raise problem_of(error) from error
     finally:
-        _free.release()
+        service.parsing -= 1
     return TextResponse(request_id=request.state.request_id, text=found.text, pages=found.pages)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from qa_onnx.serve.config import MAX_ITEMS
 from qa_onnx.serve.problems import Problem, problem_of_validation
 from qa_onnx.serve.routes import JSON, body_of, healthz, read_body, readyz, service_of
 from qa_onnx.serve.schemas import Health, Options
@@ -21,9 +22,9 @@ class Tensor(BaseModel):
 
     model_config = ConfigDict(strict=True)
     name: str
-    shape: list[int]
+    shape: list[int] = Field(max_length=1)
     datatype: str
-    data: list[str] = Field(min_length=1)
+    data: Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS), FailFast()]
 
 
 class InferRequest(BaseModel):
@@ -31,7 +32,7 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
     id: str | None = None
-    inputs: list[Tensor]
+    inputs: list[Tensor] = Field(max_length=2)
     parameters: dict[str, Any] | None = None
 
 
@@ -71,7 +72,7 @@ async def infer(request: Request) -> Response:
     try:
         config = Options.model_validate(given).to_config()
     except ValidationError as error:
-        raise problem_of_validation(error.errors(include_input=False)) from error
+        raise problem_of_validation(error) from error
     found = await service_of(request).answer(tensors["question"], tensors["context"], config)
     columns = {one: [-1 if (value := getattr(each, one)) is None else value for each in found] for one in OUTPUTS}
     outputs = [{"name": one, "datatype": OUTPUTS[one], "shape": [count], "data": columns[one]} for one in OUTPUTS]

@@ -18,6 +18,8 @@ WORD, SENTENCE, PARAGRAPH = 1, 2, 3
 SENTENCE_ENDS = tuple(".!?\u3002\uff01\uff1f")
 WORD_LETTERS = 6
 MIN_NO_ANSWER = 0.01
+BYTES_PER_TOKEN = 4
+"""Of ordinary English text in UTF-8; no text has less than one."""
 RESERVE_STEP = 64
 """What a window leaves to question and answer is a multiple of this, so that questions of like length share windows."""
 
@@ -147,6 +149,29 @@ def encode_windows(
                 for (start, text), part, prior in zip(parts, encoded, priors, strict=True)
             ]
         )
+    return windows
+
+
+def estimate_windows(
+    questions: Sequence[str],
+    contexts: Sequence[str],
+    *,
+    max_positions: int,
+    max_new_tokens: int,
+    settings: WindowSettings,
+) -> int:
+    """About how many windows `encode_windows` makes, without tokenizing: to refuse what would take too long.
+
+    A context is taken to have a token in `BYTES_PER_TOKEN` bytes, and a question, which leaves the less room the longer
+    it is, a token in each. Arguments are those of `encode_windows`.
+    """
+    sizes = {context: len(context.encode()) // BYTES_PER_TOKEN for context in set(contexts)}
+    windows = 0
+    for question, context in zip(questions, contexts, strict=True):
+        room = max_positions - min(max_new_tokens, max_positions // 4) - len(question.encode())
+        budget = max(MIN_WINDOW_TOKENS, min(room, settings.window or room))
+        step = budget - min(settings.stride, budget // 2)
+        windows += 1 if sizes[context] <= budget else -(-sizes[context] // step)
     return windows
 
 

@@ -87,6 +87,14 @@ def wait_until(condition, seconds=10.0):
         time.sleep(0.005)
 
 
+def in_thread(call):
+    """Runs a call in a thread; its result comes in the list."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    return thread, results
+
+
 def read_events(text):
     """The server-sent events of a stream, as pairs of name and data; comments are named by a colon."""
     events = []

@@ -8,9 +8,12 @@ import json
 
 import pytest
 
+from qa_onnx import Answer
+from qa_onnx.errors import EngineError
+from qa_onnx.serve import problems, routes, v2
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.problems import STATUS_OF
-from tests.serve.conftest import CONTEXT
+from tests.serve.conftest import CONTEXT, read_events
 
 SECRET = "Geheimnis"
 GOOD = {"question": "Who?", "context": SECRET}
@@ -62,6 +65,66 @@ def check_problem(response, code):
     assert problem["request_id"] == response.headers["x-request-id"]
     assert SECRET not in response.text
     return problem["detail"]
+
+
+MANY = 200_000
+WRONG_ITEMS = b"[" + b",".join([b"0"] * MANY) + b"]"
+UNKNOWN_FIELDS = b",".join(b'"%d":0' % number for number in range(MANY))
+TENSOR = b'{"name": "question", "datatype": "BYTES", "shape": %s, "data": %s}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/answers", b'{"context": "x", "items": %s}' % WRONG_ITEMS),
+        ("/v1/answers", b'{"context": "x", "items": %s}' % WRONG_ITEMS.replace(b"0", b'{"question": "?"}')),
+        ("/v1/answer", b'{"question": "Who?", "context": "x", %s}' % UNKNOWN_FIELDS),
+        ("/v1/answers", b'{"context": "x", "items": [{"question": "Who?", %s}]}' % UNKNOWN_FIELDS),
+        ("/hf/question-answering", b'{"inputs": {%s}}' % UNKNOWN_FIELDS),
+        ("/v2/models/echo/infer", b'{"inputs": %s}' % WRONG_ITEMS),
+        ("/v2/models/echo/infer", b'{"inputs": [%s]}' % (TENSOR % (b"[1]", WRONG_ITEMS))),
+        ("/v2/models/echo/infer", b'{"inputs": [%s]}' % (TENSOR % (WRONG_ITEMS.replace(b"0", b'"a"'), b'["Who?"]'))),
+        (
+            "/v2/models/echo/infer",
+            b'{"inputs": [%s, %s], "parameters": {%s}}'
+            % (
+                TENSOR % (b"[1]", b'["Who?"]'),
+                (TENSOR % (b"[1]", b'["x"]')).replace(b"question", b"context"),
+                UNKNOWN_FIELDS,
+            ),
+        ),
+    ],
+    ids=[
+        "items",
+        "valid items",
+        "fields",
+        "fields of an item",
+        "fields of inputs",
+        "inputs",
+        "data",
+        "shape",
+        "parameters",
+    ],
+)
+def test_many_errors_are_neither_collected_nor_described(running, monkeypatch, path, body):
+    """Hundreds of thousands of them, or of items, once took seconds and gigabytes, in the event loop."""
+    described = []
+    expected = problems._expected
+    monkeypatch.setattr(problems, "_expected", lambda error: described.append(error) or expected(error))
+    validated = []
+    to_problem = routes.problem_of_validation
+    for module in (routes, v2):
+        monkeypatch.setattr(
+            module, "problem_of_validation", lambda invalid: validated.append(invalid) or to_problem(invalid)
+        )
+    response = running.client.post(path, content=body, headers={"content-type": "application/json"})
+    check_problem(response, "invalid_request")
+    assert len(response.content) < 2000
+    (invalid,) = validated
+    if UNKNOWN_FIELDS in body:
+        assert described == []
+    else:
+        assert invalid.error_count() <= 3
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -180,6 +243,50 @@ def test_what_is_no_http(running, data):
     with running.raw("", data) as connection:
         assert b" 400 " in connection.recv(4096)
     assert running.ask().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_fails_is_a_problem_and_is_logged_with_its_request(start, monkeypatch, capfd, stream):
+    running = start()
+
+    def fail(*arguments, **options):
+        raise EngineError(f"failed at {CONTEXT}")
+
+    monkeypatch.setattr(running.answerer._engine, "prefill", fail)
+    response = running.ask(stream=stream)
+    if stream:
+        name, problem = read_events(response.text)[-1]
+        assert (name, problem["code"], problem["status"]) == ("error", "engine_failed", 500)
+    else:
+        check_problem(response, "engine_failed")
+    running.close()
+    written = capfd.readouterr().err
+    (event,) = [line for line in map(json.loads, written.splitlines()) if line["event"] == "failed"]
+    assert event["request_id"] == response.headers["x-request-id"]
+    assert event["error"] == "EngineError"
+    assert "test_bad_input.py" in str(event["frames"])
+    assert CONTEXT not in written
+
+
+def test_a_stream_that_fails_in_a_way_nobody_foresaw_ends_with_an_event(start, monkeypatch, capfd):
+    running = start()
+
+    def fail(answer):
+        raise RuntimeError(f"failed at {CONTEXT}")
+
+    monkeypatch.setattr(Answer, "to_dict", fail)
+    response = running.ask(stream=True)
+    name, problem = read_events(response.text)[-1]
+    assert (name, problem["code"], problem["request_id"]) == (
+        "error",
+        "engine_failed",
+        response.headers["x-request-id"],
+    )
+    running.close()
+    written = capfd.readouterr().err
+    (event,) = [line for line in map(json.loads, written.splitlines()) if line["event"] == "failed"]
+    assert (event["request_id"], event["error"]) == (problem["request_id"], "RuntimeError")
+    assert CONTEXT not in written
 
 
 def test_an_error_of_the_engine_is_a_problem_without_its_message(start, monkeypatch, capfd):

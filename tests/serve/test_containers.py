@@ -11,7 +11,9 @@ import subprocess
 import pytest
 
 from qa_onnx.cli import make_parser
+from qa_onnx.serve.config import ServeConfig
 from tests.conftest import ROOT
+from tests.serve.page_service import KEY
 
 yaml = pytest.importorskip("yaml")
 
@@ -75,3 +77,25 @@ def test_clients(running, name):
     )
     assert done.returncode == 0, done.stderr
     assert "Who led the Normans?" in done.stdout
+
+
+def test_the_shell_client_keeps_its_key_off_the_command_line(start, tmp_path):
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    running = start(config=ServeConfig(port=0, api_keys=(KEY,)))
+    wrapper, commands = tmp_path / "curl", tmp_path / "commands"
+    wrapper.write_text(f'#!/bin/sh\necho "$*" >> {commands}\nexec {curl} "$@"\n')
+    wrapper.chmod(0o755)
+    done = subprocess.run(
+        ["sh", ROOT / "examples" / "http" / "ask.sh", running.url],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "QA_ONNX_API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Who led the Normans?" in done.stdout
+    assert running.url in commands.read_text()
+    assert KEY not in commands.read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -9,11 +11,11 @@ import time
 import pytest
 
 from qa_onnx import InvalidInputError
-from qa_onnx.serve import service
+from qa_onnx.serve import server, service
 from qa_onnx.serve.admission import Admission
 from qa_onnx.serve.config import Limits
 from qa_onnx.serve.problems import Problem
-from tests.serve.conftest import CONTEXT, read_events, wait_until
+from tests.serve.conftest import CONTEXT, in_thread, read_events, wait_until
 
 
 class Clock:
@@ -21,14 +23,6 @@ class Clock:
 
     def __call__(self):
         return self.seconds
-
-
-def in_thread(call):
-    """Runs a call in a thread; its result comes in the list."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
-    thread.start()
-    return thread, results
 
 
 def test_retry_after_is_the_measured_rate():
@@ -49,6 +43,24 @@ def test_retry_after_is_the_measured_rate():
     assert (admission.questions, admission.characters) == (0, 0)
 
 
+def test_what_was_not_answered_is_no_part_of_the_rate():
+    clock = Clock()
+    admission = Admission(max_questions=10, max_characters=1000, clock=clock)
+    for _ in range(10):  # a question a second, and many that were cancelled
+        with admission.admit(questions=1, characters=1):
+            clock.seconds += 1.0
+        with contextlib.suppress(asyncio.CancelledError), admission.admit(questions=10, characters=10):
+            raise asyncio.CancelledError
+    assert admission.questions == 0
+    with (
+        admission.admit(questions=10, characters=10),
+        pytest.raises(Problem) as caught,
+        admission.admit(questions=5, characters=5),
+    ):
+        pass
+    assert caught.value.headers == {"Retry-After": "5"}
+
+
 def test_before_anything_was_answered_retry_after_is_a_second():
     admission = Admission(max_questions=1, max_characters=10, clock=Clock())
     one = {"questions": 1, "characters": 1}
@@ -64,10 +76,12 @@ def test_before_anything_was_answered_retry_after_is_a_second():
     "fields",
     [
         {"items": 0},
+        {"windows": 0},
         {"body_bytes": 1.5},
         {"timeout_seconds": 0},
         {"timeout_seconds": float("nan")},
         {"items": 2000},
+        {"items": 20_000, "queue_questions": 20_000},
         {"queue_characters": 1000},
     ],
 )
@@ -102,6 +116,28 @@ def test_the_queue_counts_characters_of_each_question(start_held):
     thread.join(10)
     assert results[0].status_code == 200
     assert running.ask("Who led?", "x" * 25).status_code == 200
+
+
+def test_a_request_of_too_many_windows_is_refused_before_it_is_tokenized(start, monkeypatch):
+    """Small windows, or a question that leaves no room for larger ones, make millions of prompts of one body."""
+    running = start(max_positions=1024)
+    monkeypatch.setattr(running.answerer, "submit", None)
+    monkeypatch.setattr(running.answerer, "submit_batch", None)
+    body = {"items": [{"question": "Who?"}] * 256, "context": "word " * 12_000}
+    for options in ({"window": 16}, {"window": 32, "stride": 31}):
+        refused = running.client.post("/v1/answers", json=body | {"options": options})
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+        assert "expected at most 10,000. Ask" in refused.json()["detail"]
+    for stream in (False, True):
+        refused = running.ask("?!" * 490, "word " * 190_000, stream=stream)
+        assert "windows" in refused.json()["detail"]
+
+
+def test_windows_are_limited_as_they_are_set(start):
+    running = start(limits=Limits(windows=5))
+    assert running.ask(context=CONTEXT * 5, window=32, stride=0).json()["answer"]["windows"] > 1
+    assert running.ask(context=CONTEXT * 50, window=32, stride=0).status_code == 422
+    assert running.client.get("/v1/model").json()["limits"]["windows"] == 5
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -166,6 +202,66 @@ def test_a_client_that_leaves_while_its_context_is_tokenized(start, monkeypatch)
     assert running.answerer.stats().answered == 0
 
 
+def test_many_long_questions_are_tokenized_in_another_thread(start, monkeypatch):
+    running = start(max_positions=1024)
+    names = []
+    submit_batch = running.answerer.submit_batch
+
+    def note_and_submit(*arguments, **options):
+        names.append(threading.current_thread().name)
+        return submit_batch(*arguments, **options)
+
+    monkeypatch.setattr(running.answerer, "submit_batch", note_and_submit)
+    body = {"items": [{"question": "Who? " * 50}] * 60, "context": "x"}
+    assert running.client.post("/v1/answers", json=body).status_code == 200
+    assert names[0].startswith("tokenize")
+
+
+@pytest.fixture
+def hold_tokenizing(monkeypatch):
+    """Has the threads that tokenize wait until `release` is set; `asked` has the questions of which they began."""
+    release = threading.Event()
+
+    def hold(running):
+        asked = []
+        submit = running.answerer.submit
+
+        def wait_and_submit(question, context, **options):
+            asked.append(question)
+            assert release.wait(20)
+            return submit(question, context, **options)
+
+        monkeypatch.setattr(running.answerer, "submit", wait_and_submit)
+        return asked, release
+
+    yield hold
+    release.set()
+
+
+@pytest.mark.parametrize("seconds", [None, 0.5])
+def test_what_nobody_waits_for_leaves_the_queue_of_the_tokenizer(start, hold_tokenizing, seconds):
+    """A client that left, or a deadline that passed, costs no thread later."""
+    running = start(limits=Limits(timeout_seconds=seconds or 60))
+    asked, release = hold_tokenizing(running)
+    posts = [
+        running.post_raw(
+            "/v1/answer", {"question": f"Who? {number}", "context": CONTEXT * 400, "stream": number % 2 == 0}
+        )
+        for number in range(service.TOKENIZING_THREADS + 4)
+    ]
+    wait_until(lambda: running.service.admission.questions == len(posts) and len(asked) == service.TOKENIZING_THREADS)
+    if seconds is None:
+        for connection in posts:
+            connection.close()
+    wait_until(lambda: running.service.admission.questions == 0)
+    release.set()
+    wait_until(running.is_idle)
+    running.service._tokenizing.submit(int).result(10)  # what was queued before it has begun
+    assert len(asked) == service.TOKENIZING_THREADS
+    for connection in posts:
+        connection.close()
+
+
 def test_a_stream_is_never_silent_for_long(start_held, monkeypatch):
     monkeypatch.setattr(service, "KEEP_ALIVE_SECONDS", 0.1)
     running = start_held()
@@ -223,3 +319,18 @@ def test_a_drain_that_takes_too_long_fails_what_is_left(start_held, capfd):
     events = capfd.readouterr().err
     assert "Traceback" not in events
     assert json.loads(events.splitlines()[-1])["questions_failed"] == 2
+
+
+def test_a_drain_that_takes_too_long_fails_what_is_tokenized_or_waits_for_it(start, hold_tokenizing, monkeypatch):
+    monkeypatch.setattr(server, "CLOSING_SECONDS", 1)
+    running = start(limits=Limits(drain_seconds=0.3))
+    asked, _ = hold_tokenizing(running)
+    asks = [
+        in_thread(lambda stream=stream: running.ask("Who led them?", CONTEXT * 400, stream=stream))
+        for stream in (False, True) * service.TOKENIZING_THREADS
+    ]
+    wait_until(lambda: running.service.admission.questions == len(asks) and len(asked) == service.TOKENIZING_THREADS)
+    running.drain()
+    for thread, results in asks:
+        thread.join(10)
+        assert (results[0].status_code, results[0].json()["code"]) == (503, "draining")

@@ -112,6 +112,35 @@ def test_the_answer_is_highlighted_where_it_is_after_emoji(page):
     expect(page.locator("#status")).to_have_text("Answer: Ariane 6. Probability 87%.")
 
 
+def test_a_pdf_that_is_opened_takes_the_answer_before_away(page):
+    ask(page, "find Ariane 6")
+    expect(page.locator("#score")).to_have_text("87%")
+    drop(page, "paper.pdf", make_pdf(["The Vega left."]), "application/pdf")
+    expect(page.locator("#passage")).to_have_value("The Vega left.")
+    expect(page.locator("#result")).to_be_hidden()
+    expect(page.locator("#status")).to_have_text("paper.pdf was opened.")
+    ask(page, "find Vega", None)
+    expect(page.locator("mark")).to_have_text("Vega")
+
+
+def test_a_text_file_that_is_read_while_an_answer_comes_does_not_replace_the_passage(page):
+    page.evaluate(
+        "() => { const read = Blob.prototype.arrayBuffer; window.release = null; "
+        "Blob.prototype.arrayBuffer = async function () { "
+        "await new Promise((go) => { window.release = go; }); return read.call(this); }; }"
+    )
+    page.fill("#passage", PASSAGE)
+    drop(page, "notes.txt", b"Another text.", "text/plain")
+    page.wait_for_function("() => window.release !== null")
+    ask(page, "hold", None)
+    expect(page.locator("#answer-text")).to_have_text("So far")
+    page.evaluate("() => window.release()")
+    page.wait_for_timeout(300)
+    page.click("#cancel")
+    expect(page.locator("#cancel")).to_be_hidden()
+    assert page.input_value("#passage") == PASSAGE
+
+
 def test_the_answer_of_a_long_passage_is_scrolled_into_view(page):
     ask(page, "find the needle", "Some hay. " * 20_000 + "Here is the needle. " + "More hay. " * 20_000)
     expect(page.locator("mark")).to_have_text("the needle")

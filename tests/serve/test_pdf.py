@@ -143,6 +143,27 @@ worker["main"](*map(int, sys.argv[1:]))
     assert set(variables) <= {"LC_CTYPE"}
 
 
+@pytest.mark.parametrize("name", ["join_lines", "clean", "json.dumps"])
+def test_memory_that_ends_behind_the_parser_is_an_error_of_the_file(monkeypatch, tmp_path, name):
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"""
+import json, runpy, sys
+
+def fail(*arguments):
+    raise MemoryError
+
+main = runpy.run_path({str(pdf.WORKER)!r})["main"]
+if {name!r} == "json.dumps":
+    json.dumps = fail
+else:
+    main.__globals__[{name!r}] = fail
+main(*map(int, sys.argv[1:]))
+""")
+    monkeypatch.setattr(pdf, "WORKER", probe)
+    with pytest.raises(InvalidInputError, match="too much time or memory"):
+        read(make_pdf(["A page."]))
+
+
 def test_an_emoji_in_two_halves_is_one_again():
     assert pdf_worker.clean("a \ud83d\ude80\0 and \ud83d") == "a 🚀 and \ufffd"
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 
 import httpx
 import pytest
 
-from qa_onnx.serve import upload
+from qa_onnx.serve import server, upload
 from qa_onnx.serve.config import Limits
+from tests.serve.conftest import in_thread, wait_until
 from tests.serve.page_service import KEY, page_service
 from tests.serve.pdf_files import make_encrypted, make_pdf, make_slow
 from tests.serve.test_pdf import workers
@@ -61,17 +64,61 @@ def test_reads_nothing_while_it_drains():
         problem(httpx.post(f"{service.url}/v1/text", content=make_pdf(["One."]), headers=PDF), 503, "draining")
 
 
-def test_parses_a_few_at_once_and_refuses_more(url):
-    for _ in range(upload.MAX_PARSING):
-        assert upload._free.acquire(blocking=False)
-    try:
-        response = httpx.post(url, content=make_pdf(["One."]), headers=PDF)
+@pytest.fixture
+def hold_parsing(monkeypatch):
+    """Files are read once this is set."""
+    release = threading.Event()
+    extract_text = upload.extract_text
+
+    async def wait_and_extract(data, *, limits):
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        return await extract_text(data, limits=limits)
+
+    monkeypatch.setattr(upload, "extract_text", wait_and_extract)
+    yield release
+    release.set()
+
+
+def send_in_thread(service, data):
+    return in_thread(lambda: httpx.post(f"{service.url}/v1/text", content=data, headers=PDF, timeout=30))
+
+
+def test_parses_a_few_at_once_and_refuses_more(hold_parsing):
+    with page_service() as service:
+        data = make_pdf(["One."])
+        taken = [send_in_thread(service, data) for _ in range(upload.MAX_PARSING)]
+        wait_until(lambda: service.service.parsing == upload.MAX_PARSING)
+        response = httpx.post(f"{service.url}/v1/text", content=data, headers=PDF)
         problem(response, 429, "queue_full")
         assert int(response.headers["retry-after"]) >= 1
-    finally:
-        for _ in range(upload.MAX_PARSING):
-            upload._free.release()
-    assert httpx.post(url, content=make_pdf(["One."]), headers=PDF).status_code == 200
+        hold_parsing.set()
+        for thread, results in taken:
+            thread.join(20)
+            assert results[0].status_code == 200
+        assert httpx.post(f"{service.url}/v1/text", content=data, headers=PDF).status_code == 200
+
+
+def test_a_drain_waits_for_files_that_are_read(hold_parsing, monkeypatch):
+    monkeypatch.setattr(server, "CLOSING_SECONDS", 1)
+    with page_service() as service:
+        thread, results = send_in_thread(service, make_pdf(["One."]))
+        wait_until(lambda: service.service.parsing == 1)
+        service.drain()
+        service.thread.join(server.CLOSING_SECONDS + 1)
+        hold_parsing.set()
+        thread.join(20)
+        assert results[0].json()["text"] == "One."
+
+
+def test_a_drain_that_takes_too_long_fails_the_files_that_are_read(hold_parsing, monkeypatch):
+    monkeypatch.setattr(server, "CLOSING_SECONDS", 1)
+    with page_service(limits=Limits(drain_seconds=0.2)) as service:
+        thread, results = send_in_thread(service, make_pdf(["One."]))
+        wait_until(lambda: service.service.parsing == 1)
+        service.drain()
+        thread.join(20)
+        problem(results[0], 503, "draining")
 
 
 def test_a_client_that_leaves_ends_the_process(url):

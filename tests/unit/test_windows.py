@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qa_onnx.errors import InvalidInputError, PromptTooLongError
 from qa_onnx.text.prompt import encode_prompts
-from qa_onnx.text.windows import WindowSettings, encode_windows
+from qa_onnx.text.windows import WindowSettings, encode_windows, estimate_windows
 
 WORDS = ("Rollo", "the", "Normans,", "東京タワー", "e\u0301", "🙂🙂", "(1911)", "x" * 60, "\n\n", "\t", "\u00a0")
 documents = st.lists(st.sampled_from(WORDS), min_size=1, max_size=150).flatmap(
@@ -139,3 +139,22 @@ def test_settings_that_are_given_replace_those_of_the_bundle():
     own = WindowSettings(window=64, stride=8)
     assert own.with_given(window=None, stride=None) == own
     assert own.with_given(window=32, stride=0) == WindowSettings(window=32, stride=0)
+
+
+@pytest.mark.parametrize("window", [None, 64, 16])
+@pytest.mark.parametrize("stride", [0, 16, 200])
+def test_windows_are_estimated_without_tokenizing(window, stride):
+    """About right for ordinary text and questions, and for no text far too few."""
+    for text in (CONTEXT * 60, "🙂" * 500):
+        for question in ("Who led them?", "?!;" * 28):
+            found = len(windows_of(text, question, window=window, stride=stride))
+            estimated = estimate_windows(
+                [question, question],
+                [text, "Short."],
+                max_positions=128,
+                max_new_tokens=8,
+                settings=WindowSettings(window=window, stride=stride),
+            )
+            assert found + 1 <= 10 * estimated
+            if (text, question) == (CONTEXT * 60, "Who led them?"):
+                assert found / 2 <= estimated - 1 <= 2 * found
