@@ -26,6 +26,11 @@ def write_pdf(_, value):
     return str(value).encode(errors="replace")
 
 
+def wrong_data_is_refused(context, response, case):
+    """As schemathesis checks it, which does not count a body that is too large to be read (413) as refused."""
+    return None if response.status_code == 413 else negative_data_rejection(context, response, case)
+
+
 @pytest.fixture(scope="module")
 def api(running):
     api = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
@@ -44,7 +49,7 @@ def test_no_request_breaks_the_service_and_every_response_is_as_described(api, r
     operation = api[path][method]
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     if mode is WRONG:
-        checks.append(negative_data_rejection)
+        checks.append(wrong_data_is_refused)
     name = {"name": running.service.name} if "{name}" in path else {}
 
     @given(case=operation.as_strategy(generation_mode=mode, path_parameters=name))
