@@ -4,7 +4,8 @@ A decode step of few sequences takes about as long as reading the weights does, 
 five. Where the last tokens of a sequence occur in its prefix, the tokens behind them there are a draft of what comes
 next (prompt lookup decoding: https://github.com/apoorvumang/prompt-lookup-decoding). The step computes the draft, too,
 and the model's own choices are accepted as far as the draft agrees with them (speculative decoding, Leviathan et al.,
-2023, https://arxiv.org/abs/2211.17192). What is accepted does not depend on the draft: a bad one costs time only.
+2023, https://arxiv.org/abs/2211.17192). As long as the model's numbers are finite, what is accepted
+does not depend on the draft: a bad one costs time only.
 """
 
 from __future__ import annotations
