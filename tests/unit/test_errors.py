@@ -18,8 +18,14 @@ INSIDE = {
     "StopIteration": {"answerer.py"},
     "ArgumentTypeError": {"cli.py"},
     "ConnectionError": {"tables.py"},
+    "Problem": {
+        *("admission.py", "huggingface.py", "middleware.py", "routes.py", "security.py"),
+        *("service.py", "upload.py", "v2.py"),
+    },
+    "ClientLeftError": {"middleware.py"},
 }
-"""Other classes and the modules that raise them: their callers or argparse catch them; the iterator's end is none."""
+"""Other classes and the modules that raise them: their callers or argparse catch them; the iterator's end is none. The
+service's become responses in its middleware."""
 
 
 def raised_in(path):
