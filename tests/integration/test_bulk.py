@@ -62,6 +62,11 @@ def command(bundle, source, output, *more):
     return ["answer-file", *map(str, arguments)]
 
 
+def _take_ctrl_c():
+    """In a new process: a background job of a shell ignores the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(bundle, source, output, *more, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "qa_onnx", *command(bundle, source, output, *more)],
@@ -69,7 +74,7 @@ def start(bundle, source, output, *more, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        **({"preexec_fn": _take_ctrl_c} | options),
     )
 
 
