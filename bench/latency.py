@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import numpy as np
 
 from bench.machine import describe_machine
 from bench.peers import Settings
-from bench.report import OURS, render
+from bench.report import OURS, publish
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
@@ -205,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **describe_machine(),
         "rows": measure(settings, arguments.only),
     }
-    return _finish(result, arguments)
+    publish(result, arguments.output)
+    return 0
 
 
 def _write_callers(arguments: argparse.Namespace) -> int:
@@ -228,13 +228,7 @@ def _write_callers(arguments: argparse.Namespace) -> int:
         **describe_machine(),
         "rows": measure_callers(arguments, examples),
     }
-    return _finish(result, arguments)
-
-
-def _finish(result: dict[str, Any], arguments: argparse.Namespace) -> int:
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(render(result))
+    publish(result, arguments.output)
     return 0
 
 

@@ -10,7 +10,6 @@ passage, and what look-ahead costs in vain can be seen.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,9 @@ from typing import Any
 
 from bench.latency import two_questions
 from bench.machine import describe_machine
+from bench.report import publish
 from qa_onnx import Answerer, EngineConfig, GenerationConfig
+from qa_onnx.bundle import Bundle
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
 
@@ -32,7 +33,7 @@ SETUPS = {
 
 
 def measure(
-    bundle: Path, examples: Sequence[Example], config: GenerationConfig, *, threads: int | None
+    bundle: Path, examples: Sequence[Example], config: GenerationConfig, *, threads: int
 ) -> list[dict[str, Any]]:
     """Asks two questions on each passage, one after the other; returns a row for each setup.
 
@@ -66,23 +67,6 @@ def measure(
     return list(rows.values())
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown. A ratio is the median over the questions."""
-    first = result["rows"][0]["seconds"]
-    lines = [
-        "| | p50 ms | of the plain graph's | decode steps each | drafts accepted | answers equal to the kernels' |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        ratio = statistics.median(one / other for one, other in zip(row["seconds"], first, strict=True))
-        share = f"{100 * row['accepted_draft_tokens'] / row['draft_tokens']:.0f} %" if row["draft_tokens"] else "-"
-        lines.append(
-            f"| {row['name']} | {row['p50_ms']:.1f} | {ratio:.2f} | {row['steps_each']:.2f} | {share} | "
-            f"{row['equal_percent']:.1f} % |"
-        )
-    return "\n".join(lines)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(
@@ -93,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--passages", type=int, default=100, help="the first warms up; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--ignore-eos", action="store_true", help="answers of exactly so many tokens")
-    parser.add_argument("--threads", type=int, help="default: one per core")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
     return parser
 
@@ -102,19 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     arguments = make_parser().parse_args(argv)
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=arguments.ignore_eos)
+    manifest = Bundle.open(arguments.bundle).manifest
     examples = two_questions(read_examples(arguments.data), arguments.passages)
     result = {
         "benchmark": "look-ahead",
-        "bundle": arguments.bundle.name,
+        "model": Path(manifest.source_model).name,
+        "precision": manifest.precision,
         "passages": len(examples) // 2 - 1,
         "max_new_tokens": arguments.max_new_tokens,
         "ignore_eos": arguments.ignore_eos,
+        "threads": arguments.threads,
         **describe_machine(),
         "rows": measure(arguments.bundle, examples, config, threads=arguments.threads),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+    publish(result, arguments.output)
     return 0
 
 

@@ -156,8 +156,38 @@ def render(result: dict[str, Any]) -> str:
         "scaling": scaling_table,
         "roofline": roofline_table,
         "training": training_table,
+        "look-ahead": look_ahead_table,
     }
     return tables[result["benchmark"]](result)
+
+
+def look_ahead_table(result: dict[str, Any]) -> str:
+    """A result of `bench.look_ahead` as a Markdown table, with the machine and the versions below."""
+    length = f"{result['max_new_tokens']} new tokens" if result["ignore_eos"] else "as many tokens as the model gives"
+    first = result["rows"][0]["seconds"]
+    lines = [
+        f"The second question on each of {result['passages']} passages, {length}; {result['model']}, "
+        f"{result['precision']}",
+        "",
+        "| | p50 ms | of the plain graph's | decode steps each | drafts accepted | answers with the kernels' bits |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for row in result["rows"]:
+        factor = statistics.median(one / other for one, other in zip(row["seconds"], first, strict=True))
+        share = f"{row['accepted_draft_tokens'] / row['draft_tokens']:.0%}" if row["draft_tokens"] else "-"
+        lines.append(
+            f"| {row['name']} | {row['p50_ms']:.1f} | {factor:.2f} | {row['steps_each']:.2f} | {share} "
+            f"| {row['equal_percent']:.1f} % |"
+        )
+    return "\n".join([*lines, "", f"Ratios are medians over the questions; {_where(result)}"])
+
+
+def publish(result: dict[str, Any], output: Path | None) -> None:
+    """Writes a result as JSON, if there is a file for it, and prints its table."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(render(result))
 
 
 def _where(result: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ that they read at least. (S. Williams, A. Waterman, D. Patterson, "Roofline", 20
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bench.machine import describe_machine
-from bench.report import roofline_table
+from bench.report import publish
 from export.decoder import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
 from qa_onnx.bundle import MODEL_NAME, Bundle, Manifest
 from qa_onnx.config import EngineConfig, GenerationConfig
@@ -214,9 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "memory_rate": memory_rate(**measured),
         "points": [point for bundle in bundles for point in engine_points(bundle, **measured)],
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(roofline_table(result))
+    publish(result, arguments.output)
     return 0
 
 

@@ -7,7 +7,6 @@ turns. Passages are made of a file's text, cut to length, and no two are the sam
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from bench.machine import describe_machine
 from bench.peers import Settings
-from bench.report import scaling_table
+from bench.report import publish
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
@@ -131,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **describe_machine(),
         "rows": [row for axis in arguments.axes for value in values[axis] for row in measure(arguments, axis, value)],
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(scaling_table(result))
+    publish(result, arguments.output)
     return 0
 
 

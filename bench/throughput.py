@@ -7,7 +7,6 @@ the machine does meanwhile hits all alike; a ratio is the median over rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 from bench.machine import describe_machine
 from bench.peers import PLANS_ITS_BATCHES, Settings
-from bench.report import table
+from bench.report import publish
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
@@ -173,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **describe_machine(),
         "rows": measure(settings, arguments.only, rounds=arguments.rounds),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+    publish(result, arguments.output)
     return 0
 
 

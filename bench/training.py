@@ -25,7 +25,7 @@ import transformers
 from transformers import set_seed
 
 from bench.machine import describe_machine, peak_rss_mib
-from bench.report import training_table
+from bench.report import publish
 from qa_onnx.data.reader import read_examples
 from training.data import Collator, LengthGroupedSampler, RowSettings, tokenize
 from training.model import build_model, load_model
@@ -164,10 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **describe_machine(),
         "rows": rows,
     }
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(training_table(result))
+    publish(result, arguments.output)
     return 0
 
 

@@ -12,7 +12,19 @@ import sys
 
 import pytest
 
-from bench import accuracy, bulk, latency, long_documents, reliability, report, roofline, scaling, throughput, training
+from bench import (
+    accuracy,
+    bulk,
+    latency,
+    long_documents,
+    look_ahead,
+    reliability,
+    report,
+    roofline,
+    scaling,
+    throughput,
+    training,
+)
 from export import to_onnx
 from qa_onnx import cli
 from tests.conftest import ROOT
@@ -36,6 +48,7 @@ PARSERS = {
     "bench.accuracy": accuracy.make_parser,
     "bench.bulk": bulk.make_parser,
     "bench.latency": latency.make_parser,
+    "bench.look_ahead": look_ahead.make_parser,
     "bench.long_documents": long_documents.make_parser,
     "bench.reliability": reliability.make_parser,
     "bench.report": report.make_parser,
