@@ -68,13 +68,13 @@ def parse(data: bytes, *, max_pages: int, max_characters: int) -> dict[str, obje
             size += len(pages[-1])
             if size > max_characters:
                 return {"error": "too_much_text"}
-        text = clean("\n\n".join(filter(None, map(join_lines, pages))))
     except DependencyError:  # AES needs a package that pypdf does without
         return {"error": "encrypted"}
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - a file that lies about itself makes a parser raise anything
         return {"error": "damaged"}
+    text = clean("\n\n".join(filter(None, map(join_lines, pages))))
     return {"text": text, "pages": count} if text else {"error": "no_text"}
 
 
