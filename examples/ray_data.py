@@ -43,7 +43,7 @@ class AnswerAndKeep:
         self._output, self._key = output, key
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
-        """Answers a batch; what goes on to the driver are its counts only."""
+        """Answers a batch; only its counts go to the driver."""
         if not batch.num_rows:
             return {"rows": np.array([], np.int64), "errors": np.array([], np.int64)}
         found = self._answers({name: batch[name].to_pylist() for name in batch.column_names})

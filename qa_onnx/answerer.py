@@ -293,7 +293,7 @@ class Answerer:
             config: How to answer; None is `GenerationConfig()`.
             max_new_tokens: Replaces the one in `config`.
             on_text: Called in the engine's thread with pieces of the answer's text as it grows, as `stream` gives them;
-                together they are the text, or the begin of it. It must not block.
+                together they are the text, or the beginning of it. It must not block.
 
         Raises:
             InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.

@@ -4,8 +4,8 @@ A decode step of few sequences takes about as long as reading the weights does, 
 five. Where the last tokens of a sequence occur in its prefix, the tokens behind them there are a draft of what comes
 next (prompt lookup decoding: https://github.com/apoorvumang/prompt-lookup-decoding). The step computes the draft, too,
 and the model's own choices are accepted as far as the draft agrees with them (speculative decoding, Leviathan et al.,
-2023, https://arxiv.org/abs/2211.17192). As long as the model's numbers are finite, what is accepted
-does not depend on the draft: a bad one costs time only.
+2023, https://arxiv.org/abs/2211.17192). As long as the model's numbers are finite, what is accepted does not depend on
+the draft: a bad one costs time only.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MAX_PAUSE = 16 * PAUSE
 def find_draft(sequence: Sequence) -> list[int]:
     """The tokens that may come after a sequence's last one, at most `MAX_DRAFT`: a copy from its prefix.
 
-    They follow the occurrence of its last tokens (the most of them that occur at all, up to `MAX_NGRAM`) that has most
-    of the question's tokens around it. Empty where its last token does not occur, or it gets no more tokens.
+    They follow the longest match of its last tokens, of at most `MAX_NGRAM`; of several places, the one with most of
+    the question's rare tokens around it. Empty where its last token does not occur, or it gets no more tokens.
     """
     size = min(MAX_DRAFT, sequence.tokens_left - (0 if sequence.scores_end else 1))
     if size <= 0 or not sequence.token_ids or not sequence.prefix_ids:

@@ -94,8 +94,8 @@ class ServeConfig:
         port: TCP port; 0 takes a free one.
         api_keys: Keys of which a request has to carry one; none asks for no key.
         allow_anonymous: Allow another host than this one without a key.
-        allowed_hosts: Names in the `Host` header that are answered, beside those of this machine on loopback; elsewhere
-            none allows every name.
+        allowed_hosts: Names in the `Host` header that are answered, in addition to those of this machine on loopback;
+            elsewhere none allows every name.
         cors_origins: Origins whose pages may call the service.
         access_log: Write a line of JSON for each request to standard output.
 

@@ -82,6 +82,14 @@ def contents(output):
     return {path.name: path.read_bytes() for path in output.iterdir() if not path.name.startswith(".")}
 
 
+def copy_run(undisturbed, output):
+    """The folder of the finished run."""
+    output.mkdir()
+    for name, content in undisturbed[0].items():
+        (output / name).write_bytes(content)
+    return output
+
+
 def rows_of(output):
     """The rows of a folder, in the order of its files."""
     paths = sorted(path for path in output.iterdir() if path.name.startswith("part-"))
@@ -289,10 +297,7 @@ def test_other_formats_and_several_files_in_their_order(tiny_bundle, questions, 
     ],
 )
 def test_a_folder_of_another_run_is_refused(tiny_bundle, source, undisturbed, tmp_path, capsys, change, words):
-    output = tmp_path / "out"
-    output.mkdir()
-    for name, content in undisturbed[0].items():
-        (output / name).write_bytes(content)
+    output = copy_run(undisturbed, tmp_path / "out")
     assert run(*command(tiny_bundle, source, output, *change)) == 2
     error = capsys.readouterr().err
     assert "is of another run (" in error
@@ -303,10 +308,7 @@ def test_a_folder_of_another_run_is_refused(tiny_bundle, source, undisturbed, tm
 def test_what_ran_is_recorded_and_a_machine_that_runs_another_is_refused(
     tiny_bundle, source, undisturbed, tmp_path, capsys
 ):
-    output = tmp_path / "out"
-    output.mkdir()
-    for name, content in undisturbed[0].items():
-        (output / name).write_bytes(content)
+    output = copy_run(undisturbed, tmp_path / "out")
     manifest = json.loads((output / "_run.json").read_text())
     with Answerer.from_pretrained(tiny_bundle) as answerer:
         stats = answerer.stats()
@@ -321,10 +323,7 @@ def test_what_ran_is_recorded_and_a_machine_that_runs_another_is_refused(
 def test_changed_inputs_another_bundle_and_files_of_others_are_refused(
     tiny_bundle, questions, source, undisturbed, tmp_path, capsys
 ):
-    output = tmp_path / "out"
-    output.mkdir()
-    for name, content in undisturbed[0].items():
-        (output / name).write_bytes(content)
+    output = copy_run(undisturbed, tmp_path / "out")
     other = tmp_path / "questions.parquet"
     pq.write_table(questions.slice(1), other)
     assert run(*command(tiny_bundle, other, output)) == 2
@@ -386,10 +385,7 @@ def test_the_measurement_counts_equal_answers_and_memory(tiny_bundle, heldout_fi
 
 
 def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tmp_path, capsys):
-    output = tmp_path / "out"
-    output.mkdir()
-    for name, content in undisturbed[0].items():
-        (output / name).write_bytes(content)
+    output = copy_run(undisturbed, tmp_path / "out")
     assert run(*command(tiny_bundle, source, output)) == 0
     assert capsys.readouterr().out.startswith("answered 0 rows, 600 were there already: 20 files")
 
@@ -397,10 +393,7 @@ def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tm
 def test_a_run_that_misses_shards_is_not_marked_as_done(
     tiny_bundle, source, undisturbed, tmp_path, capsys, monkeypatch
 ):
-    output = tmp_path / "out"
-    output.mkdir()
-    for name, content in undisturbed[0].items():
-        (output / name).write_bytes(content)
+    output = copy_run(undisturbed, tmp_path / "out")
     (output / "part-00000-00007.parquet").unlink()
 
     def fail(*_, **__):

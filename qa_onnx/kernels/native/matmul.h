@@ -94,7 +94,8 @@ inline Floats activate(Floats x, Activation activation) {
 
 // Stores what a row's sums and a panel's vector make: columns from `column` on.
 template <class T>
-__attribute__((always_inline)) inline void finish(const MatmulArgs& a, typename T::Sum sum, int64_t row, int64_t column) {
+__attribute__((always_inline)) inline void finish(const MatmulArgs& a, typename T::Sum sum, int64_t row,
+                                                  int64_t column) {
   const Mask mask = first_lanes(a.columns - column);
   Floats y = T::value(a, sum, row, column, mask);
   if (a.bias != nullptr) y = add(y, load(a.bias + column, mask));
