@@ -12,15 +12,15 @@ from decimal import Decimal
 
 import pytest
 
-from qa_onnx import InvalidInputError
-from qa_onnx.batch import RESULTS
-from qa_onnx.bulk import plan, table_files
-from qa_onnx.bulk.plan import find_files, plan_file
-from qa_onnx.bulk.table_files import encode, read_batches, read_schema
-from tests.conftest import ROOT
+pa = pytest.importorskip("pyarrow", reason="comes with the extra bulk")
+pq = pytest.importorskip("pyarrow.parquet")
 
-pa = pytest.importorskip("pyarrow")
-import pyarrow.parquet as pq  # noqa: E402 - after the check that it is there
+from qa_onnx import InvalidInputError  # noqa: E402 - after the check that pyarrow is there
+from qa_onnx.batch import RESULTS  # noqa: E402
+from qa_onnx.bulk import plan, table_files  # noqa: E402
+from qa_onnx.bulk.plan import find_files, plan_file  # noqa: E402
+from qa_onnx.bulk.table_files import encode, read_batches, read_schema  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
 
 QUESTION, CONTEXT = "Who led, and why?", 'The "Normans" were led\nby Rollo, 😀.'
 
