@@ -50,10 +50,16 @@ $(DISTRIBUTED)/.installed: examples/distributed.txt pyproject.toml
 	$(DISTRIBUTED)/bin/python -m pip install --quiet --requirement examples/distributed.txt $(EDITABLE) .
 	touch $@
 
+# torchvision and its like are built for another torch there, and break transformers.
 bench-peers: $(INSTALLED)  ## an environment for each peer of the benchmarks that clashes with this project's packages
-	$(PYTHON) -m venv runs/peers/openvino
-	runs/peers/openvino/bin/python -m pip install --quiet --requirement bench/peers-openvino.txt
-	runs/peers/openvino/bin/python -m pip uninstall --quiet --yes torchvision  # of another build of torch, it breaks transformers
+	for peer in openvino vllm llama-cpp; do \
+		$(PYTHON) -m venv runs/peers/$$peer \
+		&& runs/peers/$$peer/bin/python -m pip install --quiet --requirement bench/peers-$$peer.txt \
+		|| echo "$$peer cannot be installed: the benchmarks say so in its rows"; \
+	done
+	for peer in openvino vllm; do \
+		runs/peers/$$peer/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	done
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

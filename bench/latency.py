@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from bench.machine import describe_machine
-from bench.peers import Settings
 from bench.report import OURS, publish
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
+from bench.settings import Settings
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.data.example import Example

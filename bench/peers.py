@@ -11,56 +11,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from bench.machine import peak_rss_mib
+from bench.peer_engines import llama_cpp, openvino, vllm
+from bench.settings import Loaded, Settings, Tokens
+from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import ProviderError
 
-Tokens = list[list[int]]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a runner needs to know.
-
-    Attributes:
-        directory: Made by `bench.models.prepare`.
-        questions, contexts: The texts, one context per question.
-        max_new_tokens: Maximum number of tokens of an answer.
-        stops: Whether end-of-text ends an answer; else every answer has `max_new_tokens`.
-        threads: CPU threads.
-        batch_size: Maximum number of questions in a batch of qa_onnx, which it is loaded with.
-        prefix_cache: Whether qa_onnx keeps the prefixes of contexts from one request to the next.
-    """
-
-    directory: str
-    questions: list[str]
-    contexts: list[str]
-    max_new_tokens: int
-    stops: bool
-    threads: int
-    batch_size: int = 64
-    prefix_cache: bool = False
-
-    def to_json(self) -> str:
-        """For the command line of a runner."""
-        return json.dumps(asdict(self))
-
-
-Answer = Callable[[Sequence[str], Sequence[str], int], Any]
-"""Answers questions with their contexts, in batches of at most the given size; returns what `tokens_of` takes."""
-
-
-def extractive(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
+def extractive(settings: Settings, precision: str) -> Loaded:
     """The runtime of this repository, where every answer is a span of its context."""
     return qa_onnx(settings, precision, is_extractive=True)
 
 
-def qa_onnx(
-    settings: Settings, precision: str, *, is_extractive: bool = False
-) -> tuple[Answer, Callable[[Any], Tokens]]:
+def qa_onnx(settings: Settings, precision: str, *, is_extractive: bool = False) -> Loaded:
     """The runtime of this repository. Extractive answers end where they end, whatever `Settings.stops` says."""
     from qa_onnx import Answerer, EngineConfig, GenerationConfig
     from qa_onnx.config import DEFAULT_PREFIX_CACHE_BYTES
@@ -90,7 +56,7 @@ def qa_onnx(
     return answer, lambda answers: [list(answer.token_ids) for answer in answers]
 
 
-def _generating(model: Any, settings: Settings) -> tuple[Answer, Callable[[Any], Tokens]]:
+def _generating(model: Any, settings: Settings) -> Loaded:
     """Answers by transformers' `generate`, in batches of like length, padded on the left."""
     import torch
     from transformers import GenerationConfig
@@ -130,8 +96,15 @@ def _generating(model: Any, settings: Settings) -> tuple[Answer, Callable[[Any],
     return answer, lambda tokens: tokens
 
 
-def transformers(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
-    """Transformers' `generate` on PyTorch."""
+def group_by_prefix(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Indices of prompts with the same context, group after group."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt.prefix_ids), []).append(index)
+    return list(groups.values())
+
+
+def _load_transformers(settings: Settings, precision: str) -> Any:
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -141,10 +114,62 @@ def transformers(settings: Settings, precision: str) -> tuple[Answer, Callable[[
         attn_implementation="sdpa",
         use_safetensors=True,
     )
-    return _generating(model.eval(), settings)
+    return model.eval()
 
 
-def optimum(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
+def transformers(settings: Settings, precision: str) -> Loaded:
+    """Transformers' `generate` on PyTorch."""
+    return _generating(_load_transformers(settings, precision), settings)
+
+
+def transformers_prefix(settings: Settings, precision: str) -> Loaded:
+    """Transformers' `generate`, which gets each context's keys and values, computed once for all its questions."""
+    import torch
+    from transformers import DynamicCache
+
+    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
+    from training.padding import pad_left
+
+    model = _load_transformers(settings, precision)
+    plain, tokens_of = _generating(model, settings)
+    tokenizer = load_tokenizer(str(Path(settings.directory) / "model" / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+
+    def answer_group(prefix: Sequence[int], suffixes: Sequence[Sequence[int]]) -> Tokens:
+        suffix_ids, suffix_mask = (torch.from_numpy(array) for array in pad_left(suffixes, end))
+        prefix_ids = torch.tensor([prefix]).expand(len(suffixes), -1)
+        with torch.inference_mode():
+            cache = DynamicCache()
+            model.transformer(prefix_ids[:1], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(suffixes))
+            generated = model.generate(
+                input_ids=torch.cat([prefix_ids, suffix_ids], 1),
+                attention_mask=torch.cat([torch.ones_like(prefix_ids), suffix_mask], 1),
+                past_key_values=cache,
+                generation_config=model.generation_config,
+            )
+        new = generated[:, len(prefix) + suffix_ids.shape[1] :].tolist()
+        return [row[: row.index(end)] if settings.stops and end in row else row for row in new]
+
+    def answer(questions: Sequence[str], contexts: Sequence[str], batch_size: int) -> Tokens:
+        prompts = encode_prompts(tokenizer, questions, contexts)
+        groups = group_by_prefix(prompts)
+        if len(groups) == len(prompts):
+            return plain(questions, contexts, batch_size)
+        rows: dict[int, list[int]] = {}
+        for group in groups:
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                new = answer_group(prompts[batch[0]].prefix_ids, [prompts[index].suffix_ids for index in batch])
+                rows |= zip(batch, new, strict=True)
+        tokens = [rows[index] for index in range(len(prompts))]
+        tokenizer.decode_batch(tokens)
+        return tokens
+
+    return answer, tokens_of
+
+
+def optimum(settings: Settings, precision: str) -> Loaded:
     """Optimum's `ORTModelForCausalLM` on its own export."""
     import onnxruntime
     from optimum.onnxruntime import ORTModelForCausalLM
@@ -155,8 +180,17 @@ def optimum(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any],
     return _generating(ORTModelForCausalLM.from_pretrained(directory, session_options=options), settings)
 
 
-def ctranslate2(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
+def ctranslate2(settings: Settings, precision: str) -> Loaded:
     """CTranslate2's generator, with its own batching by length."""
+    return _ctranslate2(settings, precision, shares=False)
+
+
+def ctranslate2_prefix(settings: Settings, precision: str) -> Loaded:
+    """CTranslate2's generator, where a context with several questions is their static prompt, computed once."""
+    return _ctranslate2(settings, precision, shares=True)
+
+
+def _ctranslate2(settings: Settings, precision: str, *, shares: bool) -> Loaded:
     import ctranslate2 as library
 
     from qa_onnx.text.prompt import encode_prompts, load_tokenizer
@@ -167,95 +201,63 @@ def ctranslate2(settings: Settings, precision: str) -> tuple[Answer, Callable[[A
         str(directory / f"ctranslate2-{precision}"), inter_threads=1, intra_threads=settings.threads
     )
 
-    def answer(questions: Sequence[str], contexts: Sequence[str], batch_size: int) -> Tokens:
-        prompts = encode_prompts(tokenizer, questions, contexts)
+    def names(ids: Sequence[int]) -> list[str]:
+        return [tokenizer.id_to_token(token) for token in ids]
+
+    def generate(prompts: Sequence[Sequence[int]], batch_size: int, prefix: Sequence[int] | None = None) -> Tokens:
         results = generator.generate_batch(
-            [[tokenizer.id_to_token(token) for token in prompt.ids] for prompt in prompts],
+            [names(ids) for ids in prompts],
+            static_prompt=None if prefix is None else names(prefix),
+            cache_static_prompt=False,  # it would find it in the next request; qa_onnx's cache is off, too
             max_batch_size=batch_size,
             max_length=settings.max_new_tokens,
             min_length=0 if settings.stops else settings.max_new_tokens,
             sampling_topk=1,
             include_prompt_in_result=False,
         )
-        tokens = [result.sequences_ids[0] for result in results]
-        tokenizer.decode_batch(tokens)
-        return tokens
+        return [result.sequences_ids[0] for result in results]
 
-    return answer, lambda tokens: tokens
-
-
-def openvino(settings: Settings, precision: str) -> tuple[Answer, Callable[[Any], Tokens]]:
-    """OpenVINO GenAI: continuous batching, paged attention and prefix caching.
-
-    The first question on each context is asked before the others, or they would not find its keys and values: they are
-    shared from one request to the next, not within one. int8 is that of the weights, multiplied in bfloat16, with
-    activations quantized dynamically: the fastest of its settings.
-    """
-    import numpy as np
-    import openvino as ov
-    import openvino_genai as genai
-
-    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
-
-    directory = Path(settings.directory)
-    tokenizer = load_tokenizer(str(directory / "model" / "tokenizer.json"))
-    scheduler = genai.SchedulerConfig()
-    scheduler.cache_size, scheduler.enable_prefix_caching = 2, True
-    scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.dynamic_split_fuse = 2048, 64, True
-    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads, "PERFORMANCE_HINT": "LATENCY"}
-    options["INFERENCE_PRECISION_HINT"] = "f32" if precision == "fp32" else "bf16"
-    options["KV_CACHE_PRECISION"] = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
-    if precision == "int8":
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
-    converted = directory / f"openvino-{'int8' if precision == 'int8' else 'fp32'}"
-    pipelines: list[Any] = []
-
-    def prepare() -> None:  # it would find the contexts of the request before in its cache; qa_onnx's is off, too
-        pipelines.clear()
-        pipelines.append(genai.ContinuousBatchingPipeline(str(converted), scheduler, "CPU", options))
-
-    prepare()
-    config = genai.GenerationConfig()
-    config.max_new_tokens, config.do_sample = settings.max_new_tokens, False
-    config.min_new_tokens = 0 if settings.stops else settings.max_new_tokens
-    config.ignore_eos = not settings.stops
-    config.eos_token_id = end = tokenizer.token_to_id("<|endoftext|>")
-
-    def answer(questions: Sequence[str], contexts: Sequence[str], _: int) -> Tokens:
+    def answer(questions: Sequence[str], contexts: Sequence[str], batch_size: int) -> Tokens:
         prompts = encode_prompts(tokenizer, questions, contexts)
-        first = {tuple(prompt.prefix_ids): index for index, prompt in reversed(list(enumerate(prompts)))}
-        leading = sorted(first.values())
-        others = [index for index in range(len(prompts)) if index not in set(leading)]
+        groups = group_by_prefix(prompts)
         rows: dict[int, list[int]] = {}
-        for indices in filter(None, (leading, others)):
-            inputs = [ov.Tensor(np.array([prompts[index].ids], np.int64)) for index in indices]
-            for index, result in zip(indices, pipelines[0].generate(inputs, [config] * len(inputs)), strict=True):
-                row = list(result.m_generation_ids[0])
-                rows[index] = row[: row.index(end)] if settings.stops and end in row else row
+        if shares and len(groups) < len(prompts):
+            for group in groups:
+                suffixes = [prompts[index].suffix_ids for index in group]
+                rows |= zip(group, generate(suffixes, batch_size, prompts[group[0]].prefix_ids), strict=True)
+        else:
+            rows |= enumerate(generate([prompt.ids for prompt in prompts], batch_size))
         tokens = [rows[index] for index in range(len(prompts))]
         tokenizer.decode_batch(tokens)
         return tokens
 
-    if not settings.prefix_cache:
-        answer.prepare = prepare  # type: ignore[attr-defined]
     return answer, lambda tokens: tokens
 
 
-RUNNERS: dict[str, tuple[Callable[[Settings, str], tuple[Answer, Callable[[Any], Tokens]]], str]] = {
+RUNNERS: dict[str, tuple[Callable[[Settings, str], Loaded], str]] = {
     "qa_onnx fp32": (qa_onnx, "fp32"),
     "qa_onnx bf16": (qa_onnx, "bf16"),
     "qa_onnx int8": (qa_onnx, "int8"),
     "qa_onnx int8 extractive": (extractive, "int8"),
     "transformers fp32": (transformers, "fp32"),
     "transformers bf16": (transformers, "bf16"),
+    "transformers fp32, shared contexts": (transformers_prefix, "fp32"),
+    "transformers bf16, shared contexts": (transformers_prefix, "bf16"),
     "Optimum fp32": (optimum, "fp32"),
     "CTranslate2 fp32": (ctranslate2, "fp32"),
     "CTranslate2 int8": (ctranslate2, "int8"),
+    "CTranslate2 fp32, shared contexts": (ctranslate2_prefix, "fp32"),
+    "CTranslate2 int8, shared contexts": (ctranslate2_prefix, "int8"),
     "OpenVINO fp32": (openvino, "fp32"),
     "OpenVINO bf16": (openvino, "bf16"),
     "OpenVINO int8": (openvino, "int8"),
+    "vLLM fp32": (vllm, "fp32"),
+    "vLLM bf16": (vllm, "bf16"),
+    "vLLM int8": (vllm, "int8"),
+    "llama.cpp bf16": (llama_cpp, "bf16"),
+    "llama.cpp int8": (llama_cpp, "int8"),
 }
-PLANS_ITS_BATCHES = ("qa_onnx", "OpenVINO")
+PLANS_ITS_BATCHES = ("qa_onnx", "OpenVINO", "vLLM", "llama.cpp")
 """What the names of runners begin with that take all questions at once."""
 
 

@@ -10,16 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.models import convert_to_openvino, prepare, random_gpt2
-from bench.peers import RUNNERS, Settings
+from bench.models import ROOT, convert_to_gguf, convert_to_openvino, prepare, quantize_for_vllm, random_gpt2
+from bench.peers import RUNNERS
+from bench.settings import Settings
 
 SETTLE_SECONDS = 0.5
 """Pause before a measurement, in which the threads of the runner before stop spinning."""
 PEERS = [name for name in RUNNERS if not name.endswith("extractive")]
-ROOT = Path(__file__).parent.parent
 PEERS_DIRECTORY = ROOT / "runs" / "peers"
-PEER_ENVIRONMENTS = {"OpenVINO": "openvino"}
+PEER_ENVIRONMENTS = {"OpenVINO": "openvino", "vLLM": "vllm", "llama.cpp": "llama-cpp"}
 """Made by `make bench-peers`, for runners whose names begin so."""
+CONVERSIONS = {"OpenVINO": convert_to_openvino, "vLLM": quantize_for_vllm, "llama.cpp": convert_to_gguf}
 RANDOM = "GPT-2's 124 M parameters, random"
 
 
@@ -112,5 +113,7 @@ def prepare_models(arguments: argparse.Namespace) -> None:
     if arguments.model is None and not model.exists():
         random_gpt2(model, arguments.tokenizer)
     prepare(arguments.work, model)
-    if any(name.startswith("OpenVINO") for name in arguments.only) and (python := peer_python("OpenVINO")).is_file():
-        convert_to_openvino(arguments.work, python)
+    for prefix, convert in CONVERSIONS.items():
+        python = peer_python(prefix)
+        if python.is_file() and any(name.startswith(prefix) for name in arguments.only):
+            convert(arguments.work, python)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine
-from bench.peers import Settings
 from bench.report import publish
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
+from bench.settings import Settings
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
 

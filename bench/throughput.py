@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe_machine
-from bench.peers import PLANS_ITS_BATCHES, Settings
+from bench.peers import PLANS_ITS_BATCHES
 from bench.report import publish
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
+from bench.settings import Settings
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
 

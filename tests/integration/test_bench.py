@@ -30,7 +30,8 @@ from bench import (
     throughput,
     training,
 )
-from bench.peers import RUNNERS, Settings, serve
+from bench.peers import RUNNERS, serve
+from bench.settings import Settings
 from export import to_onnx
 from qa_onnx import cli
 from qa_onnx.bundle import Bundle

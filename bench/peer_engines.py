@@ -1,0 +1,243 @@
+"""Peers that plan their batches themselves, each in an environment of its own (`make bench-peers`).
+
+All of them get token ids, and a prompt's first part, the context, is computed once for all its questions as far as the
+peer can share it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bench.settings import Answer, Loaded, Settings, Tokens
+from qa_onnx.engine.sequence import Prompt
+
+MAX_SEQUENCES = 64
+END_OF_TEXT = "<|endoftext|>"
+LLAMA_CELLS, LLAMA_CONTEXTS = 8192, 4
+"""Tokens in the caches of llama.cpp, and contexts in a batch."""
+
+
+def _load_tokenizer(settings: Settings) -> Tokenizer:
+    from qa_onnx.text.prompt import load_tokenizer
+
+    return load_tokenizer(str(Path(settings.directory) / "model" / "tokenizer.json"))
+
+
+def _cut(row: list[int], end: int, settings: Settings) -> list[int]:
+    """New tokens up to the end-of-text, if that ends an answer."""
+    return row[: row.index(end)] if settings.stops and end in row else row
+
+
+def _answering(settings: Settings, tokenizer: Tokenizer, generate: Callable[[list[list[int]]], Tokens]) -> Answer:
+    """Answers by a function from prompts to new tokens, which shares prefixes from one call to the next only.
+
+    The first question on each context is asked before the others, or they would not find its keys and values.
+    """
+    from qa_onnx.text.prompt import encode_prompts
+
+    end = tokenizer.token_to_id(END_OF_TEXT)
+
+    def answer(questions: Sequence[str], contexts: Sequence[str], _: int) -> Tokens:
+        prompts = encode_prompts(tokenizer, questions, contexts)
+        first = {tuple(prompt.prefix_ids): index for index, prompt in reversed(list(enumerate(prompts)))}
+        leading = sorted(first.values())
+        others = [index for index in range(len(prompts)) if index not in set(leading)]
+        rows: dict[int, list[int]] = {}
+        for indices in filter(None, (leading, others)):
+            for index, row in zip(indices, generate([prompts[index].ids for index in indices]), strict=True):
+                rows[index] = _cut(row, end, settings)
+        tokens = [rows[index] for index in range(len(prompts))]
+        tokenizer.decode_batch(tokens)
+        return tokens
+
+    return answer
+
+
+def openvino(settings: Settings, precision: str) -> Loaded:
+    """OpenVINO GenAI: continuous batching, paged attention and prefix caching.
+
+    int8 is that of the weights, multiplied in bfloat16, with activations quantized dynamically: the fastest of its
+    settings.
+    """
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    directory, tokenizer = Path(settings.directory), _load_tokenizer(settings)
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 2, True
+    scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.dynamic_split_fuse = 2048, MAX_SEQUENCES, True
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads, "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_PRECISION_HINT"] = "f32" if precision == "fp32" else "bf16"
+    options["KV_CACHE_PRECISION"] = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
+    if precision == "int8":
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
+    converted = directory / f"openvino-{'int8' if precision == 'int8' else 'fp32'}"
+    pipelines: list[Any] = []
+
+    def prepare() -> None:  # it would find the contexts of the request before in its cache; qa_onnx's is off, too
+        pipelines.clear()
+        pipelines.append(genai.ContinuousBatchingPipeline(str(converted), scheduler, "CPU", options))
+
+    prepare()
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.do_sample = settings.max_new_tokens, False
+    config.min_new_tokens = 0 if settings.stops else settings.max_new_tokens
+    config.ignore_eos = not settings.stops
+    config.eos_token_id = tokenizer.token_to_id(END_OF_TEXT)
+
+    def generate(prompts: list[list[int]]) -> Tokens:
+        inputs = [ov.Tensor(np.array([ids], np.int64)) for ids in prompts]
+        results = pipelines[0].generate(inputs, [config] * len(inputs))
+        return [list(result.m_generation_ids[0]) for result in results]
+
+    answer = _answering(settings, tokenizer, generate)
+    if not settings.prefix_cache:
+        answer.prepare = prepare  # type: ignore[attr-defined]
+    return answer, lambda tokens: tokens
+
+
+def vllm(settings: Settings, precision: str) -> Loaded:
+    """The build of vLLM for CPUs: continuous batching, paged attention and prefix caching.
+
+    int8 is W8A8: weights by channel, activations by token, the rest in bfloat16.
+    """
+    os.environ |= {
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{settings.threads - 1}",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    from vllm import LLM, SamplingParams
+
+    directory, tokenizer = Path(settings.directory), _load_tokenizer(settings)
+    engine = LLM(
+        model=str(directory / ("vllm-int8" if precision == "int8" else "model")),
+        dtype="float32" if precision == "fp32" else "bfloat16",
+        block_size=32,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=2048,
+        max_num_seqs=MAX_SEQUENCES,
+        max_model_len=1024,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+    )
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=settings.max_new_tokens,
+        ignore_eos=not settings.stops,
+        stop_token_ids=[tokenizer.token_to_id(END_OF_TEXT)] if settings.stops else None,
+        detokenize=False,
+    )
+
+    def generate(prompts: list[list[int]]) -> Tokens:
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        return [list(result.outputs[0].token_ids) for result in engine.generate(inputs, sampling, use_tqdm=False)]
+
+    answer = _answering(settings, tokenizer, generate)
+    if not settings.prefix_cache:
+        answer.prepare = engine.reset_prefix_cache  # type: ignore[attr-defined]
+    return answer, lambda tokens: tokens
+
+
+def llama_cpp(settings: Settings, precision: str) -> Loaded:
+    """The C API of llama.cpp: a context is decoded once, into the caches of all sequences that ask about it.
+
+    int8 is Q8_0. Attention reads the cells of all sequences of a batch, so a batch has few contexts.
+    """
+    import ctypes
+
+    import llama_cpp as library
+    import numpy as np
+
+    from qa_onnx.text.prompt import encode_prompts
+
+    tokenizer = _load_tokenizer(settings)
+    end, vocabulary = tokenizer.token_to_id(END_OF_TEXT), tokenizer.get_vocab_size()
+    library.llama_backend_init()
+    path = Path(settings.directory) / f"llama-cpp-{precision}.gguf"
+    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+    options = library.llama_context_default_params()
+    options.n_ctx, options.n_batch, options.n_ubatch = LLAMA_CELLS, LLAMA_CELLS, 512
+    options.n_seq_max, options.kv_unified = MAX_SEQUENCES, True
+    options.n_threads = options.n_threads_batch = settings.threads
+    context = library.llama_init_from_model(model, options)
+    memory = library.llama_get_memory(context)
+    batch = library.llama_batch_init(LLAMA_CELLS, 0, MAX_SEQUENCES)
+
+    def decode(rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
+        """Computes tokens: id, position, sequences, and whether its logits are wanted."""
+        for place, (token, position, sequences, wants_logits) in enumerate(rows):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, position, wants_logits
+            batch.n_seq_id[place] = len(sequences)
+            for index, sequence in enumerate(sequences):
+                batch.seq_id[place][index] = sequence
+        batch.n_tokens = len(rows)
+        if status := library.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode gave {status}")
+
+    def next_token(place: int) -> int:
+        logits = library.llama_get_logits_ith(context, place)
+        return int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocabulary,)).argmax())
+
+    def generate(prompts: Sequence[Prompt], groups: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+        library.llama_memory_clear(memory, False)
+        sequences = {index: place for place, index in enumerate(index for group in groups for index in group)}
+        rows: list[tuple[int, int, Sequence[int], bool]] = []
+        for group in groups:
+            shared = [sequences[index] for index in group]
+            rows += [(token, place, shared, False) for place, token in enumerate(prompts[group[0]].prefix_ids)]
+        starts: dict[int, int] = {}
+        for index, sequence in sequences.items():
+            ids, offset = prompts[index].suffix_ids, len(prompts[index].prefix_ids)
+            rows += [(token, offset + place, [sequence], False) for place, token in enumerate(ids)]
+            rows[-1] = (*rows[-1][:3], True)
+            starts[index] = len(rows) - 1
+        decode(rows)
+        new = {index: [next_token(place)] for index, place in starts.items()}
+        for step in range(1, settings.max_new_tokens):
+            running = [index for index in new if not (settings.stops and new[index][-1] == end)]
+            if not running:
+                break
+            decode(
+                [(new[index][-1], len(prompts[index].ids) + step - 1, [sequences[index]], True) for index in running]
+            )
+            for place, index in enumerate(running):
+                new[index].append(next_token(place))
+        return new
+
+    def answer(questions: Sequence[str], contexts: Sequence[str], _: int) -> Tokens:
+        prompts = encode_prompts(tokenizer, questions, contexts)
+        rows: dict[int, list[int]] = {}
+        for groups in _fit_groups(prompts, settings.max_new_tokens):
+            rows |= generate(prompts, groups)
+        tokens = [_cut(rows[index], end, settings) for index in range(len(prompts))]
+        tokenizer.decode_batch(tokens)
+        return tokens
+
+    return answer, lambda tokens: tokens
+
+
+def _fit_groups(prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[list[int]]]:
+    """Indices of prompts by context, as many contexts at once as llama.cpp is given."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_context.setdefault(tuple(prompt.prefix_ids), []).append(index)
+    batch: list[list[int]] = []
+    cells = 0
+    for prefix, group in sorted(by_context.items(), key=lambda item: len(item[0])):
+        needed = len(prefix) + sum(len(prompts[index].suffix_ids) + max_new_tokens for index in group)
+        sequences = sum(map(len, batch)) + len(group)
+        if batch and (len(batch) == LLAMA_CONTEXTS or sequences > MAX_SEQUENCES or cells + needed > LLAMA_CELLS):
+            yield batch
+            batch, cells = [], 0
+        batch.append(group)
+        cells += needed
+    yield batch
