@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bench.machine import describe_machine
 from bench.report import publish
-from export.decoder import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
+from export.graph import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
 from qa_onnx.bundle import MODEL_NAME, Bundle, Manifest
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.engine import Engine

@@ -39,131 +39,21 @@ What the matmuls of one layer have between them (E is the model's width, D = E /
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from transformers import GPT2Config
 
-from qa_onnx.engine.kv_cache import (
-    ALIGNMENT,
-    COPY_INDEX,
-    PAST_NAME,
-    PREFIX_NAME,
-    PRESENT_NAME,
-    SOURCE_NAME,
-    TARGET_NAME,
-    CacheLayout,
-    aligned,
-)
-from qa_onnx.engine.session import Signature
-from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
-from qa_onnx.errors import InvalidInputError, ParityError
+from export.gpt2 import ACTIVATIONS, GPT2Builder
+from export.graph import CONTRIB
+from export.weights import INT8_GROUP, OUTPUT_WEIGHTS, TOKEN_EMBEDDING, QuantizedWeight
+from qa_onnx.engine.kv_cache import ALIGNMENT, PAST_NAME, PREFIX_NAME, PRESENT_NAME, aligned
+from qa_onnx.engine.signature import decoder_inputs, decoder_outputs
+from qa_onnx.errors import ParityError
 
-OPSET, CONTRIB_OPSET, IR_VERSION = 24, 1, 11
-CONTRIB = "com.microsoft"
 LOWEST = np.finfo(np.float32).min
 """Added to the scores of keys that a token does not attend to. Not infinite: a row of nothing else would give NaN."""
-PANEL, INT8_GROUP = 16, 4
-"""Columns that lie together in a packed weight, and values of one column (`pack_weight`)."""
-TOKEN_EMBEDDING, POSITION_EMBEDDING, OUTPUT_WEIGHTS = "wte.weight", "wpe.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What computes an `activation_function` of GPT-2's configuration.
-
-    Attributes:
-        kernel: Its number in `qa_onnx/kernels/native/kernels.h`.
-        op_type: ONNX Runtime's operator.
-        domain: Of that.
-    """
-
-    kernel: int
-    op_type: str
-    domain: str = ""
-
-
-ACTIVATIONS = {
-    "gelu_new": Activation(1, "FastGelu", CONTRIB),
-    "gelu_pytorch_tanh": Activation(1, "FastGelu", CONTRIB),
-    "gelu": Activation(2, "Gelu"),
-    "relu": Activation(3, "Relu"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedWeight:
-    """A weight matrix in int8, one scale a column: `values * scales` is float32 [K, N].
-
-    Attributes:
-        values: int8 [K, N].
-        scales: float32 [N].
-        smoothing: float32 [K], what the rows were multiplied by before they were rounded; None where they were not.
-    """
-
-    values: np.ndarray
-    scales: np.ndarray
-    smoothing: np.ndarray | None = None
-
-    def columns(self, chosen: slice) -> QuantizedWeight:
-        """Some of the columns."""
-        return replace(self, values=np.ascontiguousarray(self.values[:, chosen]), scales=self.scales[chosen])
-
-
-def pack_weight(matrix: np.ndarray, group: int) -> np.ndarray:
-    """Lays a matrix [K, N] out for the kernels, which both graphs of a bundle share.
-
-    Panels of `PANEL` columns follow each other, and in each the groups of K: [N / 16, K / group, 16, group], with zeros
-    where K or N is not a multiple. So a kernel reads a weight from its start to its end, and `group` products of a
-    column are added up in one lane of a vector.
-    """
-    width, columns = matrix.shape
-    padded = np.zeros((aligned(width, group), aligned(columns, PANEL)), matrix.dtype)
-    padded[:width, :columns] = matrix
-    blocks = padded.reshape(len(padded) // group, group, padded.shape[1] // PANEL, PANEL)
-    return np.ascontiguousarray(blocks.transpose(2, 0, 3, 1))
-
-
-def weights_of(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Reads a GPT-2's weights out of Optimum's plain export.
-
-    Returns:
-        float32 arrays by their PyTorch names without `transformer.`, and `lm_head.weight` [V, E] where the output
-        weights are not the token embedding.
-
-    Raises:
-        ParityError: The graph does not end in the product of hidden states and output weights.
-    """
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in plain.graph.initializer}
-    weights = {}
-    for node in plain.graph.node:
-        # Of equal tensors Optimum keeps one, which the others stand for; the modules, `/transformer/h.0/ln_1/...`,
-        # still tell whose they are.
-        module = ".".join(node.name.split("/")[2:-1])
-        if node.op_type == "Identity" and node.input[0] in stored:
-            stored[node.output[0]] = stored[node.input[0]]
-        if node.op_type == "Gather" and node.input[0].startswith("transformer."):
-            weights[f"{module}.weight"] = stored[node.input[0]]
-        if node.op_type in ("Gemm", "LayerNormalization"):
-            weights[f"{module}.weight"], weights[f"{module}.bias"] = (stored[name] for name in node.input[1:])
-    producers = {name: node for node in plain.graph.node for name in node.output}
-    product = producers["logits"]
-    if product.op_type != "MatMul":
-        raise ParityError(f"the export computes its logits by {product.op_type}; expected MatMul. Report this model")
-    output = product.input[1]
-    transpose = producers.get(output)
-    if transpose is not None and transpose.op_type == "Transpose":
-        head = stored.get(transpose.input[0])
-    else:
-        head = stored[output].T if output in stored else None
-    if head is None:
-        raise ParityError(f"the output weights {output!r} are not stored in the graph. Report this model")
-    if not np.array_equal(head, weights[TOKEN_EMBEDDING]):
-        weights[OUTPUT_WEIGHTS] = head
-    return weights
 
 
 def build_decoder(
@@ -172,56 +62,27 @@ def build_decoder(
     quantized: Mapping[str, QuantizedWeight] | None = None,
     *,
     eos_token_id: int,
-    half: bool = False,
+    float16: bool = False,
 ) -> onnx.ModelProto:
-    """Builds the graph that the module's description tells of.
+    """Builds the graph that the module's docstring describes.
 
     Args:
-        weights: From `weights_of`.
+        weights: float32 arrays, from `export.weights.extract_weights`.
         config: Of the same model.
         quantized: The matrices to multiply in int8 instead, by their names in `weights` (`wte.weight`, [E, V] here,
             is that of the embedding and of the output layer). The other matmuls stay float32.
         eos_token_id: The token that ends an answer.
-        half: Multiply in float16 and keep keys and values in it. Residual sums, layer norms, softmax and logits stay
+        float16: Multiply in float16 and keep keys and values in it. Residual sums, layer norms, softmax and logits stay
             float32: GPT-2's residuals have channels that float16 would round away.
 
     Raises:
-        InvalidInputError: The configuration asks for something that the runtime does not compute.
-        ParityError: The weights are not those of that configuration.
+        InvalidInputError: The runtime does not compute a model of this configuration.
+        ParityError: The weights do not fit the configuration.
     """
-    return DecoderBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, half=half).checked_model()
+    return _DecoderBuilder(weights, config, quantized or {}, eos_token_id=eos_token_id, float16=float16).checked_model()
 
 
-def build_cache_copy(layout: CacheLayout) -> onnx.ModelProto:
-    """Builds the graph that copies KV caches on the device: for each key and value, chunks of `ALIGNMENT` columns.
-
-    `source.N.key` [A, chunk] and `index` int64 [B] give `target.N.key` [B, chunk], bound to where the copy goes.
-    """
-    nodes = [
-        helper.make_node("Gather", [f"{SOURCE_NAME}{key}", COPY_INDEX], [f"{TARGET_NAME}{key}"], name=f"{key}/Gather")
-        for key in layout.names
-    ]
-    inputs, outputs = _values(copier_inputs(layout)), _values(copier_outputs(layout))
-    graph = helper.make_graph(nodes, "qa_onnx_cache_copy", inputs, outputs)
-    return _make_model(graph)
-
-
-def _values(signature: Signature) -> list[onnx.ValueInfoProto]:
-    return [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind.dtype)), kind.shape)
-        for name, kind in signature.items()
-    ]
-
-
-def _make_model(graph: onnx.GraphProto, *domains: str) -> onnx.ModelProto:
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
-    opsets += [helper.make_opsetid(domain, 1) for domain in domains]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qa_onnx")
-
-
-class DecoderBuilder:
-    """Adds node after node; every method returns the name of what it computes."""
-
+class _DecoderBuilder(GPT2Builder):
     def __init__(
         self,
         weights: Mapping[str, np.ndarray],
@@ -229,40 +90,14 @@ class DecoderBuilder:
         quantized: Mapping[str, QuantizedWeight],
         *,
         eos_token_id: int,
-        half: bool = False,
+        float16: bool,
     ) -> None:
-        self.weights, self.config, self.quantized = dict(weights), config, dict(quantized)
-        self.eos_token_id, self.half = eos_token_id, half
-        self.type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-        self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
-        self.layout = CacheLayout(
-            layers=config.n_layer,
-            heads=self.heads,
-            head_size=self.head_size,
-            dtype="float16" if half else "float32",
-        )
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, np.ndarray] = {}
-        self.used: set[str] = set()
-
-    def checked_model(self) -> onnx.ModelProto:
-        """The model, of a configuration that the runtime computes and of all of its weights (see `build_decoder`)."""
-        given, config = set(self.weights), self.config
-        if config.activation_function not in ACTIVATIONS:
-            raise InvalidInputError(
-                f"the model's activation_function is {config.activation_function!r}; "
-                f"expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if config.add_cross_attention:
-            raise InvalidInputError("the model has cross-attention; expected a GPT-2 that reads one text")
-        model = self.build()
-        unused = sorted(given - self.used)
-        if unused:
-            raise ParityError(f"the export has weights that the runtime does not use: {', '.join(unused)}")
-        return model
+        dtype = "float16" if float16 else "float32"
+        super().__init__(weights, config, quantized, eos_token_id=eos_token_id, cache_dtype=dtype)
+        self.float16 = float16
+        self.heads, self.head_size = self.layout.heads, self.layout.head_size
 
     def build(self) -> onnx.ModelProto:
-        """Adds all nodes; returns the model."""
         self._prepare_indices()
         residual = self._input()
         for layer in range(self.config.n_layer):
@@ -271,53 +106,22 @@ class DecoderBuilder:
         layout = self.layout
         return self.finish(decoder_inputs(layout), decoder_outputs(layout, self.config.vocab_size))
 
-    def finish(self, inputs: Signature, outputs: Signature, *domains: str) -> onnx.ModelProto:
-        """The model of all nodes that were added; `domains` are those of operators that are not ONNX Runtime's."""
-        initializers = [numpy_helper.from_array(array, name) for name, array in self.initializers.items()]
-        graph = helper.make_graph(self.nodes, "qa_onnx", _values(inputs), _values(outputs), initializers)
-        return _make_model(graph, *domains)
-
-    # -- nodes ---------------------------------------------------------------------------------------------------------
-
-    def op(self, op_type: str, *inputs: str, name: str | None = None, domain: str = "", **attributes: Any) -> str:
-        """Adds a node of one output; `name` is the output's, made up where none is given."""
-        output = name or f"{op_type}_{len(self.nodes)}"
-        self.nodes.append(
-            helper.make_node(op_type, inputs, [output], name=f"{output}/{op_type}", domain=domain, **attributes)
-        )
-        return output
-
-    def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
-        """A constant of the graph; returns its name."""
-        self.initializers[name] = np.asarray(value, dtype)
-        return name
-
-    def weight(self, name: str) -> str:
-        """A weight in float32."""
-        if name not in self.weights:
-            raise ParityError(f"the export has no weight {name!r}, which the model's configuration asks for")
-        self.used.add(name)
-        self.initializers[name] = self.weights[name]
-        return name
-
-    def factor(self, name: str) -> str:
-        """A weight in the type that products are computed in."""
+    def matmul_weight(self, name: str) -> str:
+        """A weight in the dtype of the matmuls."""
         self.weight(name)
-        if self.half:
+        if self.float16:
             if np.abs(self.weights[name]).max() > np.finfo(np.float16).max:
                 raise ParityError(f"the weight {name!r} is too large for float16; use another precision")
             self.initializers[name] = self.weights[name].astype(np.float16)
         return name
 
-    def narrow(self, value: str) -> str:
-        """A float32 value in the type that products are computed in."""
-        return self.op("Cast", value, to=self.type) if self.half else value
+    def to_compute_dtype(self, value: str) -> str:
+        """Casts float32 to the dtype of the matmuls."""
+        return self.op("Cast", value, to=TensorProto.FLOAT16) if self.float16 else value
 
-    def widen(self, value: str) -> str:
-        """The result of a product in float32."""
-        return self.op("Cast", value, to=TensorProto.FLOAT) if self.half else value
-
-    # -- the parts of a layer ------------------------------------------------------------------------------------------
+    def to_float32(self, value: str) -> str:
+        """Casts the result of a matmul to float32."""
+        return self.op("Cast", value, to=TensorProto.FLOAT) if self.float16 else value
 
     def _prepare_indices(self) -> None:
         """What all layers share: which rows of D go where, the shapes of attention, and its bias.
@@ -359,9 +163,9 @@ class DecoderBuilder:
             self.op("Concat", groups, heads, rows, tokens, size, name=f"{name}query_shape", axis=0)
             self.op("Concat", groups, heads, slots, size, name=f"{name}flat_rows", axis=0)
             self.op("Concat", groups, heads, rows, tokens, prefix, name=f"{name}prefix_scores", axis=0)
-            if self.half:  # rows and tokens in one dimension: cuBLAS takes no arrays of pointers then
+            if self.float16:  # rows and tokens in one dimension: cuBLAS takes no arrays of pointers then
                 self.op("Concat", groups, heads, "one", slots, prefix, name=f"{name}folded_rows", axis=0)
-        if not self.half:  # in a decode step rows stay apart (`_attention`)
+        if not self.float16:  # in a decode step rows stay apart (`_attention`)
             is_long = self.op("Min", self.op("Sub", width, "one"), "one")
             slots = self.op("Mul", rows, width)
             folded = self.op("Add", "one", self.op("Mul", is_long, self.op("Sub", slots, "one")))
@@ -416,29 +220,11 @@ class DecoderBuilder:
             rows = self.op("Reshape", self._linear(attention, hidden), "head_rows")
             query, key, value = (self.op("Gather", rows, f"{part}_index") for part in ("query", "key", "value"))
         context = self._attention(layer, query, key, value, is_last=is_last)
-        residual = self.op("Add", residual, self.widen(self._linear(f"{name}.attn.c_proj", context)))
+        residual = self.op("Add", residual, self.to_float32(self._linear(f"{name}.attn.c_proj", context)))
         hidden = self._linear(f"{name}.mlp.c_fc", self._layer_norm(f"{name}.ln_2", residual))
         activation = ACTIVATIONS[self.config.activation_function]
         hidden = self.op(activation.op_type, hidden, domain=activation.domain)
-        return self.op("Add", residual, self.widen(self._linear(f"{name}.mlp.c_proj", hidden)))
-
-    def _split_columns(self, name: str, parts: Mapping[str, slice]) -> None:
-        """Replaces a linear layer by layers of some of its columns, `{name}.{part}`."""
-        if f"{name}.weight" not in self.weights or f"{name}.bias" not in self.weights:
-            return  # which `weight` tells of
-        weight, bias = self.weights.pop(f"{name}.weight"), self.weights.pop(f"{name}.bias")
-        self.used |= {f"{name}.weight", f"{name}.bias"}
-        quantized = self.quantized.pop(f"{name}.weight", None)
-        for part, chosen in parts.items():
-            self.weights[f"{name}.{part}.weight"] = np.ascontiguousarray(weight[:, chosen])
-            self.weights[f"{name}.{part}.bias"] = bias[chosen]
-            if quantized is not None:
-                self.quantized[f"{name}.{part}.weight"] = quantized.columns(chosen)
-
-    def _attention_scale(self, layer: int) -> float:
-        """What the scores of a layer are multiplied by."""
-        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
-        return float(scale / (layer + 1) if self.config.scale_attn_by_inverse_layer_idx else scale)
+        return self.op("Add", residual, self.to_float32(self._linear(f"{name}.mlp.c_proj", hidden)))
 
     def _attention(self, layer: int, query: str, key: str, value: str, *, is_last: bool) -> str:
         """Attention of one layer: from queries, keys and values [G, H, R, T, D] to each token's context, [N, E]."""
@@ -472,13 +258,13 @@ class DecoderBuilder:
             self.op("FusedMatMul", query, own_key, domain=CONTRIB, transB=1, alpha=scale),
             axis=-1,
         )
-        biased = self.op("Add", self.widen(scores), f"{grid}attention_bias")
-        probabilities = self.narrow(self.op("Softmax", biased, axis=-1))
+        biased = self.op("Add", self.to_float32(scores), f"{grid}attention_bias")
+        probabilities = self.to_compute_dtype(self.op("Softmax", biased, axis=-1))
         on_prefix, on_own = f"{probabilities}_prefix", f"{probabilities}_own"
         self.nodes.append(helper.make_node("Split", [probabilities, "key_counts"], [on_prefix, on_own], axis=-1))
         # The same for the context, but in float32 not for single tokens: a matmul of one row takes other steps than one
         # of two, and a sequence's numbers must not depend on whether it has neighbors.
-        if self.half or not is_last:
+        if self.float16 or not is_last:
             on_prefix = self.op("Reshape", on_prefix, f"{grid}folded_rows", allowzero=1)
         context = self.op("Reshape", self.op("MatMul", on_prefix, prefix_value), f"{grid}query_shape")
         context = self.op("Add", context, self.op("MatMul", on_own, own_value))
@@ -487,21 +273,14 @@ class DecoderBuilder:
         return self.op("Reshape", context, "token_rows")
 
     def _layer_norm(self, name: str, hidden: str) -> str:
-        scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
-        return self.narrow(self.op("LayerNormalization", hidden, scale, bias, epsilon=self.config.layer_norm_epsilon))
+        return self.to_compute_dtype(super()._layer_norm(name, hidden))
 
     def _linear(self, name: str, hidden: str) -> str:
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight not in self.quantized:
-            return self.op("Gemm", hidden, self.factor(weight), self.factor(bias))
+            return self.op("Gemm", hidden, self.matmul_weight(weight), self.matmul_weight(bias))
         self._unpack(weight)
-        return self.op("Add", self._quantized_product(weight, hidden), self.weight(bias))
-
-    def packed(self, name: str) -> str:
-        """An int8 weight as it is stored (`pack_weight`)."""
-        self.used.add(name)
-        self.initializers[f"{name}.packed"] = pack_weight(self.quantized[name].values, INT8_GROUP)
-        return f"{name}.packed"
+        return self.op("Add", self._quantized_matmul(weight, hidden), self.weight(bias))
 
     def _unpack(self, name: str) -> None:
         """Makes int8 [K, N] of a packed weight; ONNX Runtime does that once, as it loads the graph."""
@@ -511,7 +290,7 @@ class DecoderBuilder:
         self.constant("origin", [0, 0])
         self.op("Slice", rows, "origin", self.constant(f"{name}.end", [width, columns]), name=name)
 
-    def _quantized_product(self, weight: str, hidden: str) -> str:
+    def _quantized_matmul(self, weight: str, hidden: str) -> str:
         """Multiplies in int8 with one scale a row of `hidden`, so that no row depends on its neighbours.
 
         ONNX Runtime's own dynamic quantisation has one scale for the whole tensor, which makes an answer depend on
@@ -528,45 +307,28 @@ class DecoderBuilder:
         magnitude = self.op("Max", highest, lowest, "smallest")
         scaled = self.op("Mul", hidden, self.op("Div", "largest", magnitude))
         values = self.op("QuantizeLinear", scaled, "unit", "zero_point")
-        product = self.op("MatMulIntegerToFloat", values, weight, "unit", scales, "zero_point", domain=CONTRIB)
-        return self.op("Mul", product, self.op("Div", magnitude, "largest"))
-
-    def _input(self) -> str:
-        """The residual before the first layer: embeddings of tokens and positions."""
-        positions = self.op("Gather", self.weight(POSITION_EMBEDDING), "position_ids")
-        return self.op("Add", self._embedding(), positions)
+        result = self.op("MatMulIntegerToFloat", values, weight, "unit", scales, "zero_point", domain=CONTRIB)
+        return self.op("Mul", result, self.op("Div", magnitude, "largest"))
 
     def _embedding(self) -> str:
         if TOKEN_EMBEDDING not in self.quantized:
-            return self.widen(self.op("Gather", self.factor(TOKEN_EMBEDDING), "input_ids"))
+            return self.to_float32(self.op("Gather", self.matmul_weight(TOKEN_EMBEDDING), "input_ids"))
         self._unpack(TOKEN_EMBEDDING)
         self.initializers[f"{TOKEN_EMBEDDING}.scales"] = self.quantized[TOKEN_EMBEDDING].scales
         rows = self.op("Gather", self.op("Transpose", TOKEN_EMBEDDING, perm=[1, 0]), "input_ids")
         scales = self.op("Unsqueeze", self.op("Gather", f"{TOKEN_EMBEDDING}.scales", "input_ids"), "one")
         return self.unsmoothed(self.op("Mul", self.op("Cast", rows, to=TensorProto.FLOAT), scales))
 
-    def unsmoothed(self, rows: str) -> str:
-        """Embeddings as they were before the output layer's weight, which they are rows of, was smoothed."""
-        smoothing = self.quantized[TOKEN_EMBEDDING].smoothing if TOKEN_EMBEDDING in self.quantized else None
-        if smoothing is None:
-            return rows
-        return self.op("Mul", rows, self.constant(f"{TOKEN_EMBEDDING}.unsmoothed", 1 / smoothing, np.float32))
-
     def _logits(self, hidden: str) -> str:
         tied = OUTPUT_WEIGHTS not in self.weights
         name = TOKEN_EMBEDDING if tied else OUTPUT_WEIGHTS
         if name not in self.quantized:
-            return self.widen(self.op("Gemm", hidden, self.factor(name), transB=1))
+            return self.to_float32(self.op("Gemm", hidden, self.matmul_weight(name), transB=1))
         if not tied:
             self._unpack(name)
-        return self._quantized_product(name, hidden)
+        return self._quantized_matmul(name, hidden)
 
     def _choice(self, logits: str) -> None:
         """The log-probabilities, and the most probable token of each row (ReduceMax would need cuDNN on CUDA)."""
         self._logprobs(logits)
         self.nodes.append(helper.make_node("TopK", ["logprobs", "one"], ["token_logprobs", "token_ids"], axis=-1))
-
-    def _logprobs(self, logits: str) -> None:
-        """The log-probabilities, and of them that of the end-of-text."""
-        self.op("LogSoftmax", logits, name="logprobs", axis=-1)
-        self.op("Gather", "logprobs", self.constant("eos_token_id", [self.eos_token_id]), name="eos_logprobs", axis=1)

@@ -26,19 +26,11 @@ import onnx
 from onnx import helper
 from transformers import GPT2Config
 
-from export.decoder import (
-    ACTIVATIONS,
-    OUTPUT_WEIGHTS,
-    TOKEN_EMBEDDING,
-    DecoderBuilder,
-    QuantizedWeight,
-    pack_weight,
-)
+from export.gpt2 import ACTIVATIONS, GPT2Builder
+from export.weights import BFLOAT16_GROUP, OUTPUT_WEIGHTS, TOKEN_EMBEDDING, QuantizedWeight, pack_weight
 from qa_onnx.engine.kv_cache import PAST_NAME, PREFIX_NAME, PRESENT_NAME
 from qa_onnx.engine.signature import decoder_inputs, decoder_outputs
 from qa_onnx.kernels import DOMAIN
-
-BFLOAT16_GROUP = 2
 
 
 def build_kernel_decoder(
@@ -62,7 +54,7 @@ def build_kernel_decoder(
     return builder.checked_model()
 
 
-class _KernelBuilder(DecoderBuilder):
+class _KernelBuilder(GPT2Builder):
     def __init__(
         self,
         weights: Mapping[str, np.ndarray],
@@ -184,7 +176,7 @@ class _KernelBuilder(DecoderBuilder):
     def _embedding(self) -> str:
         kind = self._kind(TOKEN_EMBEDDING)
         if kind is None:
-            return super()._embedding()
+            return self.op("Gather", self.weight(TOKEN_EMBEDDING), "input_ids")
         scales = ""
         if kind == "Int8":
             scales = f"{TOKEN_EMBEDDING}.scales"

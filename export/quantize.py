@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
-from export.decoder import OUTPUT_WEIGHTS, POSITION_EMBEDDING, TOKEN_EMBEDDING, QuantizedWeight
+from export.weights import OUTPUT_WEIGHTS, POSITION_EMBEDDING, TOKEN_EMBEDDING, QuantizedWeight
 from qa_onnx.config import GenerationConfig
 from qa_onnx.data.example import Example
 from qa_onnx.engine.engine import Engine
@@ -78,7 +78,7 @@ def quantize_model(
 
     Args:
         model: In evaluation mode, float32, on the CPU.
-        weights: Of the same model, from `export.decoder.weights_of`.
+        weights: Of the same model, from `export.weights.extract_weights`.
         prompts: What the matmuls are measured on; each gets what it gets in the float32 model.
         alphas: Those to try; none smooths nothing.
     """
@@ -175,7 +175,7 @@ def _collect_inputs(
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def measure_loss(
+def compare_precisions(
     reference: Engine, engine: Engine, prompts: Sequence[Prompt], examples: Sequence[Example], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Lets two engines answer the same prompts and compares the answers.

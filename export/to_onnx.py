@@ -1,36 +1,37 @@
 """Exports a fine-tuned GPT-2 to a bundle: `python -m export.to_onnx --help`.
 
-Optimum writes the plain graph, the runtime's is built from its weights, the parity gate compares it with PyTorch, and
-only then is the bundle renamed into place. Whatever fails, nothing half-written stays behind.
+Optimum exports the plain graph; the runtime's graphs are built from its weights; the parity gate compares them with
+PyTorch; only then is the bundle renamed to its final name. An export that fails leaves nothing half-written.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import optimum.utils.logging
 import transformers
 from optimum.exporters.onnx import onnx_export_from_model
-from tokenizers import Tokenizer
 
-from export.decoder import build_cache_copy, build_decoder, weights_of
+from export.decoder import build_decoder
+from export.graph import build_cache_copy
 from export.kernel_decoder import build_kernel_decoder
-from export.parity import NEW_TOKENS, random_prompts, verify_parity
-from export.quantize import ALPHAS, QuantizedModel, measure_loss, quantize_model
+from export.parity import verify_parity
+from export.quantize import ALPHAS, QuantizedModel, compare_precisions, quantize_model
+from export.source import Checks, Source, choose_checks, load_source
+from export.staging import check_replaceable, stage
 from export.weight_file import save_graphs
+from export.weights import extract_weights
 from qa_onnx import Answerer, __version__
 from qa_onnx.bundle import (
     CACHE_COPY_NAME,
@@ -47,30 +48,20 @@ from qa_onnx.bundle import (
     write_manifest,
 )
 from qa_onnx.calibration import calibrate, choose_windows
-from qa_onnx.checkpoint import load_checkpoint
-from qa_onnx.checkpoint.windows import read_windows
 from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
-from qa_onnx.data.example import Example
-from qa_onnx.data.reader import read_sources
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
-from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
-from qa_onnx.files import REPLACED_SUFFIX, public_name, put_in_place, set_default_modes
+from qa_onnx.files import put_in_place, set_default_modes
 from qa_onnx.kernels import KernelLibrary, choose_kernels
-from qa_onnx.lock import folder_lock
-from qa_onnx.text.prompt import encode_prompts, load_tokenizer
+from qa_onnx.text.prompt import load_tokenizer
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")
-VERIFY_PASSAGES, LOSS_QUESTIONS, CALIBRATION_PROMPTS = 64, 256, 32
+CALIBRATION_PROMPTS = 32
 VERIFY_CACHE_BYTES = 64 * 2**20
 MAX_F1_DROP = 0.5
-STAGING_MARK = ".qa_onnx_export"
-"""In a staging directory, which may be deleted for it."""
-DISK_SPACE_FACTOR = 4
-"""Free disk an export needs, in sizes of the weights: Optimum's graph, the fp32 one, the bundle's, some room."""
 
 
 def export(
@@ -89,236 +80,170 @@ def export(
     Args:
         model_name: `starter`, a directory that `training.finetune` wrote, or a hub id, of a GPT-2.
         output: The bundle's directory.
-        precision: One of `PRECISIONS`. What another one loses compared with fp32 is measured and written into the
+        precision: One of `PRECISIONS`. What a precision other than fp32 loses is measured and written into the
             manifest.
-        verify: Sources of questions (see `read_sources`) of which the parity gate asks the first ones of
-            `VERIFY_PASSAGES` passages, besides prompts of random tokens; on which a loss of F1 is measured; and on
-            which no-answer threshold, scores and windows are calibrated (see `qa_onnx.calibration`).
-        columns: What fields are called in them, where rows are flat.
-        max_f1_drop: The most F1, in points, that the precision may lose on that file.
+        verify: Sources of questions (see `read_sources`). The parity gate asks the first question on each of the first
+            contexts, in addition to prompts of random tokens; the loss of F1 is measured on them; and no-answer
+            threshold, scores and windows are calibrated on them (see `qa_onnx.calibration`).
+        columns: The names of their fields, where rows are flat.
+        max_f1_drop: Maximum loss of F1 of the precision on these questions, in points.
         force: Replace an existing bundle.
         keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
 
     Raises:
-        InvalidInputError: The model, the precision or the output is not what it has to be, or the disk is full.
-        ParityError: The graph does not compute what PyTorch computes, or loses more F1 than it may.
+        InvalidInputError: The model, the precision or the output is invalid, or the disk is full.
+        ParityError: The graph does not compute what PyTorch computes, or loses more F1 than allowed.
         ProviderError: The precision is bf16, and this machine cannot run it.
     """
-    if precision not in PRECISIONS:
-        raise InvalidInputError(f"got precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if not max_f1_drop >= 0:
-        raise InvalidInputError(f"got max_f1_drop {max_f1_drop}; expected points of F1, at least 0")
-    if precision == "bf16":
-        choose_kernels("auto", provider="cpu", precision=precision)  # before anything is computed
-    versions = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
-    versions |= {name: version(name) for name in PACKAGES}
-    output = Path(os.path.realpath(output))  # where a link leads to
+    _check_options(precision, max_f1_drop)
+    versions = _package_versions()
+    output = Path(os.path.realpath(output))  # the target, where it is a link
     if not output.name:
         raise InvalidInputError(f"got --output {output}; expected a directory to create")
     optimum_output = output.with_name(output.name + "-optimum")
     markers = {optimum_output: MODEL_NAME} if keep_optimum else {}
     markers[output] = MANIFEST_NAME
     for path, marker in markers.items():
-        _check_replaceable(path, force=force, marker=marker)
-    examples = read_sources(verify, columns=columns) if verify else []
-    source = ", ".join(Path(name).name for name in verify)
-    model, tokenizer = load_checkpoint(model_name)
-    windows = read_windows(model_name)
-    windows.check_fit(model.config.n_positions)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    with _staging(output, optimum_output, weights=weight_bytes) as (bundle, plain):
-        staging = bundle.parent
+        check_replaceable(path, force=force, marker=marker)
+    source = load_source(model_name, verify, columns)
+    with stage(output, optimum_output, weight_bytes=source.weight_bytes) as (bundle, plain):
         bundle.mkdir()
-        onnx_export_from_model(model, plain, task="text-generation-with-past", do_validation=False)
-        tokenizer.save_pretrained(plain)
-        shutil.copyfile(plain / CONFIG_NAME, bundle / CONFIG_NAME)
-        tokenizer.backend_tokenizer.save(str(bundle / TOKENIZER_NAME))
-        weights = weights_of(onnx.load(plain / MODEL_NAME))
+        weights = _export_with_optimum(source, plain, bundle)
         if not keep_optimum:
             shutil.rmtree(plain)
-
-        config = model.config
-        shape = {"layers": config.n_layer, "heads": config.n_head, "head_size": config.n_embd // config.n_head}
-
-        def load(directory: Path, dtype: str = "float32", *, kernels: KernelLibrary | None = None) -> Engine:
-            layout = CacheLayout(**shape, dtype=dtype)
-            onnx.save_model(build_cache_copy(layout), directory / CACHE_COPY_NAME)
-            name = MODEL_NAME if kernels is None else KERNEL_MODEL_NAME
-            return Engine(
-                Session(directory / name, provider="cpu", kernels=kernels),
-                load_copier(directory / CACHE_COPY_NAME, provider="cpu"),
-                layout=layout,
-                eos_token_id=tokenizer.eos_token_id,
-                max_positions=config.n_positions,
-                prefix_cache_bytes=VERIFY_CACHE_BYTES,
-            )
-
-        def save(directory: Path, name: str, quantized: QuantizedModel | None = None) -> None:
-            """Writes the graphs of a precision."""
-            found, matrices = (weights, {}) if quantized is None else (quantized.weights, quantized.matrices)
-            eos: dict[str, int] = {"eos_token_id": tokenizer.eos_token_id}
-            graphs = {
-                MODEL_NAME: lambda: build_decoder(found, config, matrices, **eos, half=name == "fp16"),
-                KERNEL_MODEL_NAME: lambda: build_kernel_decoder(
-                    found, config, matrices, **eos, bfloat16=name == "bf16"
-                ),
-            }
-            save_graphs({directory / graph: graphs[graph]() for graph in GRAPHS[name]}, directory / DATA_NAME)
-
-        reference_directory = bundle if precision == "fp32" else staging
-        save(reference_directory, "fp32")
-        engine = load(reference_directory)
-        engines = {"": engine}
-        fp32_kernels = choose_kernels("auto", provider="cpu", precision="fp32").library
-        if fp32_kernels is not None:
-            engines["kernels_"] = load(reference_directory, kernels=fp32_kernels)
-        prompts = random_prompts(config.vocab_size, config.n_positions)
-        sources = [f"{len(prompts)} of random tokens"]
-        bpe = load_tokenizer(str(bundle / TOKENIZER_NAME))
-        fitting, asked = _fitting(examples, bpe, longest=config.n_positions - NEW_TOKENS + 1)
-        if verify:
-            first_on_passage = list({tuple(prompt.prefix_ids): prompt for prompt in reversed(asked)}.values())[::-1]
-            prompts += first_on_passage
-            sources.append(f"{len(first_on_passage)} of {source}")
-        parity = verify_parity(model, engines, prompts, source=", ".join(sources))
-        precision_loss: dict[str, Any] = {}
+        graphs = _Graphs(source, weights)
+        checks = choose_checks(source, load_tokenizer(str(bundle / TOKENIZER_NAME)))
+        reference_directory = bundle if precision == "fp32" else bundle.parent
+        engine, parity = _verify(graphs, reference_directory, checks)
+        loss: dict[str, Any] = {}
         if precision != "fp32":
-            quantized = None
-            if precision == "int8":
-                # Random tokens have other outliers than text: without questions nothing is smoothed.
-                alphas = ALPHAS if asked else ()
-                quantized = quantize_model(model, weights, (asked or prompts)[:CALIBRATION_PROMPTS], alphas=alphas)
-            save(bundle, precision, quantized)
-            kernels = choose_kernels("auto", provider="cpu", precision=precision).library
-            reference, engine = engine, load(bundle, "float16" if precision == "fp16" else "float32", kernels=kernels)
-            precision_loss = measure_loss(reference, engine, asked or prompts, fitting, bpe)
-            precision_loss["kernels"] = None if kernels is None else kernels.instruction_set
-            if quantized is not None:
-                precision_loss |= {"matmuls_kept_in_fp32": quantized.kept, "smoothing": quantized.alphas}
-            if precision_loss.get("f1_drop", 0.0) > max_f1_drop:
-                raise ParityError(
-                    f"{precision} loses {precision_loss['f1_drop']:.2f} points of F1 on {source}; at most "
-                    f"{max_f1_drop:g} are allowed (--max-f1-drop). The bundle was not written; use --precision fp32, "
-                    "or allow more"
-                )
-        manifest = write_manifest(
-            bundle,
-            {
-                "precision": precision,
-                "eos_token_id": tokenizer.eos_token_id,
-                "max_positions": config.n_positions,
-                "vocab_size": config.vocab_size,
-                "source_model": public_name(model_name),
-                "package_versions": versions,
-                "parity": parity,
-                "precision_loss": precision_loss,
-                "windows": asdict(windows),
-                **shape,
-            },
-        )
-        written = Bundle.open(bundle)
-        written.check_files()
-        if examples:
-            with Answerer(manifest=manifest, engine=engine, tokenizer=bpe, provider="cpu") as answerer:
-                found = calibrate(answerer, examples, source=source)
-                found["windows"] = choose_windows(answerer, examples, windows, max_positions=config.n_positions)
-            manifest = written.keep(found).manifest
+            reference = engine
+            engine, loss = _write_precision(graphs, precision, bundle, reference=reference, checks=checks)
+            _check_loss(loss, precision, max_f1_drop, source)
+        measured = {"precision": precision, "parity": parity, "precision_loss": loss, "package_versions": versions}
+        manifest = write_manifest(bundle, source.manifest_values() | measured)
+        manifest = _check_and_calibrate(source, bundle, manifest, engine, checks)
         for path, marker in markers.items():
-            _check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
+            check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
             directory = bundle if path == output else plain
             set_default_modes(directory)
             put_in_place(directory, path, replace=force)
     return manifest
 
 
-def _fitting(examples: list[Example], bpe: Tokenizer, *, longest: int) -> tuple[list[Example], list[Prompt]]:
-    """The questions on the first passages, and their prompts, without those longer than the gate can follow."""
-    passages = set(list(dict.fromkeys(example.context for example in examples))[:VERIFY_PASSAGES])
-    chosen = [example for example in examples if example.context in passages][:LOSS_QUESTIONS]
-    prompts = encode_prompts(bpe, [example.question for example in chosen], [example.context for example in chosen])
-    pairs = [(example, prompt) for example, prompt in zip(chosen, prompts, strict=True) if len(prompt) <= longest]
-    return [example for example, _ in pairs], [prompt for _, prompt in pairs]
+def _check_options(precision: str, max_f1_drop: float) -> None:
+    if precision not in PRECISIONS:
+        raise InvalidInputError(f"got precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if not max_f1_drop >= 0:
+        raise InvalidInputError(f"got max_f1_drop {max_f1_drop}; expected points of F1, at least 0")
+    if precision == "bf16":
+        choose_kernels("auto", provider="cpu", precision=precision)  # an error now, not after minutes
 
 
-def _check_replaceable(path: Path, *, force: bool, marker: str) -> None:
-    if path.is_symlink():
-        raise InvalidInputError(f"{path} is a link that leads nowhere; remove it, or choose another --output")
-    if not path.exists():
-        return
-    if not force:
-        raise InvalidInputError(f"{path} exists; choose another --output, or replace it with --force")
-    if not (path / marker).is_file():
-        raise InvalidInputError(f"{path} exists and is not an export ({marker} is missing); --force will not delete it")
+def _package_versions() -> dict[str, str]:
+    own = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
+    return own | {name: version(name) for name in PACKAGES}
 
 
-@contextmanager
-def _staging(*outputs: Path, weights: int) -> Iterator[list[Path]]:
-    """Where directories are made before they take their places, in a hidden sibling of the first one.
+def _export_with_optimum(source: Source, plain: Path, bundle: Path) -> dict[str, np.ndarray]:
+    """Writes Optimum's export to `plain`, and configuration and tokenizer to the bundle; returns the weights."""
+    onnx_export_from_model(source.model, plain, task="text-generation-with-past", do_validation=False)
+    source.tokenizer.save_pretrained(plain)
+    shutil.copyfile(plain / CONFIG_NAME, bundle / CONFIG_NAME)
+    source.tokenizer.backend_tokenizer.save(str(bundle / TOKENIZER_NAME))
+    return extract_weights(onnx.load(plain / MODEL_NAME))
 
-    Only one export at a time makes it; what a killed one left in it is cleared first. It is gone at the end, whatever
-    happens, and a full disk is a clear error.
-    """
-    output = outputs[0]
-    if not output.parent.is_dir():
-        raise InvalidInputError(f"{output.parent} is not a directory; create it, or choose another --output")
-    free = shutil.disk_usage(output.parent).free
-    if free < weights * DISK_SPACE_FACTOR:
-        raise InvalidInputError(
-            f"{output.parent} has {free / 1e6:.0f} MB free; exporting {weights / 1e6:.0f} MB of weights needs "
-            f"{weights * DISK_SPACE_FACTOR / 1e6:.0f} MB. Free some, or choose an --output on another disk"
+
+class _Graphs:
+    """Builds and loads the graphs of a model in each precision."""
+
+    def __init__(self, source: Source, weights: dict[str, np.ndarray]) -> None:
+        self.source, self.weights = source, weights
+
+    def save(self, directory: Path, precision: str, quantized: QuantizedModel | None = None) -> None:
+        """Writes the graphs of a precision, and their weights."""
+        weights, matrices = (self.weights, {}) if quantized is None else (quantized.weights, quantized.matrices)
+        config, eos = self.source.config, self.source.eos_token_id
+        build: dict[str, Callable[[], onnx.ModelProto]] = {
+            MODEL_NAME: lambda: build_decoder(weights, config, matrices, eos_token_id=eos, float16=precision == "fp16"),
+            KERNEL_MODEL_NAME: lambda: build_kernel_decoder(
+                weights, config, matrices, eos_token_id=eos, bfloat16=precision == "bf16"
+            ),
+        }
+        save_graphs({directory / name: build[name]() for name in GRAPHS[precision]}, directory / DATA_NAME)
+
+    def load(self, directory: Path, precision: str, *, kernels: KernelLibrary | None) -> Engine:
+        """Loads a graph that was written before: that with kernels, if there are any."""
+        source = self.source
+        layout = CacheLayout(**source.cache_shape, dtype="float16" if precision == "fp16" else "float32")
+        onnx.save_model(build_cache_copy(layout), directory / CACHE_COPY_NAME)
+        name = MODEL_NAME if kernels is None else KERNEL_MODEL_NAME
+        return Engine(
+            Session(directory / name, provider="cpu", kernels=kernels),
+            load_copier(directory / CACHE_COPY_NAME, provider="cpu"),
+            layout=layout,
+            eos_token_id=source.eos_token_id,
+            max_positions=source.config.n_positions,
+            prefix_cache_bytes=VERIFY_CACHE_BYTES,
         )
-    staging = output.with_name(f".{output.name}.staging")
-    parts = [staging / path.name for path in outputs]
-    with folder_lock(output.with_name(f".{output.name}.lock"), what=f"an export to {output}"):
-        try:
-            _clear(staging, dict(zip(parts, outputs, strict=True)))
-            staging.mkdir()
-            (staging / STAGING_MARK).touch()
-        except OSError as error:
-            raise InvalidInputError(f"{staging} cannot be made ({error.strerror}); choose another --output") from error
-        with _told_of_full_disk(output.parent):
-            try:
-                yield parts
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
 
 
-def _clear(staging: Path, targets: Mapping[Path, Path]) -> None:
-    """Deletes what is in a staging directory, but for what was replaced by an export that was killed in between.
+def _verify(graphs: _Graphs, directory: Path, checks: Checks) -> tuple[Engine, dict[str, Any]]:
+    """Writes the fp32 graphs and checks them against PyTorch; returns the engine of the plain one, and the report."""
+    graphs.save(directory, "fp32")
+    engine = graphs.load(directory, "fp32", kernels=None)
+    engines = {"": engine}
+    kernels = choose_kernels("auto", provider="cpu", precision="fp32").library
+    if kernels is not None:
+        engines["kernels_"] = graphs.load(directory, "fp32", kernels=kernels)
+    report = verify_parity(graphs.source.model, engines, checks.gate_prompts, source=checks.gate_source)
+    return engine, report
 
-    Args:
-        staging: Need not exist.
-        targets: The place of each directory that is made in it.
 
-    Raises:
-        InvalidInputError: Somebody else made it.
+def _write_precision(
+    graphs: _Graphs, precision: str, bundle: Path, *, reference: Engine, checks: Checks
+) -> tuple[Engine, dict[str, Any]]:
+    """Writes the graphs of another precision than fp32, and compares their answers with those of `reference`.
+
+    Returns:
+        Their engine, and what the precision loses, for the manifest.
     """
-    if not os.path.lexists(staging):
-        return
-    if not (staging / STAGING_MARK).is_file() and (
-        not staging.is_dir() or staging.is_symlink() or any(staging.iterdir())
-    ):
-        raise InvalidInputError(
-            f"{staging} is there and was not made by an export; move it, or choose another --output"
+    prompts = checks.prompts or checks.gate_prompts
+    quantized = None
+    if precision == "int8":
+        # Random tokens have other outliers than text: without questions nothing is smoothed.
+        alphas = ALPHAS if checks.prompts else ()
+        quantized = quantize_model(graphs.source.model, graphs.weights, prompts[:CALIBRATION_PROMPTS], alphas=alphas)
+    graphs.save(bundle, precision, quantized)
+    kernels = choose_kernels("auto", provider="cpu", precision=precision).library
+    engine = graphs.load(bundle, precision, kernels=kernels)
+    loss = compare_precisions(reference, engine, prompts, checks.examples, checks.tokenizer)
+    loss["kernels"] = None if kernels is None else kernels.instruction_set
+    if quantized is not None:
+        loss |= {"matmuls_kept_in_fp32": quantized.kept, "smoothing": quantized.alphas}
+    return engine, loss
+
+
+def _check_loss(loss: Mapping[str, Any], precision: str, max_f1_drop: float, source: Source) -> None:
+    if loss.get("f1_drop", 0.0) > max_f1_drop:
+        raise ParityError(
+            f"{precision} loses {loss['f1_drop']:.2f} points of F1 on {source.examples_name}; at most {max_f1_drop:g} "
+            "are allowed (--max-f1-drop). The bundle was not written; use --precision fp32, or allow more"
         )
-    for part, target in targets.items():
-        replaced = part.with_name(part.name + REPLACED_SUFFIX)
-        if replaced.is_dir() and not target.exists():
-            replaced.rename(target)
-    shutil.rmtree(staging)
 
 
-@contextmanager
-def _told_of_full_disk(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InvalidInputError(
-                f"the disk of {directory} is full; nothing was written. Free some space, or choose an --output "
-                "on another disk"
-            ) from error
-        raise
+def _check_and_calibrate(source: Source, bundle: Path, manifest: Manifest, engine: Engine, checks: Checks) -> Manifest:
+    """Reads the written bundle back, and calibrates it on the questions, if there are any."""
+    written = Bundle.open(bundle)
+    written.check_files()
+    if not source.examples:
+        return manifest
+    with Answerer(manifest=manifest, engine=engine, tokenizer=checks.tokenizer, provider="cpu") as answerer:
+        found = calibrate(answerer, source.examples, source=source.examples_name)
+        found["windows"] = choose_windows(
+            answerer, source.examples, source.windows, max_positions=source.config.n_positions
+        )
+    return written.keep(found).manifest
 
 
 def _silence_exporters() -> None:

@@ -18,6 +18,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 from bench import accuracy
 from export import parity, to_onnx
+from export import staging as staging_files
 from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import Bundle, write_manifest
 from qa_onnx.engine.sequence import Prompt
@@ -157,7 +158,7 @@ def test_one_export_at_a_time_writes_to_a_place(tiny_model_dir, tmp_path, capsys
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(staging_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
     assert "MB free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -267,14 +268,14 @@ def test_a_staging_directory_of_somebody_else_is_kept(tiny_model_dir, tmp_path, 
         staging.write_text("years of work")
     before = sorted(tmp_path.rglob("*"))
     assert run_export("--model", tiny_model_dir, "--output", tmp_path / "bundle") == 2
-    assert ".bundle.staging is there and was not made by an export; move it" in capsys.readouterr().err
+    assert ".bundle.staging exists and was not made by an export; move it" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_killed_export_left_is_cleared_and_what_it_replaced_is_put_back(tiny_model_dir, tmp_path, monkeypatch):
     staging = tmp_path / ".bundle.staging"
     (staging / "bundle-replaced").mkdir(parents=True)
-    (staging / to_onnx.STAGING_MARK).touch()
+    (staging / staging_files.STAGING_MARK).touch()
     (staging / "bundle-replaced" / "qa_onnx.json").write_text("old")
     (tmp_path / ".bundle.lock").write_text("1234\n")
 
@@ -302,5 +303,5 @@ def test_an_export_to_a_link_goes_where_it_leads(tiny_model_dir, tmp_path, exist
 def test_a_link_to_itself_is_refused_at_the_start(tmp_path, capsys):
     (tmp_path / "link").symlink_to("link")
     assert run_export("--model", "nowhere", "--output", tmp_path / "link", "--force") == 2
-    assert "link is a link that leads nowhere" in capsys.readouterr().err
+    assert "link is a link to nothing" in capsys.readouterr().err
     assert (tmp_path / "link").is_symlink()

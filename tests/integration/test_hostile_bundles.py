@@ -16,7 +16,7 @@ import pytest
 from onnx import helper, numpy_helper
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from export.decoder import ACTIVATIONS
+from export.gpt2 import ACTIVATIONS
 from export.to_onnx import export
 from qa_onnx import Answerer, BundleError, EngineConfig, EngineError, GenerationConfig
 from qa_onnx.bundle import MANIFEST_NAME, Bundle, sha256_of

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from export.decoder import QuantizedWeight, build_cache_copy, build_decoder
+from export.decoder import build_decoder
+from export.graph import build_cache_copy
 from export.kernel_decoder import build_kernel_decoder
+from export.weights import QuantizedWeight
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
@@ -19,7 +21,7 @@ from qa_onnx.kernels import load_kernels
 EOS = 0
 
 
-def weights_of_torch(model):
+def torch_weights(model):
     state = model.state_dict().items()
     return {name.removeprefix("transformer."): tensor.numpy() for name, tensor in state if name != "lm_head.weight"}
 
@@ -43,14 +45,14 @@ def quantized_weights(weights):
 
 def save_graphs(model, directory, *, precision="fp32", has_kernels=False):
     """Writes `model.onnx` and `cache_copy.onnx` of a PyTorch model."""
-    weights, half = weights_of_torch(model), precision == "fp16"
+    weights, float16 = torch_weights(model), precision == "fp16"
     quantized = quantized_weights(weights) if precision == "int8" else {}
     if has_kernels:
         graph = build_kernel_decoder(weights, model.config, quantized, eos_token_id=EOS, bfloat16=precision == "bf16")
     else:
-        graph = build_decoder(weights, model.config, quantized, eos_token_id=EOS, half=half)
+        graph = build_decoder(weights, model.config, quantized, eos_token_id=EOS, float16=float16)
     onnx.save(graph, directory / "model.onnx")
-    layout = layout_of(model.config, "float16" if half else "float32")
+    layout = layout_of(model.config, "float16" if float16 else "float32")
     onnx.save(build_cache_copy(layout), directory / "cache_copy.onnx")
     return layout
 

@@ -14,12 +14,14 @@ from onnx import TensorProto, helper
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.cuda_kernels import OPERATORS
-from export.decoder import ACTIVATIONS, build_cache_copy, build_decoder
+from export.decoder import build_decoder
+from export.gpt2 import ACTIVATIONS
+from export.graph import build_cache_copy
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, answerer
 from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.session import Session
 from tests.conftest import ROOT
-from tests.parity.engines import EOS, layout_of, weights_of_torch
+from tests.parity.engines import EOS, layout_of, torch_weights
 
 TABLE = json.loads((ROOT / "tests" / "cuda_kernels.json").read_text(encoding="utf-8"))
 NAMES = {value: name.lower() for name, value in TensorProto.DataType.items()}
@@ -74,15 +76,15 @@ def small():
     return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2))
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("float16", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_every_node_of_the_decoder_has_a_cuda_kernel(small, half, activation, tied):
+def test_every_node_of_the_decoder_has_a_cuda_kernel(small, float16, activation, tied):
     config = GPT2Config(**{**small.config.to_dict(), "activation_function": activation})
-    weights = weights_of_torch(small)
+    weights = torch_weights(small)
     if not tied:
         weights["lm_head.weight"] = weights["wte.weight"] + 1
-    model = build_decoder(weights, config, eos_token_id=EOS, half=half)
+    model = build_decoder(weights, config, eos_token_id=EOS, float16=float16)
     assert len(model.graph.node) > 80
     assert without_kernel(model) == {}
 
@@ -94,7 +96,7 @@ def test_every_node_of_the_copies_has_a_cuda_kernel(small, dtype):
 
 def test_nodes_without_a_kernel_are_found(small):
     """Else the two tests above could not fail."""
-    model = build_decoder(weights_of_torch(small), small.config, eos_token_id=EOS)
+    model = build_decoder(torch_weights(small), small.config, eos_token_id=EOS)
     model.graph.node.append(helper.make_node("ReduceProd", ["write_index"], ["product"]))
     model.graph.node.append(helper.make_node("And", ["write_index", "write_index"], ["both"]))
     model.graph.node.append(helper.make_node("Softmax", ["write_index"], ["soft"]))

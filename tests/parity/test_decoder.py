@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from export.decoder import build_decoder, weights_of
+from export.decoder import build_decoder
 from export.parity import torch_reference
+from export.weights import extract_weights
 from qa_onnx import GenerationConfig, InvalidInputError, ParityError
 from qa_onnx.engine.scheduler import generate
 from qa_onnx.engine.session import Binding, Session
 from tests.kernels import needs_kernels
-from tests.parity.engines import EOS, load_engine, mixed_prompts, prefill, run, save_graphs, weights_of_torch
+from tests.parity.engines import EOS, load_engine, mixed_prompts, prefill, run, save_graphs, torch_weights
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +247,12 @@ def plain_graph(embedding, output_weights):
 def test_a_transposed_copy_of_the_embedding_is_dropped():
     """Larger models are exported with the output weights written a second time."""
     embedding = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    assert weights_of(plain_graph(embedding, embedding.T.copy())).keys() == {"wte.weight"}
+    assert extract_weights(plain_graph(embedding, embedding.T.copy())).keys() == {"wte.weight"}
 
 
 def test_output_weights_of_their_own_are_kept():
     embedding, output_weights = np.random.default_rng(0).normal(size=(2, 9, 4)).astype(np.float32)
-    weights = weights_of(plain_graph(embedding, output_weights.T.copy()))
+    weights = extract_weights(plain_graph(embedding, output_weights.T.copy()))
     np.testing.assert_array_equal(weights["lm_head.weight"], output_weights)
 
 
@@ -260,7 +261,7 @@ def test_a_graph_that_ends_in_something_else_is_refused():
     model = plain_graph(embedding, embedding.T.copy())
     model.graph.node[1].op_type = "Einsum"
     with pytest.raises(ParityError, match="logits by Einsum; expected MatMul"):
-        weights_of(model)
+        extract_weights(model)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +276,10 @@ def test_a_graph_that_ends_in_something_else_is_refused():
 def test_what_the_graph_cannot_compute_is_refused(tiny, setting, error, message):
     config = GPT2Config(**{**tiny.config.to_dict(), **setting})
     with pytest.raises(error, match=message):
-        build_decoder(weights_of_torch(tiny), config, eos_token_id=EOS)
+        build_decoder(torch_weights(tiny), config, eos_token_id=EOS)
 
 
-def test_a_half_graph_keeps_residuals_in_float32_and_is_near_pytorch(tiny, tmp_path):
+def test_a_float16_graph_keeps_residuals_in_float32_and_is_near_pytorch(tiny, tmp_path):
     """fp16 runs on CUDA; the CPU computes the same graph through conversions."""
     tiny = copy.deepcopy(tiny)
     with torch.no_grad():  # a residual channel of GPT-2's kind, beyond what float16 holds
@@ -299,6 +300,6 @@ def test_a_half_graph_keeps_residuals_in_float32_and_is_near_pytorch(tiny, tmp_p
 
 
 def test_a_weight_beyond_float16_is_refused(tiny):
-    weights = weights_of_torch(tiny) | {"h.0.mlp.c_fc.weight": np.full((32, 128), 1e5, np.float32)}
+    weights = torch_weights(tiny) | {"h.0.mlp.c_fc.weight": np.full((32, 128), 1e5, np.float32)}
     with pytest.raises(ParityError, match=r"'h\.0\.mlp\.c_fc\.weight' is too large for float16"):
-        build_decoder(weights, tiny.config, eos_token_id=EOS, half=True)
+        build_decoder(weights, tiny.config, eos_token_id=EOS, float16=True)

@@ -14,11 +14,11 @@ from transformers import GPT2LMHeadModel
 
 from export import quantize as quantize_module
 from export import to_onnx
-from export.quantize import MAX_MATMUL_ERROR, measure_loss, quantize, quantize_model
+from export.quantize import MAX_MATMUL_ERROR, compare_precisions, quantize, quantize_model
 from qa_onnx import Answerer, EngineConfig, ParityError, ProviderError
 from qa_onnx.engine.scheduler import Generation
 from qa_onnx.engine.sequence import Prompt
-from tests.parity.engines import weights_of_torch
+from tests.parity.engines import torch_weights
 from training.starter.sample import generate
 
 PROMPTS = [Prompt(prefix_ids=list(range(1, 40)), suffix_ids=[5, length, 9]) for length in range(1, 9)]
@@ -58,7 +58,7 @@ def test_an_input_with_an_outlier_is_smoothed_and_the_model_computes_the_same(ti
             tiny.get_submodule(f"transformer.h.1.{layer}").weight[3] *= 100
             tiny.get_submodule(f"transformer.h.1.{layer}").bias[3] *= 100
             tiny.get_submodule(f"transformer.h.1.{target}").weight[3] /= 100
-    weights = weights_of_torch(tiny)
+    weights = torch_weights(tiny)
     quantized = quantize_model(tiny, weights, PROMPTS)
     assert quantized.kept == {}
     assert {"h.1.attn.c_attn.weight", "h.1.mlp.c_fc.weight"} <= quantized.alphas.keys()
@@ -86,10 +86,10 @@ def test_a_matmul_with_outliers_that_cannot_be_smoothed_stays_in_float32(tiny):
     with torch.no_grad():  # the output of the activation function
         tiny.transformer.h[1].mlp.c_fc.bias[3] += 1000
         tiny.transformer.h[1].mlp.c_proj.weight[3] /= 1000
-    quantized = quantize_model(tiny, weights_of_torch(tiny), PROMPTS)
+    quantized = quantize_model(tiny, torch_weights(tiny), PROMPTS)
     assert quantized.kept.keys() == {"h.1.mlp.c_proj.weight"}
     assert quantized.kept["h.1.mlp.c_proj.weight"] > MAX_MATMUL_ERROR
-    matrices = {name for name in weights_of_torch(tiny) if is_matrix(name)}
+    matrices = {name for name in torch_weights(tiny) if is_matrix(name)}
     assert quantized.matrices.keys() == matrices - quantized.kept.keys()
 
 
@@ -105,7 +105,7 @@ def test_the_report_counts_equal_answers_tokens_and_the_loss_of_f1(monkeypatch):
 
     gold = [SimpleNamespace(id=name, answers=[SimpleNamespace(text=text)]) for name, text in (("a", "1 2"), ("b", "7"))]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    report = measure_loss(answers([1, 2], [7], [4]), answers([1, 2], [8, 7], [4]), [None] * 3, gold, tokenizer)
+    report = compare_precisions(answers([1, 2], [7], [4]), answers([1, 2], [8, 7], [4]), [None] * 3, gold, tokenizer)
     assert report["equal_answers_percent"] == pytest.approx(200 / 3)
     assert report["equal_tokens_percent"] == pytest.approx(60)
     assert (report["fp32"]["f1"], report["quantized"]["exact_match"]) == (100, 50)
@@ -157,7 +157,7 @@ def test_an_int8_bundle_answers_the_same_alone_and_in_any_batch(int8_bundle):
 
 
 def test_a_loss_beyond_the_limit_fails_the_export(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(to_onnx, "measure_loss", lambda *_: {"f1_drop": 0.7})
+    monkeypatch.setattr(to_onnx, "compare_precisions", lambda *_: {"f1_drop": 0.7})
     data = write_sample(tmp_path / "data.json", 4)
     with pytest.raises(ParityError, match=r"int8 loses 0\.70 points of F1 on .*data\.json; at most 0\.5 are allowed"):
         to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=[data])
