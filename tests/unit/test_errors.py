@@ -16,7 +16,7 @@ INSIDE = {
     "ValueError": {"bundle.py", "graph_file.py", "json_text.py", "literal.py", "rows.py", "text_files.py"},
     "OSError": {"files.py"},
     "StopIteration": {"answerer.py"},
-    "ArgumentTypeError": {"cli.py"},
+    "ArgumentTypeError": {"options.py"},
     "ConnectionError": {"tables.py"},
     "Problem": {
         *("admission.py", "huggingface.py", "middleware.py", "routes.py", "security.py"),
