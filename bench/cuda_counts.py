@@ -29,7 +29,6 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from qa_onnx.bundle import CACHE_COPY_NAME, MODEL_NAME
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.batch import Batch
 from qa_onnx.engine.engine import Engine
@@ -37,6 +36,7 @@ from qa_onnx.engine.kv_cache import PREFIX_NAME, CacheLayout
 from qa_onnx.engine.planner import Group, plan_groups
 from qa_onnx.engine.sequence import Prompt, make_sequence
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
+from qa_onnx.manifest import CACHE_COPY_NAME, MODEL_NAME
 
 LIBRARY = "libcudart.so.13"
 COPIES = ("h2d", "d2h", "d2d")

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qa_onnx import Answerer, GenerationConfig, InvalidInputError
-from qa_onnx.bundle import sha256_of
 from qa_onnx.cli import run_command
 from qa_onnx.data.reader import read_examples
 from qa_onnx.evaluation.metrics import exact_match_score
 from qa_onnx.files import public_name, write_file
+from qa_onnx.manifest import sha256_of
 
 DESCRIPTION = (
     "Fine-tunes the embedded model on generated questions, exports it, compares it with PyTorch and answers with it, "

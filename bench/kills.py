@@ -30,8 +30,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.models import SEED
 from export import to_onnx
-from qa_onnx.bundle import MANIFEST_NAME, Bundle
+from qa_onnx.bundle import Bundle
 from qa_onnx.errors import BundleError
+from qa_onnx.manifest import MANIFEST_NAME
 from training import finetune
 from training.checkpoints import UNFINISHED_NAME, good_checkpoints
 from training.report import METRICS_NAME

@@ -24,13 +24,14 @@ from onnx import TensorProto, helper, numpy_helper
 from bench.machine import describe_machine
 from bench.report import publish
 from export.graph import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
-from qa_onnx.bundle import MODEL_NAME, Bundle, Manifest
+from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.planner import Group, plan_groups
 from qa_onnx.engine.sequence import Prompt, make_sequence
 from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.kernels import choose_kernels
+from qa_onnx.manifest import MODEL_NAME, Manifest
 
 PRECISIONS = ("fp32", "int8")
 PREFIX_TOKENS, SUFFIX_TOKENS, ROWS = 160, 16, (1, 4, 16, 32)

@@ -33,20 +33,7 @@ from export.staging import check_replaceable, stage
 from export.weight_file import save_graphs
 from export.weights import extract_weights
 from qa_onnx import Answerer, __version__
-from qa_onnx.bundle import (
-    CACHE_COPY_NAME,
-    CONFIG_NAME,
-    DATA_NAME,
-    GRAPHS,
-    KERNEL_MODEL_NAME,
-    MANIFEST_NAME,
-    MODEL_NAME,
-    PRECISIONS,
-    TOKENIZER_NAME,
-    Bundle,
-    Manifest,
-    write_manifest,
-)
+from qa_onnx.bundle import Bundle
 from qa_onnx.calibration import calibrate, choose_windows
 from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
@@ -56,6 +43,19 @@ from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.files import put_in_place, set_default_modes
 from qa_onnx.kernels import KernelLibrary, choose_kernels
+from qa_onnx.manifest import (
+    CACHE_COPY_NAME,
+    CONFIG_NAME,
+    DATA_NAME,
+    GRAPHS,
+    KERNEL_MODEL_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    PRECISIONS,
+    TOKENIZER_NAME,
+    Manifest,
+    write_manifest,
+)
 from qa_onnx.text.prompt import load_tokenizer
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers")

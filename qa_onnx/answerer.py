@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -17,73 +17,22 @@ from typing import NoReturn
 from tokenizers import Tokenizer
 
 from qa_onnx.answer import Answer
-from qa_onnx.bundle import Bundle, Manifest
 from qa_onnx.config import EngineConfig, GenerationConfig
-from qa_onnx.engine.engine import Engine, EngineStats
+from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.look_ahead import LookAhead
-from qa_onnx.engine.prefix_cache import PrefixCacheStats
 from qa_onnx.engine.scheduler import Scheduler
-from qa_onnx.engine.session import Session, load_copier, resolve_provider
 from qa_onnx.errors import ClosedError, InvalidInputError
-from qa_onnx.kernels import KernelChoice, choose_kernels
-from qa_onnx.loop import EngineLoop
-from qa_onnx.progress import Progress
+from qa_onnx.kernels import KernelChoice
+from qa_onnx.loading import load_bundle
+from qa_onnx.loop import EngineLoop, wait_for_answers
+from qa_onnx.manifest import Manifest
 from qa_onnx.request import Request
-from qa_onnx.text.constraint import Spans, TokenBytes, check_byte_level
-from qa_onnx.text.windows import encode_windows, estimate_windows
+from qa_onnx.request_factory import RequestFactory, pair_texts
+from qa_onnx.stats import AnswererStats
+from qa_onnx.stream import AnswerStream
 
 INLINE_CHARACTERS = 10_000
 """Contexts shorter than this are tokenized in the event loop, which takes a millisecond or two."""
-CACHED_SPANS = 256
-"""Contexts (or windows of them) whose words are kept, for extractive answers to the next question on them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswererStats:
-    """What an answerer does now, and has done since it was loaded.
-
-    Attributes:
-        provider: `cpu` or `cuda`.
-        requests: Requests that wait or run.
-        waiting: Sequences that wait; a request has one per window of its context, or more with `num_answers`.
-        running: Sequences that are computed.
-        answered: Requests that were answered.
-        batch_size: Maximum number of sequences computed together; lower than `EngineConfig.batch_size` after a batch
-            for which there was no memory.
-        kernels: The instruction set of the kernels that compute (`amx`, `avx512`...); None where ONNX Runtime's own do.
-        kernels_reason: Why it is None.
-        uses_cuda_graphs: Whether decode steps are captured in CUDA graphs.
-        engine: Counts of what was computed.
-        prefix_cache: What the prefix cache holds, and how often it helped.
-    """
-
-    provider: str
-    requests: int
-    waiting: int
-    running: int
-    answered: int
-    batch_size: int
-    kernels: str | None
-    kernels_reason: str
-    uses_cuda_graphs: bool
-    engine: EngineStats
-    prefix_cache: PrefixCacheStats
-
-
-def choose_backend(precision: str, *, provider: str, kernels: str) -> tuple[str, KernelChoice]:
-    """Decides what a bundle is run with on this machine: the provider, and whether with kernels.
-
-    Args:
-        precision: Of the bundle.
-        provider: As of `Answerer.from_pretrained`.
-        kernels: `EngineConfig.kernels`.
-
-    Raises:
-        InvalidInputError: An unknown provider.
-        ProviderError: The provider or the kernels are not there, or do not run the precision.
-    """
-    found = resolve_provider(provider, precision)
-    return found, choose_kernels(kernels, provider=found, precision=precision)
 
 
 class Answerer:
@@ -106,7 +55,6 @@ class Answerer:
         config = config or EngineConfig()
         self._manifest = manifest
         self._engine: Engine | None = engine
-        self._tokenizer = tokenizer
         self._provider = provider
         self._config = config
         self._kernels = kernels or KernelChoice(reason="loaded without them")
@@ -117,8 +65,9 @@ class Answerer:
             max_wait_ms=config.max_wait_ms,
             max_queue=config.max_queue,
         )
-        self._token_bytes: TokenBytes | None = None
-        self._find_spans = lru_cache(maxsize=CACHED_SPANS)(self._compute_spans)
+        self._requests = RequestFactory(
+            manifest, tokenizer, eos_token_id=engine.eos_token_id, max_positions=engine.max_positions
+        )
 
     @classmethod
     def from_pretrained(
@@ -140,28 +89,14 @@ class Answerer:
         if config is not None and not isinstance(config, EngineConfig):
             raise InvalidInputError(f"got config of type {type(config).__name__}; expected an EngineConfig")
         config = config or EngineConfig()
-        bundle = Bundle.open(path)
-        provider, kernels = choose_backend(bundle.manifest.precision, provider=provider, kernels=config.kernels)
-        bundle.check_files()
-        tokenizer = bundle.load_tokenizer()
-        path = bundle.graph_path(has_kernels=kernels.library is not None)
-        session = Session(path, provider=provider, config=config, kernels=kernels.library)
-        copier = load_copier(bundle.cache_copy_path, provider=provider, config=config)
-        bundle.check_graphs(session, copier)
+        loaded = load_bundle(path, provider=provider, config=config)
         return cls(
-            manifest=bundle.manifest,
-            engine=Engine(
-                session,
-                copier,
-                layout=bundle.manifest.cache_layout,
-                eos_token_id=bundle.manifest.eos_token_id,
-                max_positions=bundle.manifest.max_positions,
-                prefix_cache_bytes=config.prefix_cache_bytes,
-            ),
-            tokenizer=tokenizer,
-            provider=session.provider,
+            manifest=loaded.manifest,
+            engine=loaded.engine,
+            tokenizer=loaded.tokenizer,
+            provider=loaded.provider,
             config=config,
-            kernels=kernels,
+            kernels=loaded.kernels,
         )
 
     @property
@@ -183,8 +118,8 @@ class Answerer:
         max_new_tokens: int | None = None,
     ) -> Answer:
         """Answers one question about one context. Arguments and errors are those of `answer_batch`."""
-        (request,) = self._make_requests([question], [context], self._resolve(config, max_new_tokens))
-        return self._wait_for([request], is_bulk=False)[0]
+        (request,) = self._make_requests([question], [context], self._requests.resolve(config, max_new_tokens))
+        return wait_for_answers(self._loop.submit([request]))[0]
 
     def answer_batch(
         self,
@@ -218,8 +153,9 @@ class Answerer:
             OutOfMemoryError: There is no memory for a batch of one question.
             ClosedError: The answerer was closed, or belongs to the process that this one was forked from.
         """
-        requests = self._make_batch(questions, contexts, self._resolve(config, max_new_tokens))
-        return self._wait_for(requests, is_bulk=True, progress=progress, on_answer=on_answer)
+        requests = self._make_batch(questions, contexts, self._requests.resolve(config, max_new_tokens))
+        futures = self._loop.submit(requests, is_bulk=True)
+        return wait_for_answers(futures, progress=progress, on_answer=on_answer)
 
     def answer_iter(
         self,
@@ -268,7 +204,7 @@ class Answerer:
             QAOnnxError: As from `submit`, at the call.
         """
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        future = self._submit(question, context, self._resolve(config, max_new_tokens), on_text=pieces.put)
+        future = self._submit(question, context, self._requests.resolve(config, max_new_tokens), on_text=pieces.put)
         future.add_done_callback(lambda _: pieces.put(None))
         return AnswerStream(pieces, future)
 
@@ -299,7 +235,7 @@ class Answerer:
             InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.
             QueueFullError: `max_queue` requests wait already.
         """
-        return self._submit(question, context, self._resolve(config, max_new_tokens), on_text)
+        return self._submit(question, context, self._requests.resolve(config, max_new_tokens), on_text)
 
     def submit_batch(
         self,
@@ -316,7 +252,7 @@ class Answerer:
             InvalidInputError, PromptTooLongError, ClosedError: As from `answer_batch`.
             QueueFullError: With them, more than `max_queue` requests would wait. Nothing is computed.
         """
-        requests = self._make_batch(questions, contexts, self._resolve(config))
+        requests = self._make_batch(questions, contexts, self._requests.resolve(config))
         return self._loop.submit(requests, is_bulk=True, is_limited=True)
 
     async def answer_async(
@@ -350,14 +286,7 @@ class Answerer:
         Raises:
             InvalidInputError: `config` is no `GenerationConfig`.
         """
-        config = self._resolve(config)
-        return estimate_windows(
-            questions,
-            contexts,
-            max_positions=self._manifest.max_positions,
-            max_new_tokens=config.max_new_tokens,
-            settings=self._manifest.window_settings.with_given(window=config.window, stride=config.stride),
-        )
+        return self._requests.estimate_windows(questions, contexts, self._requests.resolve(config))
 
     def stats(self) -> AnswererStats:
         """What the answerer does now, and has done since it was loaded.
@@ -424,24 +353,11 @@ class Answerer:
             )
         return engine
 
-    def _resolve(self, config: GenerationConfig | None, max_new_tokens: int | None = None) -> GenerationConfig:
-        """The caller's options, with the bundle's threshold where the caller gave none."""
-        config = config or GenerationConfig()
-        if not isinstance(config, GenerationConfig):
-            raise InvalidInputError(f"got config of type {type(config).__name__}; expected a GenerationConfig")
-        if max_new_tokens is not None:
-            config = replace(config, max_new_tokens=max_new_tokens)
-        if config.no_answer_threshold is None and not config.ignore_eos:
-            config = replace(config, no_answer_threshold=self._manifest.no_answer_threshold)
-        return config
-
     def _make_batch(
         self, questions: Iterable[str], contexts: Iterable[str] | str, config: GenerationConfig
     ) -> list[Request]:
         self._check_open()
-        asked = _as_list("questions", questions)
-        given = [contexts] * len(asked) if isinstance(contexts, str) else _as_list("contexts", contexts)
-        return self._make_requests(asked, given, config)
+        return self._make_requests(*pair_texts(questions, contexts), config)
 
     def _make_requests(
         self,
@@ -450,36 +366,8 @@ class Answerer:
         config: GenerationConfig,
         on_text: Callable[[str], object] | None = None,
     ) -> list[Request]:
-        engine = self._check_open()
-        windows = encode_windows(
-            self._tokenizer,
-            questions,
-            contexts,
-            max_positions=engine.max_positions,
-            max_new_tokens=config.max_new_tokens,
-            settings=self._manifest.window_settings.with_given(window=config.window, stride=config.stride),
-        )
-        if config.extractive and config.num_answers > 1:
-            for index, context in enumerate(contexts):
-                spans = self._find_spans(context).count(config.num_answers)
-                if spans < config.num_answers:
-                    raise InvalidInputError(
-                        f"got num_answers {config.num_answers}; context {index} has only {spans} different spans. "
-                        "Ask for fewer"
-                    )
-        return [
-            Request(
-                parts,
-                config,
-                tokenizer=self._tokenizer,
-                eos_token_id=engine.eos_token_id,
-                max_positions=engine.max_positions,
-                find_spans=self._find_spans,
-                calibration=self._manifest.calibration,
-                on_text=on_text,
-            )
-            for parts in windows
-        ]
+        self._check_open()
+        return self._requests.make(questions, contexts, config, on_text)
 
     def _submit(
         self,
@@ -490,101 +378,6 @@ class Answerer:
     ) -> Future[Answer]:
         (request,) = self._make_requests([question], [context], config, on_text)
         return self._loop.submit([request], is_limited=True)[0]
-
-    def _wait_for(
-        self,
-        requests: Sequence[Request],
-        *,
-        is_bulk: bool,
-        progress: bool = False,
-        on_answer: Callable[[int, Answer], object] | None = None,
-    ) -> list[Answer]:
-        """The answers of requests; the first error, or Ctrl-C, cancels the others."""
-        done: SimpleQueue[Future[Answer]] = SimpleQueue()
-        futures = self._loop.submit(requests, is_bulk=is_bulk)
-        index_of = {future: index for index, future in enumerate(futures)}
-        try:
-            for future in futures:
-                future.add_done_callback(done.put)
-            with Progress(len(futures), "answering", enabled=progress) as bar:
-                for _ in futures:
-                    future = done.get()
-                    answer = future.result()
-                    if on_answer is not None:
-                        on_answer(index_of[future], answer)
-                    bar.advance(1)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-        return [future.result() for future in futures]
-
-    def _compute_spans(self, context: str) -> Spans:
-        if self._token_bytes is None:
-            self._token_bytes = check_byte_level(self._tokenizer)
-        return Spans(context, self._token_bytes)
-
-
-class AnswerStream(Iterator[str]):
-    """The pieces of an answer's text. One that is closed, or not held any more, frees what its request takes."""
-
-    def __init__(self, pieces: SimpleQueue[str | None], future: Future[Answer]) -> None:
-        """Takes the queue of the pieces, with None at their end, and the answer's future."""
-        self._pieces = pieces
-        self._future = future
-        self._told = 0
-        self._is_over = False
-
-    def __next__(self) -> str:
-        """The next piece.
-
-        Raises:
-            QAOnnxError: As from `Answerer.submit`.
-        """
-        if self._is_over:
-            raise StopIteration
-        piece = self._pieces.get()
-        if piece is not None:
-            self._told += len(piece)
-            return piece
-        self._is_over = True
-        if self._future.cancelled():
-            raise StopIteration
-        rest = self._future.result().text[self._told :]
-        if not rest:
-            raise StopIteration
-        return rest
-
-    def close(self) -> None:
-        """Ends the stream."""
-        self._is_over = True
-        self._future.cancel()
-
-    def __enter__(self) -> AnswerStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _as_list(name: str, texts: Iterable[str]) -> list[str]:
-    """The texts of an iterable.
-
-    Raises:
-        InvalidInputError: It is one text, or nothing with an order.
-    """
-    dimensions = getattr(texts, "ndim", 1)  # of NumPy and pandas: a DataFrame yields the names of its columns
-    if dimensions == 1 and isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set):
-        return list(texts)
-    raise InvalidInputError(
-        f"got {name} of type {type(texts).__name__}; expected a list of strings, or a column of a table. For a single "
-        "question call answer(question, context)"
-    )
 
 
 def _cancel_result(submitted: asyncio.Future[Future[Answer]]) -> None:

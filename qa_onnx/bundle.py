@@ -8,127 +8,34 @@ Kubernetes: its SHA-256 decides.
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import json
-import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from qa_onnx.config import DEFAULT_STRIDE
-from qa_onnx.engine.kv_cache import ALIGNMENT, CacheLayout, aligned
+from qa_onnx.engine.kv_cache import ALIGNMENT, aligned
 from qa_onnx.engine.session import Session, Signature
 from qa_onnx.engine.signature import copier_inputs, copier_outputs, decoder_inputs, decoder_outputs
 from qa_onnx.errors import BundleError, InvalidInputError, short_repr
-from qa_onnx.files import write_file
 from qa_onnx.graph_file import PRECISION_OPERATORS, GraphFile
-from qa_onnx.scores import ScoreCalibration
-from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, PROMPT_TEMPLATE, load_tokenizer
-from qa_onnx.text.windows import WindowSettings
-
-FORMAT_VERSION = 7
-MANIFEST_NAME = "qa_onnx.json"
-MODEL_NAME = "model.onnx"
-KERNEL_MODEL_NAME = "model.kernels.onnx"
-"""The decoder of this package's own operators (`qa_onnx.kernels`), for the CPU."""
-DATA_NAME = "model.onnx_data"
-"""The weights of both."""
-CACHE_COPY_NAME = "cache_copy.onnx"
-TOKENIZER_NAME = "tokenizer.json"
-CONFIG_NAME = "config.json"
-REQUIRED_FILES = (CACHE_COPY_NAME, TOKENIZER_NAME, CONFIG_NAME)
-GRAPHS = {
-    "fp32": (MODEL_NAME, KERNEL_MODEL_NAME),
-    "bf16": (KERNEL_MODEL_NAME,),
-    "int8": (MODEL_NAME, KERNEL_MODEL_NAME),
-    "fp16": (MODEL_NAME,),
-}
-"""The decoder's graphs in each precision: ONNX Runtime multiplies in bfloat16 on no x86 processor."""
-PRECISIONS = tuple(GRAPHS)
-MAX_JSON_BYTES = 2**20
-"""Of the manifest, and of the model's configuration."""
-MAX_COUNTS = {"max_positions": 2**20, "layers": 1000, "heads": 2**12, "head_size": 2**16, "vocab_size": 2**24}
-"""Upper limits of a model's dimensions."""
-SHOWN_PROBLEMS = 10
-"""Maximum number of problems that an error names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a bundle says of itself.
-
-    Attributes:
-        format_version: `FORMAT_VERSION` of the code that wrote it.
-        precision: One of `PRECISIONS`.
-        prompt_template: The prompt that the model was trained on.
-        eos_token_id: The token that ends an answer.
-        max_positions: How many tokens prompt and answer may have together.
-        layers: Number of decoder layers.
-        heads: Attention heads a layer.
-        head_size: Size of one head's keys and values.
-        vocab_size: Width of the logits.
-        source_model: The model that was exported, as the export was told it.
-        package_versions: Versions of the packages that made the bundle.
-        parity: The report of the export's parity gate, which compares the fp32 graph with PyTorch.
-        precision_loss: Where the precision is not fp32, what the export measured beside fp32; else empty.
-        windows: `window` and `stride`, how long contexts are read (`WindowSettings`), and how they were chosen.
-        no_answer: What calibration found (`qa_onnx.calibration`), `threshold` among it; empty before.
-        scores: `slope` and `intercept` of `ScoreCalibration`, and how they were found; empty before.
-        files: For each file, `bytes` and `sha256`.
-    """
-
-    format_version: int
-    precision: str
-    prompt_template: str
-    eos_token_id: int
-    max_positions: int
-    layers: int
-    heads: int
-    head_size: int
-    vocab_size: int
-    source_model: str
-    package_versions: dict[str, str]
-    parity: dict[str, Any]
-    precision_loss: dict[str, Any]
-    windows: dict[str, Any]
-    no_answer: dict[str, Any]
-    scores: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-
-    @property
-    def cache_layout(self) -> CacheLayout:
-        """What keys and values of this model look like."""
-        dtype = "float16" if self.precision == "fp16" else "float32"
-        return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size, dtype=dtype)
-
-    @property
-    def graphs(self) -> tuple[str, ...]:
-        """The files of the decoder's graphs."""
-        return GRAPHS[self.precision]
-
-    @property
-    def no_answer_threshold(self) -> float | None:
-        """The probability of no answer above which there is none; None where the bundle was not calibrated."""
-        threshold: float | None = self.no_answer.get("threshold")
-        return threshold
-
-    @property
-    def window_settings(self) -> WindowSettings:
-        """How long contexts are read, where a call does not say it."""
-        return WindowSettings(window=self.windows.get("window"), stride=self.windows.get("stride", DEFAULT_STRIDE))
-
-    @property
-    def calibration(self) -> ScoreCalibration:
-        """What makes scores of the model's probabilities."""
-        return ScoreCalibration(slope=self.scores.get("slope", 1.0), intercept=self.scores.get("intercept", 0.0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The manifest as the JSON object that is on disk."""
-        return asdict(self)
+from qa_onnx.manifest import (
+    CACHE_COPY_NAME,
+    CONFIG_NAME,
+    KERNEL_MODEL_NAME,
+    MODEL_NAME,
+    REQUIRED_FILES,
+    TOKENIZER_NAME,
+    Manifest,
+    check_size,
+    list_problems,
+    read_json_object,
+    read_manifest,
+    save_manifest,
+    sha256_of,
+)
+from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +71,7 @@ class Bundle:
             raise BundleError(f"got a bundle of type {type(directory).__name__}; expected the path of its directory")
         directory = Path(directory)
         try:
-            manifest = _read_manifest(directory)
+            manifest = read_manifest(directory)
         except OSError as error:  # such as a directory of another user
             raise BundleError(f"{directory} cannot be read ({error.strerror}); expected read permission") from error
         problems = [problem for name in sorted(manifest.files) for problem in _file_problems(directory, name, manifest)]
@@ -172,7 +79,7 @@ class Bundle:
         problems += [f"{name}: not listed in the manifest" for name in required if name not in manifest.files]
         if problems:
             raise BundleError(
-                f"{directory} is not a whole bundle: {_listed(problems)}. "
+                f"{directory} is not a whole bundle: {list_problems(problems)}. "
                 "Copy it again, or write it again with python -m export.to_onnx"
             )
         return cls(directory=directory, manifest=manifest)
@@ -184,7 +91,7 @@ class Bundle:
             BundleError: It cannot be loaded, is too large, or is not that of the model.
         """
         path, manifest = self.tokenizer_path, self.manifest
-        _check_size(path, MAX_TOKENIZER_BYTES)
+        check_size(path, MAX_TOKENIZER_BYTES)
         try:
             tokenizer = load_tokenizer(str(path))
         except InvalidInputError as error:
@@ -207,7 +114,7 @@ class Bundle:
         """
         manifest = self.manifest
         width = manifest.heads * manifest.head_size
-        config = _read_json(self.directory / CONFIG_NAME)
+        config = read_json_object(self.directory / CONFIG_NAME)
         expected = {
             "model_type": "gpt2",
             "n_layer": manifest.layers,
@@ -257,7 +164,7 @@ class Bundle:
 
     def _raise(self, problems: list[str]) -> None:
         if problems:
-            raise BundleError(f"{self.directory} contradicts itself: {_listed(problems)}. Export the model again")
+            raise BundleError(f"{self.directory} contradicts itself: {list_problems(problems)}. Export the model again")
 
     def keep(self, found: dict[str, dict[str, Any]]) -> Bundle:
         """Keeps what a calibration found in the manifest on disk; returns the bundle as it is then.
@@ -270,84 +177,10 @@ class Bundle:
         """
         manifest = replace(self.manifest, **cast(dict[str, Any], found))
         try:
-            _save(manifest, self.directory)
+            save_manifest(manifest, self.directory)
         except InvalidInputError as error:
             raise BundleError(str(error)) from error
         return replace(self, manifest=manifest)
-
-
-def write_manifest(directory: Path, description: dict[str, Any]) -> Manifest:
-    """Completes a bundle: lists the files of the directory with their checksums and writes the manifest.
-
-    Args:
-        directory: Holds every file of the bundle but the manifest.
-        description: The manifest's fields but `format_version`, `prompt_template`, `no_answer`, `scores` and `files`.
-    """
-    paths = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        prompt_template=PROMPT_TEMPLATE,
-        no_answer={},
-        scores={},
-        files={path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths},
-        **description,
-    )
-    _save(manifest, directory)
-    return manifest
-
-
-def _save(manifest: Manifest, directory: Path) -> None:
-    write_file(directory / MANIFEST_NAME, json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST_NAME
-    if not path.is_file():
-        what = f"it has no {MANIFEST_NAME}" if directory.is_dir() else "there is no such directory"
-        raise BundleError(
-            f"{directory} is not a bundle: {what}. Expected a directory written by python -m export.to_onnx"
-        )
-    values = _read_json(path)
-    version = values.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {short_repr(version)}; this version of qa_onnx reads {FORMAT_VERSION}. "
-            "Export the model again with the qa_onnx that will load it"
-        )
-    problems = [
-        f"{field.name} should be {expected.__name__}, got {short_repr(values[field.name])}"
-        if field.name in values
-        else f"{field.name} is missing"
-        for field in fields(Manifest)
-        for expected in (_json_type(str(field.type)),)
-        if type(values.get(field.name)) is not expected  # a bool is an int to isinstance
-    ]
-    unknown = values.keys() - {field.name for field in fields(Manifest)}
-    problems += [f"{short_repr(name, quote=False)} is not a known field" for name in sorted(unknown)]
-    if not problems and values["prompt_template"] != PROMPT_TEMPLATE:
-        problems.append(f"prompt_template is {short_repr(values['prompt_template'])}, not {PROMPT_TEMPLATE!r}")
-    if not problems and values["precision"] not in PRECISIONS:
-        problems.append(f"precision {short_repr(values['precision'])} is not one of {', '.join(PRECISIONS)}")
-    if not problems:
-        problems += [
-            f"{name} is {short_repr(values[name])}, not a number from 1 to {limit}"
-            for name, limit in MAX_COUNTS.items()
-            if not 1 <= values[name] <= limit
-        ]
-        if not 0 <= values["eos_token_id"] < values["vocab_size"]:
-            problems.append(
-                f"eos_token_id {short_repr(values['eos_token_id'])} is not one of {values['vocab_size']} tokens"
-            )
-        problems += _calibration_problems(values)
-    if problems:
-        raise BundleError(f"{path} is not a valid manifest: {_listed(problems)}. Export the model again")
-    return Manifest(**values)
 
 
 def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[str]:
@@ -374,54 +207,6 @@ def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[
             problems.append(f"{graph} is not of the manifest's precision, {manifest.precision}")
             break
     return problems
-
-
-def _calibration_problems(values: dict[str, Any]) -> list[str]:
-    """What is wrong with the settings that calibration may change."""
-    problems = []
-    threshold = values["no_answer"].get("threshold")
-    if threshold is not None and not (_is_number(threshold) and 0 <= threshold <= 1):
-        problems.append(f"no_answer.threshold is {short_repr(threshold)}, not a probability")
-    for name, least in (("slope", 0.0), ("intercept", -math.inf)):
-        value = values["scores"].get(name, 1.0)
-        if not (_is_number(value) and least <= value < math.inf):
-            problems.append(f"scores.{name} is {short_repr(value)}; expected a number from {least:g} on")
-    windows = {name: values["windows"][name] for name in ("window", "stride") if name in values["windows"]}
-    try:
-        WindowSettings(**windows).check_fit(values["max_positions"])
-    except InvalidInputError as error:
-        problems.append(f"windows: {error}")
-    return problems
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
-def _json_type(annotation: str) -> type:
-    return {"int": int, "str": str, "list": list, "dict": dict}[annotation.split("[")[0]]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of at most `MAX_JSON_BYTES`."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    _check_size(path, MAX_JSON_BYTES)
-    try:
-        values = json.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read as JSON ({error}). Copy or export the bundle again") from error
-    if not isinstance(values, dict):
-        raise BundleError(f"{path} is not a JSON object. Copy or export the bundle again")
-    return values
-
-
-def _check_size(path: Path, limit: int) -> None:
-    size = path.stat().st_size
-    if size > limit:
-        raise BundleError(f"{path} has {size} bytes; expected at most {limit}. Copy or export the bundle again")
 
 
 def _file_problems(directory: Path, name: str, manifest: Manifest) -> list[str]:
@@ -456,9 +241,3 @@ def _differences(what: str, got: Signature, expected: Signature) -> list[str]:
     if not problems and list(got) != list(expected):
         problems.append(f"{what}s are in another order")
     return problems
-
-
-def _listed(problems: list[str]) -> str:
-    """The first problems, and how many more there are."""
-    more = len(problems) - SHOWN_PROBLEMS
-    return "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qa_onnx.bundle import Manifest
 from qa_onnx.errors import short_repr
+from qa_onnx.manifest import Manifest
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:

@@ -10,16 +10,19 @@ import atexit
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from threading import Condition, Thread, current_thread
 
 from qa_onnx.answer import Answer
 from qa_onnx.engine.scheduler import Scheduler
 from qa_onnx.engine.sequence import Sequence
 from qa_onnx.errors import ClosedError, QueueFullError
+from qa_onnx.progress import Progress
 from qa_onnx.request import Request
 
 _CLOSED = "this Answerer was closed; load the bundle again with Answerer.from_pretrained"
@@ -262,3 +265,38 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
+
+
+def wait_for_answers(
+    futures: SequenceOf[Future[Answer]],
+    *,
+    progress: bool = False,
+    on_answer: Callable[[int, Answer], object] | None = None,
+) -> list[Answer]:
+    """Waits for requests; the first error, or Ctrl-C, cancels the others.
+
+    Args:
+        futures: From `EngineLoop.submit`.
+        progress: Draw a progress line on standard error where that is a terminal.
+        on_answer: Called with the index of each request and its answer, as soon as it is there.
+
+    Returns:
+        The answers in the order of the futures.
+    """
+    done: SimpleQueue[Future[Answer]] = SimpleQueue()
+    index_of = {future: index for index, future in enumerate(futures)}
+    try:
+        for future in futures:
+            future.add_done_callback(done.put)
+        with Progress(len(futures), "answering", enabled=progress) as bar:
+            for _ in futures:
+                future = done.get()
+                answer = future.result()
+                if on_answer is not None:
+                    on_answer(index_of[future], answer)
+                bar.advance(1)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return [future.result() for future in futures]

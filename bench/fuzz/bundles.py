@@ -15,14 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from bench.fuzz.mutations import ODD_FLOATS, ODD_NUMBERS, dump_json, mutate_bytes, mutate_json
-from qa_onnx.bundle import (
-    CACHE_COPY_NAME,
-    CONFIG_NAME,
-    KERNEL_MODEL_NAME,
-    MANIFEST_NAME,
-    MODEL_NAME,
-    TOKENIZER_NAME,
-)
+from qa_onnx.manifest import CACHE_COPY_NAME, CONFIG_NAME, KERNEL_MODEL_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME
 
 WEIGHTS_NAME = "model.onnx_data"
 OUTSIDE_NAME = "outside.bin"

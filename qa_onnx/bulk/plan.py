@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from qa_onnx.batch import text_problem
 from qa_onnx.bulk.table_files import FORMATS, check_output, check_values, format_of, read_batches, read_schema
-from qa_onnx.bundle import sha256_of
 from qa_onnx.data.columns import REQUIRED, find_columns
 from qa_onnx.errors import InvalidInputError
+from qa_onnx.manifest import sha256_of
 
 MAX_SHARD_BYTES = 64 * 2**20
 """A shard has at most this or one batch of rows (`qa_onnx.bulk.table_files`), however many rows it may have."""

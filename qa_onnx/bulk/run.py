@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import qa_onnx
-from qa_onnx.answerer import choose_backend
 from qa_onnx.batch import ON_ERROR, AnswerBatch
 from qa_onnx.bulk.plan import InputFile, find_files, plan_file
 from qa_onnx.bulk.table_files import OUTPUT_FORMATS
 from qa_onnx.bulk.workers import Shard, ShardWriter, write_shards
-from qa_onnx.bundle import MANIFEST_NAME, Bundle, sha256_of
+from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.data.json_text import read_json
 from qa_onnx.errors import InvalidInputError, QAOnnxError, short_repr
 from qa_onnx.files import write_file
+from qa_onnx.loading import choose_backend
 from qa_onnx.lock import folder_lock
+from qa_onnx.manifest import MANIFEST_NAME, sha256_of
 from qa_onnx.progress import Progress
 
 FORMAT_VERSION = 1

@@ -20,9 +20,10 @@ from bench import accuracy
 from export import parity, to_onnx
 from export import staging as staging_files
 from qa_onnx import Answerer, BundleError, cli
-from qa_onnx.bundle import Bundle, write_manifest
+from qa_onnx.bundle import Bundle
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.lock import folder_lock
+from qa_onnx.manifest import write_manifest
 from training import finetune
 
 

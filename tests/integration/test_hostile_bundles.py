@@ -19,8 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from export.gpt2 import ACTIVATIONS
 from export.to_onnx import export
 from qa_onnx import Answerer, BundleError, EngineConfig, EngineError, GenerationConfig
-from qa_onnx.bundle import MANIFEST_NAME, Bundle, sha256_of
+from qa_onnx.bundle import Bundle
 from qa_onnx.graph_file import OPERATORS
+from qa_onnx.manifest import MANIFEST_NAME, sha256_of
 from tests.conftest import ROOT
 from tests.kernels import needs_kernels
 
@@ -78,7 +79,7 @@ def problem_of(bundle, *, kernels="auto"):
 )
 def test_a_manifest_that_contradicts_graph_and_configuration_is_refused(bundle, changes, monkeypatch):
     fit_checksums(bundle, **changes)
-    monkeypatch.setattr("qa_onnx.answerer.resolve_provider", lambda *_: "cpu")  # so that fp16 is loaded, too
+    monkeypatch.setattr("qa_onnx.loading.resolve_provider", lambda *_: "cpu")  # so that fp16 is loaded, too
     assert "contradicts itself: " in problem_of(bundle)
 
 
@@ -347,7 +348,7 @@ def test_weights_that_are_no_numbers_fail_the_request(bundle, name, damage):
     fit_checksums(bundle)
     with Answerer.from_pretrained(bundle, provider="cpu") as answerer:
         for extractive in (False, True):
-            config = answerer._resolve(None, 4)
+            config = answerer._requests.resolve(None, 4)
             future = answerer.submit("When?", CONTEXT, config=type(config)(max_new_tokens=4, extractive=extractive))
             error = future.exception()
             assert isinstance(error, EngineError)

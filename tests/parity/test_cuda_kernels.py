@@ -17,7 +17,7 @@ from bench.cuda_kernels import OPERATORS
 from export.decoder import build_decoder
 from export.gpt2 import ACTIVATIONS
 from export.graph import build_cache_copy
-from qa_onnx import Answerer, EngineConfig, GenerationConfig, answerer
+from qa_onnx import Answerer, EngineConfig, GenerationConfig, loading
 from qa_onnx.data.reader import read_examples
 from qa_onnx.engine.session import Session
 from tests.conftest import ROOT
@@ -144,8 +144,8 @@ class DeviceSession(Session):
 
 @pytest.fixture
 def on_device(monkeypatch):
-    monkeypatch.setattr(answerer, "Session", DeviceSession)
-    monkeypatch.setattr(answerer, "load_copier", DeviceSession)
+    monkeypatch.setattr(loading, "Session", DeviceSession)
+    monkeypatch.setattr(loading, "load_copier", DeviceSession)
     DeviceSession.copied = DeviceSession.allocated = 0
 
 

@@ -1,12 +1,12 @@
-"""Fixtures of the tests of the command line."""
+"""Fixtures that several files of tests share: answerers, and a working directory for the command line."""
 
 from __future__ import annotations
 
 import pytest
-from fakes import CONTEXT, echo_answerer, manifest_fields, squad_data, write_json
+from fakes import CONTEXT, Gate, echo_answerer, manifest_fields, squad_data, write_json
 
-from qa_onnx.bundle import write_manifest
 from qa_onnx.cli import options
+from qa_onnx.manifest import write_manifest
 
 
 @pytest.fixture
@@ -42,3 +42,20 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr(options, "Answerer", Loader)
     return calls
+
+
+@pytest.fixture
+def answerer():
+    with echo_answerer() as answerer:
+        yield answerer
+
+
+@pytest.fixture
+def held():
+    """An answerer whose engine waits at each step until `release` is set."""
+    answerer = echo_answerer(config={"max_queue": 3, "max_wait_ms": 0})
+    gate = Gate(answerer._engine)
+    answerer.release, answerer.reached = gate.release, gate.reached
+    yield answerer
+    gate.release.set()
+    answerer.close()

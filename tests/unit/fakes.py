@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from functools import cache
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qa_onnx.answerer import Answerer
-from qa_onnx.bundle import FORMAT_VERSION, Manifest
 from qa_onnx.config import EngineConfig
 from qa_onnx.engine.engine import EngineStats
 from qa_onnx.engine.kv_cache import CacheLayout
@@ -18,6 +18,7 @@ from qa_onnx.engine.prefix_cache import PrefixCache
 from qa_onnx.engine.sampling import Predictions
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.engine.session import Limits
+from qa_onnx.manifest import FORMAT_VERSION, Manifest
 from qa_onnx.text.prompt import prepare_tokenizer
 
 SENTENCES = (
@@ -272,3 +273,11 @@ def squad_data():
             }
         ],
     }
+
+
+def wait_until(condition):
+    """Fails where a condition does not come true within some seconds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

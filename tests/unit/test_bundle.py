@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from fakes import manifest_fields, write_json
 
-from qa_onnx.bundle import Bundle, sha256_of, write_manifest
+from qa_onnx.bundle import Bundle
 from qa_onnx.errors import BundleError
+from qa_onnx.manifest import sha256_of, write_manifest
 from qa_onnx.text.prompt import PROMPT_TEMPLATE
 
 ABSENT = object()

@@ -13,9 +13,9 @@ from qa_onnx.errors import InvalidInputError, OutOfMemoryError, PromptTooLongErr
 ROOT = Path(__file__).parents[2]
 FAMILY = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
 INSIDE = {
-    "ValueError": {"bundle.py", "graph_file.py", "json_text.py", "literal.py", "rows.py", "text_files.py"},
+    "ValueError": {"manifest.py", "graph_file.py", "json_text.py", "literal.py", "rows.py", "text_files.py"},
     "OSError": {"files.py"},
-    "StopIteration": {"answerer.py"},
+    "StopIteration": {"stream.py"},
     "ArgumentTypeError": {"options.py"},
     "ConnectionError": {"tables.py"},
     "Problem": {
