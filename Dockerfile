@@ -1,4 +1,4 @@
-# The service on the CPU. The bundle is a volume at /bundle, or baked in: see docs/serving.md.
+# The service on the CPU. The bundle is a volume at /bundle, or baked in: see docs/guides/serving.md.
 #   docker build -t qa_onnx .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/BUNDLE:/bundle:ro" -e QA_ONNX_API_KEY=... qa_onnx
 FROM python:3.11-slim-bookworm AS build
