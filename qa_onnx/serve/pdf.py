@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from typing import Any
 from qa_onnx.errors import InvalidInputError, QAOnnxError
 
 WORKER = Path(__file__).with_name("pdf_worker.py")
+PASSED_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH")
+"""Where the interpreter finds its shared library and its modules. Others stay out: the service's have an API key."""
 SIGNATURE_BYTES = 1024
 """Where `%PDF-` has to stand: real files have up to so many other bytes before it."""
 
@@ -106,7 +109,7 @@ async def _run_worker(data: bytes, limits: PdfLimits) -> dict[str, Any]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
-        env={},  # it needs none, and the service's has an API key
+        env={name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ},
     )
     try:
         async with asyncio.timeout(limits.seconds):

@@ -138,9 +138,28 @@ worker["main"](*map(int, sys.argv[1:]))
 """)
     monkeypatch.setattr(pdf, "WORKER", probe)
     monkeypatch.setenv("QA_ONNX_API_KEY", "a-key-of-the-tests-only")
+    for name in pdf.PASSED_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     memory, written, variables = ast.literal_eval(read(make_pdf(["A page."])).text)
     assert (memory, written) == ("MemoryError", "OSError")
     assert set(variables) <= {"LC_CTYPE"}
+
+
+def test_the_process_finds_the_libraries_and_modules_of_the_service(monkeypatch, tmp_path):
+    """A Python with a shared library outside of the system's folders does not start without LD_LIBRARY_PATH."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import json, os, sys\n"
+        "found = [os.environ['LD_LIBRARY_PATH'], __import__('module_of_the_service').NAME]\n"
+        "print(json.dumps({'text': str(found), 'pages': 1}))\n"
+    )
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "module_of_the_service.py").write_text("NAME = 'found'\n")
+    monkeypatch.setattr(pdf, "WORKER", probe)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    assert ast.literal_eval(read(make_pdf(["A page."])).text) == [str(tmp_path), "found"]
 
 
 @pytest.mark.parametrize("name", ["join_lines", "clean", "json.dumps"])
