@@ -21,7 +21,7 @@ from qa_onnx import Answerer, EngineConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.cli import add_data_options, positive, read_data, run_command
 from qa_onnx.data.example import Example
-from qa_onnx.engine.session import import_onnxruntime
+from qa_onnx.engine.provider import import_onnxruntime
 from qa_onnx.evaluation.metrics import evaluate
 from qa_onnx.files import check_outputs
 from qa_onnx.text.prompt import encode_prompts

@@ -34,8 +34,9 @@ from qa_onnx.engine.batch import Batch
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import PREFIX_NAME, CacheLayout
 from qa_onnx.engine.planner import Group, plan_groups
+from qa_onnx.engine.provider import import_onnxruntime
 from qa_onnx.engine.sequence import Prompt, make_sequence
-from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
+from qa_onnx.engine.session import Session, load_copier
 from qa_onnx.manifest import CACHE_COPY_NAME, MODEL_NAME
 
 LIBRARY = "libcudart.so.13"

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from qa_onnx.engine.session import import_onnxruntime
+from qa_onnx.engine.provider import import_onnxruntime
 
 OPERATORS = {
     "ai.onnx": (

@@ -28,8 +28,9 @@ from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig, GenerationConfig
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.planner import Group, plan_groups
+from qa_onnx.engine.provider import import_onnxruntime
 from qa_onnx.engine.sequence import Prompt, make_sequence
-from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
+from qa_onnx.engine.session import Session, load_copier
 from qa_onnx.kernels import choose_kernels
 from qa_onnx.manifest import MODEL_NAME, Manifest
 

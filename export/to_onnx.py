@@ -39,7 +39,8 @@ from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
-from qa_onnx.engine.session import Session, import_onnxruntime, load_copier
+from qa_onnx.engine.provider import import_onnxruntime
+from qa_onnx.engine.session import Session, load_copier
 from qa_onnx.errors import InvalidInputError, ParityError
 from qa_onnx.files import put_in_place, set_default_modes
 from qa_onnx.kernels import KernelLibrary, choose_kernels

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig
 from qa_onnx.engine.engine import Engine
-from qa_onnx.engine.session import Session, load_copier, resolve_provider
+from qa_onnx.engine.provider import resolve_provider
+from qa_onnx.engine.session import Session, load_copier
 from qa_onnx.kernels import KernelChoice, choose_kernels
 from qa_onnx.manifest import Manifest
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qa_onnx.engine.engine import EngineStats
 from qa_onnx.engine.prefix_cache import PrefixCacheStats
+from qa_onnx.engine.stats import EngineStats
 
 
 @dataclass(frozen=True, kw_only=True)

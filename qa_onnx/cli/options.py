@@ -15,7 +15,7 @@ from qa_onnx.data.columns import FIELDS, parse_columns
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_sources
 from qa_onnx.data.rows import check_skipped, skipped_lines
-from qa_onnx.engine.session import PROVIDERS
+from qa_onnx.engine.provider import PROVIDERS
 
 DATA_HELP = (
     "questions: SQuAD JSON, JSON lines, CSV, TSV, Parquet, a folder of `save_to_disk` or a hub id; one or several"

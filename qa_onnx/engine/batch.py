@@ -15,8 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qa_onnx.engine.kv_cache import KVCache, aligned
+from qa_onnx.engine.kv_cache import KVCache, KVCachePool, aligned
+from qa_onnx.engine.planner import Group
+from qa_onnx.engine.provider import Limits
 from qa_onnx.engine.sequence import Sequence
+
+SCORE_BYTES = 12
+"""Bytes that attention takes per score at its peak: scores, scores with bias, and probabilities, in float32."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,6 +67,79 @@ class Batch:
         self.write_columns = self.write_columns + counts
 
 
+def make_batch(groups: SequenceOf[Group], carried: Batch | None, *, pool: KVCachePool, limits: Limits) -> Batch:
+    """Makes the batch of some groups, whose prompts are not computed yet.
+
+    Args:
+        groups: From `plan_groups`.
+        carried: A running batch; its groups follow, with all that they hold.
+        pool: Where its caches are taken from.
+        limits: Of the provider.
+
+    Raises:
+        OutOfMemoryError: The device has not enough memory.
+    """
+    step = limits.column_step
+    suffix_end = aligned(max(group.suffix_width for group in groups))
+    prefix_ids = [group.prefix_ids for group in groups]
+    rows = max(len(group.sequences) for group in groups)
+    columns = suffix_end + step
+    survivors: list[int] = []
+    if carried is not None:
+        survivors = np.unique(carried.groups).tolist()
+        prefix_ids += [carried.prefix_ids[group] for group in survivors]
+        rows = max(rows, int(carried.rows.max()) + 1)
+        columns = max(columns, int(carried.write_columns.max()) + 1)
+    columns, prefix_columns, places = aligned(columns), aligned(max(map(len, prefix_ids))), len(prefix_ids)
+    if limits.fixed_shapes:  # few different shapes: each is one CUDA graph
+        rows, places = 1 << (rows - 1).bit_length(), _round_up(places)
+        columns, prefix_columns = aligned(columns, step), aligned(prefix_columns, 4 * 16)
+    prefix = pool.take(groups=places, rows=1, columns=prefix_columns)
+    try:
+        suffix = pool.take(groups=places, rows=rows, columns=columns)
+    except BaseException:
+        pool.give_back(prefix)
+        raise
+    prefix_lengths = np.zeros(places, np.int64)
+    prefix_lengths[: len(prefix_ids)] = [len(ids) for ids in prefix_ids]
+    suffix_starts = np.full((places, rows), columns, np.int64)
+    slots = [(place, row) for place, group in enumerate(groups) for row in range(len(group.sequences))]
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    for slot, sequence in zip(slots, sequences, strict=True):
+        suffix_starts[slot] = suffix_end - len(sequence.suffix_ids)
+    group_of, row_of = (np.array(numbers, np.int64) for numbers in zip(*slots, strict=True))
+    positions = np.array([len(sequence) for sequence in sequences], np.int64)
+    write_columns = np.full(len(sequences), suffix_end)
+    if carried is not None:
+        pool.copy(carried.prefix, survivors, prefix, len(groups))
+        pool.copy(carried.suffix, survivors, suffix, len(groups))
+        kept = slice(len(groups), len(groups) + len(survivors))
+        shared = min(rows, carried.suffix.rows)
+        suffix_starts[kept, :shared] = carried.suffix_starts[survivors, :shared]
+        sequences = sequences + carried.sequences
+        group_of = np.concatenate([group_of, len(groups) + np.searchsorted(survivors, carried.groups)])
+        row_of = np.concatenate([row_of, carried.rows])
+        positions = np.concatenate([positions, carried.positions])
+        write_columns = np.concatenate([write_columns, carried.write_columns])
+    return Batch(
+        prefix=prefix,
+        suffix=suffix,
+        prefix_ids=prefix_ids,
+        prefix_lengths=prefix_lengths,
+        suffix_starts=suffix_starts,
+        sequences=sequences,
+        groups=group_of,
+        rows=row_of,
+        positions=positions,
+        write_columns=write_columns,
+    )
+
+
+def _round_up(groups: int) -> int:
+    """A number of groups, rounded up to a power of two, or above 8 to a multiple of 8."""
+    return 1 << (groups - 1).bit_length() if groups <= 8 else aligned(groups, 8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """Tokens of one slot that are computed together, and the position of the first of them."""
@@ -70,6 +148,35 @@ class Segment:
     row: int
     token_ids: SequenceOf[int]
     position: int
+
+
+def split_prefill(
+    segments: SequenceOf[SequenceOf[Segment]], *, rows: int, columns: int, heads: int, limits: Limits
+) -> list[tuple[int, int]]:
+    """Splits a prefill into runs: first and last (not included) group of each.
+
+    A run is full with `max_prefill_tokens` tokens, or before its attention scores exceed half of `max_batch_bytes`.
+
+    Args:
+        segments: Of each group.
+        rows: R.
+        columns: Of the caches that they attend to.
+        heads: H.
+        limits: Of the provider.
+    """
+    runs: list[tuple[int, int]] = []
+    first = tokens = width = 0
+    for group, members in enumerate(segments):
+        wider = max(width, aligned(max(len(segment.token_ids) for segment in members)))
+        scores = (group + 1 - first) * heads * rows * wider * columns
+        if group > first and (
+            tokens >= limits.max_prefill_tokens or scores * SCORE_BYTES > limits.max_batch_bytes // 2
+        ):
+            runs.append((first, group))
+            first, tokens, wider = group, 0, aligned(max(len(segment.token_ids) for segment in members))
+        tokens += sum(len(segment.token_ids) for segment in members)
+        width = wider
+    return [*runs, (first, len(segments))] if segments else []
 
 
 def grid_inputs(
@@ -101,6 +208,44 @@ def grid_inputs(
         "context_index": context_index(token_group, token_row * width + column, rows * width, heads),
         "output_slot_index": output_slot_index,
         "output_context_index": context_index(group, row, rows, heads),
+    }
+
+
+def decode_grid_inputs(
+    batch: Batch,
+    token_ids: SequenceOf[int] | np.ndarray,
+    group: np.ndarray,
+    row: np.ndarray,
+    place: np.ndarray,
+    *,
+    heads: int,
+) -> dict[str, np.ndarray]:
+    """Lays the tokens of a decode step out for the plain graph, as `grid_inputs` does for segments.
+
+    Args:
+        batch: Of the step.
+        token_ids: int64 [B], the last token of each running sequence.
+        group: int64 [N], of the slots that are computed.
+        row: int64 [N], in their groups.
+        place: int64 [B], which of them belongs to each running sequence.
+        heads: H.
+    """
+    tokens, positions = np.zeros(len(group), np.int64), np.zeros(len(group), np.int64)
+    tokens[place], positions[place] = token_ids, batch.positions
+    write_index = np.zeros(batch.suffix.groups, np.int64)
+    write_index[batch.groups] = batch.write_columns
+    slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
+    slot_index[group, row, 0] = np.arange(len(group))
+    index = context_index(group, row, batch.suffix.rows, heads)
+    return {
+        "input_ids": tokens,
+        "position_ids": positions,
+        "output_index": np.arange(len(group)),
+        "slot_index": slot_index,
+        "context_index": index,
+        "output_slot_index": slot_index,
+        "output_context_index": index,
+        "write_index": write_index,
     }
 
 

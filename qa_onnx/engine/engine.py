@@ -12,11 +12,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
-from qa_onnx.engine.batch import Batch, Segment, context_index, grid_inputs, segment_inputs, segment_width
+from qa_onnx.engine.batch import (
+    SCORE_BYTES,
+    Batch,
+    Segment,
+    decode_grid_inputs,
+    grid_inputs,
+    make_batch,
+    segment_inputs,
+    segment_width,
+    split_prefill,
+)
 from qa_onnx.engine.kv_cache import (
     PAST_NAME,
     PREFIX_NAME,
@@ -28,40 +38,17 @@ from qa_onnx.engine.kv_cache import (
 )
 from qa_onnx.engine.planner import Group
 from qa_onnx.engine.prefix_cache import PrefixCache
+from qa_onnx.engine.provider import Limits
 from qa_onnx.engine.sampling import Predictions
 from qa_onnx.engine.sequence import Sequence
-from qa_onnx.engine.session import Binding, Limits, Session
+from qa_onnx.engine.session import Binding, Session
+from qa_onnx.engine.stats import EngineStats
 from qa_onnx.errors import InvalidInputError
 
-SCORE_BYTES = 12
-"""Bytes that attention takes per score at its peak: scores, scores with bias, and probabilities, in float32."""
 MAX_CUDA_GRAPHS = 32
 """Maximum number of decode steps, by shapes and addresses, that are captured; others run without a CUDA graph."""
 LOGPROBS = ("logprobs",)
 CHOICE = ("token_ids", "token_logprobs", "eos_logprobs")
-
-
-@dataclass(kw_only=True)
-class EngineStats:
-    """What an engine has computed.
-
-    Attributes:
-        prefills: Batches of prompts.
-        prefill_tokens: Their tokens that were computed, prefixes found in the prefix cache left out.
-        decode_steps: Steps of one token, or a draft of several (`look_ahead.py`), for each running sequence.
-        decode_tokens: New tokens of all decode steps.
-        draft_tokens: Tokens of drafts that were computed.
-        accepted_draft_tokens: Those of them that were right, and are among `decode_tokens`.
-        cuda_graphs: Decode steps, by shapes and addresses, captured in a CUDA graph.
-    """
-
-    prefills: int = 0
-    prefill_tokens: int = 0
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_draft_tokens: int = 0
-    cuda_graphs: int = 0
 
 
 class Engine:
@@ -161,7 +148,7 @@ class Engine:
         to_compute = sorted(first_with.values(), key=lambda group: -len(group.prefix_ids))  # similar lengths together
         groups = to_compute + [group for group in groups if first_with.get(group.prefix_ids) is not group]
         place_of = {group.prefix_ids: place for place, group in enumerate(to_compute)}
-        batch = self._make_batch(groups, carried)
+        batch = make_batch(groups, carried, pool=self._pool, limits=self.limits)
         try:
             self._prefill_prefixes(batch, len(to_compute))
             for place, group in enumerate(groups[len(to_compute) :], len(to_compute)):
@@ -223,23 +210,7 @@ class Engine:
             inputs |= segment_inputs(segments, batch.write_columns)
             inputs["output_index"] = np.arange(lengths.sum())
         else:
-            tokens, positions = np.zeros(len(group), np.int64), np.zeros(len(group), np.int64)
-            tokens[place], positions[place] = token_ids, batch.positions
-            write_index = np.zeros(batch.suffix.groups, np.int64)
-            write_index[batch.groups] = batch.write_columns
-            slot_index = np.zeros((batch.suffix.groups, batch.suffix.rows, 1), np.int64)
-            slot_index[group, row, 0] = np.arange(len(group))
-            index = context_index(group, row, batch.suffix.rows, self._layout.heads)
-            inputs |= {
-                "input_ids": tokens,
-                "position_ids": positions,
-                "output_index": np.arange(len(group)),
-                "slot_index": slot_index,
-                "context_index": index,
-                "output_slot_index": slot_index,
-                "output_context_index": index,
-                "write_index": write_index,
-            }
+            inputs |= decode_grid_inputs(batch, token_ids, group, row, place, heads=self._layout.heads)
         outputs = self._outputs(batch.sequences)
         binding, graph_id = self._decode_binding(batch, outputs)
         predictions = self._run(binding, inputs, outputs, graph_id=graph_id)
@@ -267,63 +238,6 @@ class Engine:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def _make_batch(self, groups: SequenceOf[Group], carried: Batch | None) -> Batch:
-        """Makes the batch of some groups, and behind them the groups of a carried batch with all that they hold."""
-        step = self.limits.column_step
-        suffix_end = aligned(max(group.suffix_width for group in groups))
-        prefix_ids = [group.prefix_ids for group in groups]
-        rows = max(len(group.sequences) for group in groups)
-        columns = suffix_end + step
-        survivors: list[int] = []
-        if carried is not None:
-            survivors = np.unique(carried.groups).tolist()
-            prefix_ids += [carried.prefix_ids[group] for group in survivors]
-            rows = max(rows, int(carried.rows.max()) + 1)
-            columns = max(columns, int(carried.write_columns.max()) + 1)
-        columns, prefix_columns, places = aligned(columns), aligned(max(map(len, prefix_ids))), len(prefix_ids)
-        if self.limits.fixed_shapes:  # few different shapes: each is one CUDA graph
-            rows, places = 1 << (rows - 1).bit_length(), _rounded(places)
-            columns, prefix_columns = aligned(columns, step), aligned(prefix_columns, 4 * 16)
-        prefix = self._pool.take(groups=places, rows=1, columns=prefix_columns)
-        try:
-            suffix = self._pool.take(groups=places, rows=rows, columns=columns)
-        except BaseException:
-            self._pool.give_back(prefix)
-            raise
-        prefix_lengths = np.zeros(places, np.int64)
-        prefix_lengths[: len(prefix_ids)] = [len(ids) for ids in prefix_ids]
-        suffix_starts = np.full((places, rows), columns, np.int64)
-        slots = [(place, row) for place, group in enumerate(groups) for row in range(len(group.sequences))]
-        sequences = [sequence for group in groups for sequence in group.sequences]
-        for slot, sequence in zip(slots, sequences, strict=True):
-            suffix_starts[slot] = suffix_end - len(sequence.suffix_ids)
-        group_of, row_of = (np.array(numbers, np.int64) for numbers in zip(*slots, strict=True))
-        positions = np.array([len(sequence) for sequence in sequences], np.int64)
-        write_columns = np.full(len(sequences), suffix_end)
-        if carried is not None:
-            self._pool.copy(carried.prefix, survivors, prefix, len(groups))
-            self._pool.copy(carried.suffix, survivors, suffix, len(groups))
-            kept = slice(len(groups), len(groups) + len(survivors))
-            shared = min(rows, carried.suffix.rows)
-            suffix_starts[kept, :shared] = carried.suffix_starts[survivors, :shared]
-            sequences = sequences + carried.sequences
-            group_of = np.concatenate([group_of, len(groups) + np.searchsorted(survivors, carried.groups)])
-            row_of = np.concatenate([row_of, carried.rows])
-            positions = np.concatenate([positions, carried.positions])
-            write_columns = np.concatenate([write_columns, carried.write_columns])
-        return Batch(
-            prefix=prefix,
-            suffix=suffix,
-            prefix_ids=prefix_ids,
-            prefix_lengths=prefix_lengths,
-            suffix_starts=suffix_starts,
-            sequences=sequences,
-            groups=group_of,
-            rows=row_of,
-            positions=positions,
-            write_columns=write_columns,
-        )
-
     def _grow(self, batch: Batch) -> None:
         """Gives every row `column_step` more columns."""
         columns = batch.suffix.columns + self.limits.column_step
@@ -346,7 +260,9 @@ class Engine:
             [Segment(group=place, row=0, token_ids=ids, position=0)]
             for place, ids in enumerate(batch.prefix_ids[:count])
         ]
-        for first, last in self._pieces(segments, rows=1, columns=batch.prefix.columns):
+        for first, last in split_prefill(
+            segments, rows=1, columns=batch.prefix.columns, heads=self._layout.heads, limits=self.limits
+        ):
             groups = last - first
             columns = aligned(max(len(ids) for ids in batch.prefix_ids[first:last]))
             # Attention goes over all columns of its cache: shorter prefixes than the batch's get a narrower one.
@@ -380,7 +296,9 @@ class Engine:
         predictions = []
         columns = batch.prefix.columns + batch.suffix.columns
         suffix_end = aligned(max(group.suffix_width for group in groups))
-        for first, last in self._pieces(segments, rows=batch.suffix.rows, columns=columns):
+        for first, last in split_prefill(
+            segments, rows=batch.suffix.rows, columns=columns, heads=self._layout.heads, limits=self.limits
+        ):
             width = segment_width([segment for group in segments[first:last] for segment in group])
             predictions.append(
                 self._run_segments(
@@ -397,25 +315,6 @@ class Engine:
             )
         return Predictions.concatenate(predictions)
 
-    def _pieces(self, segments: SequenceOf[SequenceOf[Segment]], *, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Cuts the segments of groups into runs: first and last (not included) group of each.
-
-        A run is full with `max_prefill_tokens` tokens, or before its attention scores exceed half of `max_batch_bytes`.
-        """
-        pieces: list[tuple[int, int]] = []
-        first = tokens = width = 0
-        for group, members in enumerate(segments):
-            wider = max(width, aligned(max(len(segment.token_ids) for segment in members)))
-            scores = (group + 1 - first) * self._layout.heads * rows * wider * columns
-            if group > first and (
-                tokens >= self.limits.max_prefill_tokens or scores * SCORE_BYTES > self.limits.max_batch_bytes // 2
-            ):
-                pieces.append((first, group))
-                first, tokens, wider = group, 0, aligned(max(len(segment.token_ids) for segment in members))
-            tokens += sum(len(segment.token_ids) for segment in members)
-            width = wider
-        return [*pieces, (first, len(segments))] if segments else []
-
     def _run_segments(
         self,
         prefix: KVCache,
@@ -428,18 +327,8 @@ class Engine:
         **lengths: np.ndarray,
     ) -> Predictions:
         """Computes segments of some groups of a batch into `target`."""
-        first, last = groups
         lead = segments[0][0].group
-        flat = [
-            Segment(
-                group=segment.group - lead,
-                row=segment.row,
-                token_ids=segment.token_ids,
-                position=segment.position,
-            )
-            for group in segments
-            for segment in group
-        ]
+        flat = [replace(segment, group=segment.group - lead) for group in segments for segment in group]
         if self._session.has_kernels:
             write_index, width = lengths.pop("write_index"), segment_width(flat)
             first_columns = [
@@ -448,7 +337,11 @@ class Engine:
             inputs = segment_inputs(flat, np.array(first_columns))
         else:
             inputs = grid_inputs(
-                flat, groups=last - first, rows=target.rows, heads=self._layout.heads, right_aligned=not is_prefix
+                flat,
+                groups=groups[1] - groups[0],
+                rows=target.rows,
+                heads=self._layout.heads,
+                right_aligned=not is_prefix,
             )
         binding = self._session.make_binding()
         self._bind_caches(binding, prefix, target, groups, has_prefix=not is_prefix)
@@ -459,10 +352,11 @@ class Engine:
         self, binding: Binding, prefix: KVCache, target: KVCache, groups: tuple[int, int], *, has_prefix: bool = True
     ) -> None:
         """Binds some groups of a batch's caches; without prefixes, empty ones."""
-        names = self._layout.names
-        for name, view in zip(names, prefix.views(*groups, columns=None if has_prefix else 0), strict=True):
+        for name, view in zip(
+            self._layout.names, prefix.views(*groups, columns=None if has_prefix else 0), strict=True
+        ):
             binding.set_input(f"{PREFIX_NAME}{name}", view)
-        for name, view in zip(names, target.views(*groups), strict=True):
+        for name, view in zip(self._layout.names, target.views(*groups), strict=True):
             binding.set_input(f"{PAST_NAME}{name}", view)
             binding.set_output(f"{PRESENT_NAME}{name}", view)
 
@@ -510,8 +404,3 @@ class Engine:
 
 
 _NOTHING = Predictions(token_ids=np.zeros(0, np.int64), token_logprobs=np.zeros(0), eos_logprobs=np.zeros(0))
-
-
-def _rounded(groups: int) -> int:
-    """A number of groups, rounded up to a power of two, or above 8 to a multiple of 8."""
-    return 1 << (groups - 1).bit_length() if groups <= 8 else aligned(groups, 8)

@@ -1,73 +1,32 @@
-"""ONNX Runtime, and everything that depends on the execution provider: choice, options, device memory, I/O binding."""
+"""Sessions of ONNX Runtime: their options, device memory, and I/O binding."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qa_onnx.config import EngineConfig
-from qa_onnx.errors import BundleError, EngineError, InvalidInputError, OutOfMemoryError, ProviderError, one_line
+from qa_onnx.engine.provider import (
+    ONNX_RUNTIME_NAMES,
+    choose_limits,
+    has_cuda_graphs,
+    import_onnxruntime,
+    int8_saturates,
+    preload_cuda,
+    resolve_provider,
+)
+from qa_onnx.errors import BundleError, EngineError, OutOfMemoryError, ProviderError, QAOnnxError, one_line
 from qa_onnx.kernels import KernelLibrary
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Provider = Literal["auto", "cpu", "cuda"]
-PROVIDERS: tuple[Provider, ...] = get_args(Provider)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much a provider computes at a time.
-
-    Attributes:
-        max_prefill_tokens: Tokens after which one run of a prefill is full: on the CPU few enough for its caches, on
-            CUDA enough to fill the device.
-        max_batch_tokens: Maximum number of tokens whose keys and values a batch holds when prompts join it.
-        max_batch_bytes: Maximum bytes of a batch: half for keys and values, half for attention scores.
-        column_step: Columns of the KV cache that new tokens get at a time.
-        fixed_shapes: Whether a decode step computes all slots of a batch, finished ones too, so that its shapes and
-            addresses stay the same (CUDA), or only the sequences that run (CPU).
-        chooses_on_host: Whether the most probable token is found in numpy (CPU: the operators of ONNX Runtime take
-            seven times as long), or by the graph (CUDA: the log-probabilities need not leave the device).
-    """
-
-    max_prefill_tokens: int
-    max_batch_tokens: int
-    max_batch_bytes: int
-    column_step: int = 16
-    fixed_shapes: bool = False
-    chooses_on_host: bool = True
-
-
-_LIMITS = {
-    "cpu": Limits(max_prefill_tokens=512, max_batch_tokens=1536, max_batch_bytes=2 * 2**30),
-    "cuda": Limits(
-        max_prefill_tokens=32768,
-        max_batch_tokens=65536,
-        max_batch_bytes=2 * 2**30,
-        column_step=32,
-        fixed_shapes=True,
-        chooses_on_host=False,
-    ),
-}
-_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "fp16")}
-"""What each provider has kernels for; ONNX Runtime would run the rest of a graph elsewhere or by conversions."""
-_ONNX_RUNTIME_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_OLDEST_VERSION = {"cpu": (1, 25), "cuda": (1, 27)}
-"""1.24 has no TensorScatter. On CUDA, 1.25 and 1.26 (CUDA 12) have no Reshape and Cast of opset 24: they would copy
-activations between host and device in every layer."""
-_CUDA_GRAPH_VERSION = (1, 31)
-"""Before, Concat and Split copy small arrays to the device, which is forbidden while a CUDA graph is captured."""
 _NO_CAPTURE = -1
 _SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """On the CPU the fused operators are slower than the two that they replace (`bench/NOTES.md`)."""
@@ -80,63 +39,6 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
     "cudaErrorMemoryAllocation",
 )
-
-
-def import_onnxruntime() -> Any:
-    """Imports ONNX Runtime with its telemetry off, unless the user has decided on that already.
-
-    Raises:
-        ProviderError: It is not installed.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ProviderError(
-            "ONNX Runtime is not installed. Install qa_onnx with one of its extras: qa_onnx[cpu] or qa_onnx[gpu]"
-        ) from error
-    return onnxruntime
-
-
-def resolve_provider(provider: str, precision: str = "fp32") -> Literal["cpu", "cuda"]:
-    """Decides which provider to ask for.
-
-    Args:
-        provider: One of `PROVIDERS`; `auto` is CUDA where this ONNX Runtime was built with it and it runs the
-            precision, else the CPU.
-        precision: Of the graph that it is to run.
-
-    Raises:
-        InvalidInputError: `provider` is none of `PROVIDERS`.
-        ProviderError: The provider is not part of this ONNX Runtime, which is too old for it, or it does not run the
-            precision.
-    """
-    if provider not in PROVIDERS:
-        raise InvalidInputError(f"got provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
-    ort = import_onnxruntime()
-    available = ort.get_available_providers()
-    if provider == "auto":
-        has_cuda = _ONNX_RUNTIME_NAMES["cuda"] in available
-        provider = "cuda" if has_cuda and precision in _PRECISIONS["cuda"] else "cpu"
-    if _ONNX_RUNTIME_NAMES[provider] not in available:
-        raise ProviderError(
-            f"provider {provider!r} was asked for, and this ONNX Runtime has {', '.join(available)}. "
-            "For CUDA, uninstall onnxruntime and install qa_onnx[gpu]; or pass provider='cpu'"
-        )
-    if _version(ort) < _OLDEST_VERSION[provider]:
-        oldest = ".".join(map(str, _OLDEST_VERSION[provider]))
-        package, extra = ("onnxruntime-gpu", "gpu") if provider == "cuda" else ("onnxruntime", "cpu")
-        raise ProviderError(
-            f"ONNX Runtime {ort.__version__} lacks operators that the graph needs on provider {provider!r}; expected "
-            f"{package} {oldest} or later. Install qa_onnx[{extra}] again"
-        )
-    if precision not in _PRECISIONS[provider]:
-        other = "cuda" if provider == "cpu" else "cpu"
-        raise ProviderError(
-            f"a bundle in {precision} does not run on provider {provider!r}, which runs "
-            f"{' and '.join(_PRECISIONS[provider])}. Pass provider={other!r}, or export the model in one of these"
-        )
-    return "cuda" if provider == "cuda" else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,34 +126,20 @@ class Session:
         config = config or EngineConfig()
         self.path = model_path
         self.provider = resolve_provider(provider)
-        self.limits = _limits(self.provider, config)
+        self.limits = choose_limits(self.provider, config)
         self._ort = import_onnxruntime()
         self._device_id = config.device_id if self.provider == "cuda" else 0
-        self.has_cuda_graphs = (
-            self.provider == "cuda" and config.cuda_graphs and _version(self._ort) >= _CUDA_GRAPH_VERSION
-        )
+        self.has_cuda_graphs = self.provider == "cuda" and config.cuda_graphs and has_cuda_graphs(self._ort)
+        self.has_kernels = kernels is not None
         preloaded = ""
         if self.provider == "cuda":
-            preloaded = _preload_cuda(self._ort)
+            preloaded = preload_cuda(self._ort)
             self._ort.set_default_logger_severity(4)  # what does not start is told below, in one line
-        name = _ONNX_RUNTIME_NAMES[self.provider]
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 4 if self.provider == "cuda" else 3
-        # The graph comes optimized from the export, and fusing more makes it slower.
-        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        if self.provider == "cpu" and _int8_saturates():  # one of the extended optimizations makes int8 exact
-            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        if config.threads is not None:
-            options.intra_op_num_threads = config.threads
-        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _MAX_FOLDED_BYTES)
-        self.has_kernels = kernels is not None
+        name = ONNX_RUNTIME_NAMES[self.provider]
         try:
-            if kernels is not None:
-                options.register_custom_ops_library(str(kernels.path))
             self._session: onnxruntime.InferenceSession = self._ort.InferenceSession(
                 str(model_path),
-                options,
+                self._session_options(config, kernels),
                 providers=[name],
                 provider_options=[self._provider_options(config)],
                 disabled_optimizers=_SLOW_FUSIONS,
@@ -260,20 +148,40 @@ class Session:
             self.inputs = _signature(self._session.get_inputs())
             self.outputs = _signature(self._session.get_outputs())
         except Exception as error:  # ONNX Runtime's own classes have no base in common but this one
-            if _is_out_of_memory(error):
-                raise OutOfMemoryError(f"there is no memory to load {model_path}: {one_line(error)}") from error
-            if self.provider == "cuda" and ("device" in str(error).lower() or "CUDA failure" in str(error)):
-                raise ProviderError(
-                    f"CUDA device {self._device_id} cannot be used: {one_line(error)} Check the GPU with nvidia-smi, "
-                    "pass another device_id, or provider='cpu'"
-                ) from error
-            raise BundleError(f"{model_path} cannot be loaded by ONNX Runtime on {name}: {one_line(error)}") from error
+            raise self._loading_error(error) from error
         if name not in self._session.get_providers():
             raise ProviderError(
                 f"{name} was asked for, and ONNX Runtime started with {', '.join(self._session.get_providers())}. "
                 f"{preloaded}Check that the machine has a GPU and its driver (nvidia-smi), install the CUDA libraries "
                 "with qa_onnx[gpu], or pass provider='cpu'"
             )
+
+    def _session_options(self, config: EngineConfig, kernels: KernelLibrary | None) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4 if self.provider == "cuda" else 3
+        # The graph comes optimized from the export, and fusing more makes it slower.
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if self.provider == "cpu" and int8_saturates():  # one of the extended optimizations makes int8 exact
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if config.threads is not None:
+            options.intra_op_num_threads = config.threads
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _MAX_FOLDED_BYTES)
+        if kernels is not None:
+            options.register_custom_ops_library(str(kernels.path))
+        return options
+
+    def _loading_error(self, error: Exception) -> QAOnnxError:
+        """What an error of ONNX Runtime while it loads the graph means to a caller."""
+        if _is_out_of_memory(error):
+            return OutOfMemoryError(f"there is no memory to load {self.path}: {one_line(error)}")
+        if self.provider == "cuda" and ("device" in str(error).lower() or "CUDA failure" in str(error)):
+            return ProviderError(
+                f"CUDA device {self._device_id} cannot be used: {one_line(error)} Check the GPU with nvidia-smi, "
+                "pass another device_id, or provider='cpu'"
+            )
+        name = ONNX_RUNTIME_NAMES[self.provider]
+        return BundleError(f"{self.path} cannot be loaded by ONNX Runtime on {name}: {one_line(error)}")
 
     def _provider_options(self, config: EngineConfig) -> dict[str, str]:
         if self.provider == "cpu":
@@ -403,40 +311,6 @@ class Binding:
 
 def _signature(values: Iterable[Any]) -> Signature:
     return {value.name: TensorType(_DTYPES.get(value.type, value.type), tuple(value.shape)) for value in values}
-
-
-@cache
-def _int8_saturates() -> bool:
-    """Whether ONNX Runtime's product of uint8 and int8 saturates on this processor: x86 without VNNI.
-
-    The option `session.x64quantprecision` has it multiply uint8 by uint8 there, which is exact and a tenth slower; with
-    VNNI it would only be slower, and elsewhere it does nothing. (ONNX Runtime's quantization guide, "U8S8 can face
-    saturation issue".)
-    """
-    path = Path("/proc/cpuinfo")
-    return not path.exists() or "vnni" not in path.read_text(encoding="utf-8", errors="replace")
-
-
-def _limits(provider: str, config: EngineConfig) -> Limits:
-    """The provider's limits, with those that the caller gave."""
-    names = ("max_prefill_tokens", "max_batch_tokens", "max_batch_bytes")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return replace(_LIMITS[provider], **given)
-
-
-def _version(ort: Any) -> tuple[int, int]:
-    major, minor, *_ = ort.__version__.split(".")
-    return int(major), int(minor)
-
-
-def _preload_cuda(ort: Any) -> str:
-    """Loads the CUDA libraries of pip's packages; returns what that printed of those it did not find, for an error."""
-    if not hasattr(ort, "preload_dlls"):
-        return ""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        ort.preload_dlls()
-    return "".join(f"{line.strip()}. " for line in printed.getvalue().splitlines() if "Failed" in line)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

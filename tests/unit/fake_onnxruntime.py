@@ -21,7 +21,8 @@ import numpy as np
 from fakes import log_softmax
 
 from qa_onnx.engine.kv_cache import CacheLayout
-from qa_onnx.engine.session import Limits, Session
+from qa_onnx.engine.provider import Limits
+from qa_onnx.engine.session import Session
 from qa_onnx.errors import OutOfMemoryError
 
 VOCABULARY, END = 50, 0

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from qa_onnx.answerer import Answerer
 from qa_onnx.config import EngineConfig
-from qa_onnx.engine.engine import EngineStats
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.prefix_cache import PrefixCache
+from qa_onnx.engine.provider import Limits
 from qa_onnx.engine.sampling import Predictions
 from qa_onnx.engine.sequence import Prompt
-from qa_onnx.engine.session import Limits
+from qa_onnx.engine.stats import EngineStats
 from qa_onnx.manifest import FORMAT_VERSION, Manifest
 from qa_onnx.text.prompt import prepare_tokenizer
 

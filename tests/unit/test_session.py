@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from qa_onnx import EngineConfig
-from qa_onnx.engine import session
-from qa_onnx.engine.session import Binding, Session, TensorType, import_onnxruntime, load_copier, resolve_provider
+from qa_onnx.engine import provider, session
+from qa_onnx.engine.provider import import_onnxruntime, resolve_provider
+from qa_onnx.engine.session import Binding, Session, TensorType, load_copier
 from qa_onnx.errors import BundleError, EngineError, InvalidInputError, OutOfMemoryError, ProviderError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -74,7 +75,8 @@ OnnxRuntimeError.__module__ = "onnxruntime.capi.onnxruntime_pybind11_state"
 def use(monkeypatch):
     def install(*available, **options):
         runtime = FakeRuntime(list(available), **options)
-        monkeypatch.setattr(session, "import_onnxruntime", lambda: runtime)
+        for module in (provider, session):
+            monkeypatch.setattr(module, "import_onnxruntime", lambda: runtime)
         return runtime
 
     return install
@@ -329,7 +331,7 @@ def test_threads_are_those_of_one_operator(use, tmp_path, monkeypatch, threads, 
 
 @pytest.mark.parametrize(("saturates", "level"), [(False, "basic"), (True, "extended")])
 def test_the_graph_is_not_fused_further(use, tmp_path, monkeypatch, saturates, level):
-    monkeypatch.setattr(session, "_int8_saturates", lambda: saturates)
+    monkeypatch.setattr(session, "int8_saturates", lambda: saturates)
     runtime = use(CPU)
     Session(tmp_path / "model.onnx")
     assert runtime.options.graph_optimization_level == level
@@ -349,12 +351,12 @@ def test_the_graph_is_not_fused_further(use, tmp_path, monkeypatch, saturates, l
 def test_int8_saturates_on_processors_without_vnni(monkeypatch, tmp_path, flags, saturates):
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-    monkeypatch.setattr(session, "Path", lambda _: tmp_path / "cpuinfo")
-    assert session._int8_saturates.__wrapped__() is saturates
+    monkeypatch.setattr(provider, "Path", lambda _: tmp_path / "cpuinfo")
+    assert provider.int8_saturates.__wrapped__() is saturates
 
 
 def test_cuda_has_no_optimizations_of_the_cpu(use, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "_int8_saturates", lambda: True)
+    monkeypatch.setattr(session, "int8_saturates", lambda: True)
     runtime = use(CUDA, CPU)
     Session(tmp_path / "model.onnx", provider="cuda")
     assert runtime.options.graph_optimization_level == "basic"
