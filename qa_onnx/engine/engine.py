@@ -366,8 +366,8 @@ class Engine:
         A captured graph keeps its binding, for it reads and writes at the addresses of its first run.
         """
         prefix, suffix = batch.prefix, batch.suffix
-        shape = (suffix.groups, suffix.rows, prefix.columns, suffix.columns)
-        key = (*shape, prefix.memory.data_ptr(), suffix.memory.data_ptr(), outputs)
+        addresses = prefix.memory.data_ptr(), suffix.memory.data_ptr()
+        key = suffix.groups, suffix.rows, prefix.columns, suffix.columns, *addresses, outputs
         binding = self._decode_bindings.get(key)
         if binding is None:
             for other in [other for other in self._decode_bindings if other not in self._graph_ids]:
@@ -400,7 +400,4 @@ class Engine:
         fetched = binding.run(graph_id=graph_id)
         if "logprobs" in fetched:
             return Predictions.from_logprobs(fetched["logprobs"], self.eos_token_id)
-        return Predictions(**{name: fetched[name][:, 0] for name in outputs}) if outputs else _NOTHING
-
-
-_NOTHING = Predictions(token_ids=np.zeros(0, np.int64), token_logprobs=np.zeros(0), eos_logprobs=np.zeros(0))
+        return Predictions(**{name: fetched[name][:, 0] for name in outputs}) if outputs else Predictions.empty()

@@ -46,6 +46,11 @@ class Predictions:
         )
 
     @classmethod
+    def empty(cls) -> Predictions:
+        """Predictions of no sequence."""
+        return cls(token_ids=np.zeros(0, np.int64), token_logprobs=np.zeros(0), eos_logprobs=np.zeros(0))
+
+    @classmethod
     def concatenate(cls, parts: SequenceOf[Predictions]) -> Predictions:
         """The predictions of several runs, one after the other. All of them have `logprobs`, or none."""
         if len(parts) == 1:

@@ -21,6 +21,7 @@
 
 #include "kernels.h"
 #include "ort_api.h"
+#include "tensors.h"
 
 #if defined(__GNUC__)
 #define QA_EXPORT __attribute__((visibility("default")))
@@ -28,11 +29,8 @@
 #define QA_EXPORT
 #endif
 
+namespace qa {
 namespace {
-
-using qa::Activation;
-using qa::Kernels;
-using qa::Type;
 
 // Whether the processor has AMX and the system lets this process use its registers, which it has to be asked for
 // (https://docs.kernel.org/arch/x86/xstate.html).
@@ -53,106 +51,15 @@ std::vector<const Kernels*> supported() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (bfloat16 && may_use_tiles()) found.push_back(&qa::kAmx);
-  if (bfloat16) found.push_back(&qa::kAvx512);
-  if (avx512) found.push_back(&qa::kAvx512Vnni);
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&qa::kAvxVnni);
-  if (avx2) found.push_back(&qa::kAvx2);
+  if (bfloat16 && may_use_tiles()) found.push_back(&kAmx);
+  if (bfloat16) found.push_back(&kAvx512);
+  if (avx512) found.push_back(&kAvx512Vnni);
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
+  if (avx2) found.push_back(&kAvx2);
   return found;
 }
 
 const Kernels* g_kernels = nullptr;
-const ort::Api* g_api = nullptr;
-
-// An error of ONNX Runtime, on its way to the status that an operator returns.
-struct Failure {
-  ort::Status* status;
-};
-
-void check(ort::Status* status) {
-  if (status != nullptr) throw Failure{status};
-}
-
-[[noreturn]] void fail(const std::string& message) { throw Failure{ort::make_error(g_api, message.c_str())}; }
-
-struct Tensor {
-  void* data = nullptr;  // null: an optional input that is not there
-  std::vector<int64_t> sizes;
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-};
-
-Tensor input(ort::KernelContext* context, size_t index) {
-  const ort::Value* value = nullptr;
-  check(ort::get_input(g_api, context, index, &value));
-  Tensor tensor;
-  if (value == nullptr) return tensor;
-  check(ort::get_mutable_data(g_api, const_cast<ort::Value*>(value), &tensor.data));
-  ort::ShapeInfo* info = nullptr;
-  check(ort::get_shape_info(g_api, value, &info));
-  size_t count = 0;
-  ort::Status* status = ort::get_dimension_count(g_api, info, &count);
-  tensor.sizes.resize(count);
-  if (status == nullptr) status = ort::get_dimensions(g_api, info, tensor.sizes.data(), count);
-  ort::release_shape_info(g_api, info);
-  check(status);
-  static char empty;  // a tensor of no elements may have no memory, and is there all the same
-  if (tensor.data == nullptr) tensor.data = &empty;
-  return tensor;
-}
-
-void* output(ort::KernelContext* context, size_t index, const std::vector<int64_t>& sizes) {
-  ort::Value* value = nullptr;
-  check(ort::get_output(g_api, context, index, sizes.data(), sizes.size(), &value));
-  void* data = nullptr;
-  check(ort::get_mutable_data(g_api, value, &data));
-  return data;
-}
-
-template <class Body>
-void parallel(ort::KernelContext* context, int64_t total, const Body& body) {
-  if (total == 1) body(0);
-  if (total <= 1) return;
-  auto call = [](void* data, size_t index) { (*static_cast<const Body*>(data))(int64_t(index)); };
-  check(ort::parallel_for(g_api, context, call, size_t(total), const_cast<Body*>(&body)));
-}
-
-int64_t steps(int64_t total, int64_t step) { return (total + step - 1) / step; }
-
-// Memory of the calling thread that grows and is used again: a first touch of fresh memory is slow.
-template <class T>
-T* scratch(size_t count) {
-  thread_local std::vector<T> memory;
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
-}
-
-// Bytes of such memory that begin with a cache line.
-void* aligned_scratch(size_t count) {
-  const auto address = reinterpret_cast<uintptr_t>(scratch<uint8_t>(count + qa::kCacheLine));
-  return reinterpret_cast<void*>((address + qa::kCacheLine - 1) / qa::kCacheLine * qa::kCacheLine);
-}
-
-void want(bool holds, const char* what) {
-  if (!holds) fail(std::string("qa_onnx: ") + what);
-}
-
-constexpr int64_t kMaxSize = int64_t{1} << 31;
-
-int64_t int_attribute(const ort::KernelInfo* info, const char* name) {
-  int64_t value = 0;
-  check(ort::get_int_attribute(g_api, info, name, &value));
-  return value;
-}
-
-float float_attribute(const ort::KernelInfo* info, const char* name) {
-  float value = 0;
-  check(ort::get_float_attribute(g_api, info, name, &value));
-  return value;
-}
 
 // -- Linear ----------------------------------------------------------------------------------------------------------
 
@@ -178,13 +85,13 @@ struct Linear {
     const Tensor x = input(context, 0), norm_scale = input(context, 1), norm_shift = input(context, 2),
                  weight = input(context, 3), column_scales = input(context, 4), column_sums = input(context, 5),
                  bias = input(context, 6), residual = input(context, 7);
-    constexpr int64_t group = qa::group_size(TYPE);
+    constexpr int64_t group = group_size(TYPE);
     want_type(TYPE);
     want((norm_scale.data == nullptr) == (norm_shift.data == nullptr), "a norm has to have a scale and a shift");
     want(x.sizes.size() == 2, "x has to have two dimensions");
     want(columns > 0 && columns < kMaxSize, "the number of columns is out of range");
     const int64_t rows = x.sizes[0], width = x.sizes[1], groups = steps(width, group);
-    want(weight.sizes == std::vector<int64_t>{steps(columns, qa::kPanel), groups, qa::kPanel, group},
+    want(weight.sizes == std::vector<int64_t>{steps(columns, kPanel), groups, kPanel, group},
          "a packed weight does not fit its input and its columns");
     want(residual.data == nullptr || residual.sizes == std::vector<int64_t>{rows, columns},
          "the residual is not of the output's shape");
@@ -194,12 +101,12 @@ struct Linear {
       want(one->data == nullptr || one->sizes == std::vector<int64_t>{width}, "one number a channel is expected");
     auto* y = static_cast<float*>(output(context, 0, {rows, columns}));
     if (rows == 0) return;
-    const int64_t row_bytes = steps(width * qa::element_size(TYPE), qa::kCacheLine) * qa::kCacheLine;
-    const int64_t stride = row_bytes / qa::element_size(TYPE);
-    void* memory = aligned_scratch(size_t(steps(rows, qa::kPanel) * qa::kPanel * row_bytes));
-    const qa::RowsArgs prepare{TYPE, x.as<float>(), width, stride, norm_scale.as<float>(), norm_shift.as<float>(),
+    const int64_t row_bytes = steps(width * element_size(TYPE), kCacheLine) * kCacheLine;
+    const int64_t stride = row_bytes / element_size(TYPE);
+    void* memory = aligned_scratch(size_t(steps(rows, kPanel) * kPanel * row_bytes));
+    const RowsArgs prepare{TYPE, x.as<float>(), width, stride, norm_scale.as<float>(), norm_shift.as<float>(),
                                epsilon, memory, scratch<float>(size_t(rows)), scratch<int32_t>(size_t(rows))};
-    const qa::MatmulArgs product{TYPE, memory, prepare.row_scales, prepare.row_zeros, weight.data,
+    const MatmulArgs product{TYPE, memory, prepare.row_scales, prepare.row_zeros, weight.data,
                                  column_scales.as<float>(), column_sums.as<int32_t>(), bias.as<float>(),
                                  residual.as<float>(), y, stride, groups * group, columns, activation};
     parallel(context, steps(rows, kRowsPerTask), [&](int64_t task) {
@@ -227,11 +134,11 @@ struct Unpack {
   void compute(ort::KernelContext* context) const {
     const Tensor ids = input(context, 0), weight = input(context, 1), scales = input(context, 2);
     want(width > 0 && width < kMaxSize, "the width is out of range");
-    constexpr int64_t group = qa::group_size(TYPE);
+    constexpr int64_t group = group_size(TYPE);
     want(ids.sizes.size() == 1 && weight.sizes.size() == 4 &&
-             weight.sizes == std::vector<int64_t>{weight.sizes[0], steps(width, group), qa::kPanel, group},
+             weight.sizes == std::vector<int64_t>{weight.sizes[0], steps(width, group), kPanel, group},
          "a packed weight does not fit its width");
-    const int64_t count = ids.sizes[0], padded = weight.sizes[0] * qa::kPanel;
+    const int64_t count = ids.sizes[0], padded = weight.sizes[0] * kPanel;
     want(scales.data == nullptr || (scales.sizes.size() == 1 && scales.sizes[0] <= padded),
          "one number a column is expected");
     const int64_t columns = scales.data == nullptr ? padded : scales.sizes[0];
@@ -246,7 +153,7 @@ struct Unpack {
 
 // -- SharedAttention -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kTokensPerTask = 8 * qa::kAttentionTokens;
+constexpr int64_t kTokensPerTask = 8 * kAttentionTokens;
 
 struct Segment {  // a row of `segments`
   int64_t group, row, token, count, column;
@@ -271,7 +178,7 @@ struct SharedAttention {
     want(values.sizes == keys.sizes && prefix_values.sizes == prefix_keys.sizes, "keys and values differ in shape");
     want(prefix_keys.sizes == std::vector<int64_t>{groups, heads, 1, prefix_columns, size},
          "the prefix cache does not fit the other");
-    want(columns % qa::kPanel == 0 && prefix_columns % qa::kPanel == 0, "caches have to have whole blocks of columns");
+    want(columns % kPanel == 0 && prefix_columns % kPanel == 0, "caches have to have whole blocks of columns");
     want(prefix_lengths.sizes == std::vector<int64_t>{groups} &&
              suffix_starts.sizes == std::vector<int64_t>{groups, rows},
          "lengths do not fit the caches");
@@ -307,7 +214,7 @@ struct SharedAttention {
     }
     const int64_t count = segments.sizes[0];
     const auto* all = segments.as<Segment>();
-    std::vector<std::vector<qa::Token>> tokens_of(static_cast<size_t>(groups));
+    std::vector<std::vector<Token>> tokens_of(static_cast<size_t>(groups));
     for (const Segment* one = all; one < all + count; ++one) {
       want(one->group >= 0 && one->group < groups && one->row >= 0 && one->row < rows && one->count >= 0 &&
                one->token >= 0 && one->token + one->count <= tokens && one->column >= 0 &&
@@ -321,7 +228,7 @@ struct SharedAttention {
               {query_of[size_t(one->token + i)], one->row, start, one->column + i + 1});
     }
 
-    const qa::AttentionArgs args{query.as<float>(), key_value.as<float>(), query.sizes[1], key_value.sizes[1],
+    const AttentionArgs args{query.as<float>(), key_value.as<float>(), query.sizes[1], key_value.sizes[1],
                                  key_offset, scale, heads, size, rows, prefix_columns, columns,
                                  prefix_keys.as<float>(), prefix_values.as<float>(), new_keys, new_values,
                                  prefix_lengths.as<int64_t>(), result};
@@ -339,7 +246,7 @@ struct SharedAttention {
           tasks.push_back({g, head, first, std::min(kTokensPerTask, int64_t(tokens_of[size_t(g)].size()) - first)});
     parallel(context, int64_t(tasks.size()), [&](int64_t task) {
       const Task& one = tasks[size_t(task)];
-      float* memory = scratch<float>(size_t(qa::attention_scratch(prefix_columns, columns, size)));
+      float* memory = scratch<float>(size_t(attention_scratch(prefix_columns, columns, size)));
       g_kernels->attend(args, one.group, one.head, tokens_of[size_t(one.group)].data() + one.first, one.count, memory);
     });
   }
@@ -464,3 +371,5 @@ extern "C" QA_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options
     check(ort::add_domain(g_api, options, domain));
   });
 }
+
+}  // namespace qa
