@@ -9,13 +9,21 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test browser test-oldest test-sanitizers test-distributed bench-peers lint format clean
+.PHONY: demo test check browser test-oldest test-sanitizers test-distributed bench-peers lint format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
 
+# One worker for each core, a file's tests in one of them, in the order of the folders: the long ones come first.
+# Each worker computes on one thread (tests/conftest.py). Tests that measure time run alone, afterwards.
+PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not serial"
+
 test: $(INSTALLED)  ## every test that this machine can run; skipped ones say why
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL) --durations=40
+	$(RUN) -m pytest -m serial
+
+check: lint  ## what to run before each commit: lint, types and unit tests, in less than a minute on two cores
+	$(RUN) -m pytest tests/unit -q -r fE --durations=3 $(PARALLEL)
 
 browser:  ## Chromium of the system's packages (Debian, as root), in which `make test` tests the page
 	@command -v chromium > /dev/null \
@@ -24,7 +32,7 @@ browser:  ## Chromium of the system's packages (Debian, as root), in which `make
 		|| echo "no Chromium: the tests of the page are skipped. Install the package chromium as root"
 
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the oldest ONNX Runtime that pyproject.toml allows gives the same answers
-	$(OLDEST_RUN) -m pytest tests/unit -p no:cacheprovider
+	$(OLDEST_RUN) -m pytest tests/unit -p no:cacheprovider $(PARALLEL)
 	rm -rf runs/oldest && mkdir -p runs/oldest
 	$(RUN) -m training.starter.sample --split heldout --output $(HELDOUT)
 	$(RUN) -m export.to_onnx --model training/starter/model --output runs/oldest/bundle --verify $(HELDOUT)
@@ -64,6 +72,7 @@ bench-peers: $(INSTALLED)  ## an environment for each peer of the benchmarks tha
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib
 	$(RUN) -m mypy
 
 format: $(INSTALLED)
@@ -83,7 +92,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 $(OLDEST)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
 	sed 's/^onnxruntime==.*/onnxruntime==1.25.0/' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST_RUN) -m pip install --quiet --constraint $(OLDEST)/constraints.txt $(EDITABLE) ".[cpu,plot]" pytest hypothesis
+	$(OLDEST_RUN) -m pip install --quiet --constraint $(OLDEST)/constraints.txt $(EDITABLE) ".[cpu,plot]" pytest pytest-xdist filelock hypothesis
 	touch $@
 
 clean:  ## the environment and what tools left; runs/ stays, models are in it

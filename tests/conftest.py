@@ -1,4 +1,8 @@
-"""Fixtures that several folders use: small models, their bundles, and where the real data is."""
+"""Fixtures that several folders use: small models, their bundles, and where the real data is.
+
+`make test` runs several workers (pytest-xdist), each on one thread. What a session makes once is made once for all of
+them, in a folder that they share.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,40 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: the workers share the processors
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qa-onnx-tests-")  # before anything imports datasets
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a file or folder once for all workers: `make_once(name, make)` calls `make(path)` in one of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if IN_WORKER:
+        shared = shared.parent
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Path:
+        path = shared / "made-once" / name
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                partial = path.with_name(f"partial-{name}")  # left by a worker that died, or whose fixture failed
+                if partial.exists():
+                    shutil.rmtree(partial)
+                make(partial)
+                partial.rename(path)
+        return path
+
+    return make_once
 
 
 @pytest.fixture(scope="session")
@@ -26,25 +57,26 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def heldout_file(tmp_path_factory) -> Path:
+def heldout_file(make_once) -> Path:
     """60 questions of `sample`, as a SQuAD file."""
-    from training.starter.sample import generate
 
-    path = tmp_path_factory.mktemp("data") / "heldout.json"
-    path.write_text(json.dumps(generate("heldout", questions=60)), encoding="utf-8")
-    return path
+    def write(folder: Path) -> None:
+        from training.starter.sample import generate
+
+        folder.mkdir()
+        (folder / "heldout.json").write_text(json.dumps(generate("heldout", questions=60)), encoding="utf-8")
+
+    return make_once("data", write) / "heldout.json"
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory) -> Path:
-    """A GPT-2 of two layers with random weights, large ones, so that its greedy tokens vary with the prompt."""
+def write_tiny_model(directory: Path) -> None:
+    """Writes a GPT-2 of two layers with random weights, large ones, so that its greedy tokens vary with the prompt."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from training.starter.pretrain import paragraphs_of, train_tokenizer
     from training.starter.sample import generate
 
-    directory = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = train_tokenizer(paragraphs_of(generate("train", questions=300)), vocab_size=600)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
@@ -59,24 +91,25 @@ def tiny_model_dir(tmp_path_factory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     GPT2LMHeadModel(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model_dir, tmp_path_factory) -> Path:
+def tiny_model_dir(make_once) -> Path:
+    """The directory of the tiny model; see `write_tiny_model`."""
+    return make_once("tiny-model", write_tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model_dir, make_once) -> Path:
     """The bundle of the tiny model."""
     from export.to_onnx import export
 
-    path = tmp_path_factory.mktemp("tiny-bundle") / "bundle"
-    export(str(tiny_model_dir), path)
-    return path
+    return make_once("tiny-bundle", lambda path: export(str(tiny_model_dir), path))
 
 
 @pytest.fixture(scope="session")
-def starter_bundle(tmp_path_factory, heldout_file) -> Path:
+def starter_bundle(heldout_file, make_once) -> Path:
     """The bundle of the trained starter, as it is before any fine-tuning."""
     from export.to_onnx import export
 
-    path = tmp_path_factory.mktemp("starter-bundle") / "bundle"
-    export("starter", path, verify=[heldout_file])
-    return path
+    return make_once("starter-bundle", lambda path: export("starter", path, verify=[heldout_file]))

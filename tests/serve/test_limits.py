@@ -157,6 +157,7 @@ def test_a_deadline_frees_what_the_request_takes(start_held, stream):
     assert running.ask("Who led them?").status_code == 200
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -25,12 +25,12 @@ def read(data, limits=SMALL):
 
 
 def workers() -> list[int]:
-    """Processes that parse a PDF now, zombies left out."""
+    """Children of this process that parse a PDF now, zombies left out."""
     found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if b"pdf_worker" in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # threads and processes may end meanwhile
+            children = path.read_text().split()
+            found += [int(child) for child in children if b"pdf_worker" in Path("/proc", child, "cmdline").read_bytes()]
     return found
 
 

@@ -121,6 +121,7 @@ def test_a_drain_that_takes_too_long_fails_the_files_that_are_read(hold_parsing,
         problem(results[0], 503, "draining")
 
 
+@pytest.mark.serial
 def test_a_client_that_leaves_ends_the_process(url):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, content=make_slow(), headers=PDF, timeout=httpx.Timeout(10, read=1))

@@ -123,6 +123,7 @@ def test_a_question_longer_than_the_model_is_refused_with_the_way_out():
         windows_of("Rollo.", "Who led them? " * 40)
 
 
+@pytest.mark.serial
 def test_a_book_is_cut_in_time_that_grows_with_its_length():
     """Looking a list up again for each token would take minutes."""
 
