@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
+from qa_onnx.cli import main
 from tests.conftest import ROOT
 
 
@@ -33,9 +36,22 @@ def build_wheel(directory, **environment):
     return wheel, names, metadata
 
 
+def test_the_console_script_is_the_command_line():
+    (script,) = entry_points(group="console_scripts", name="qa-onnx")
+    assert script.load() is main
+    program = Path(sys.executable).with_name("qa-onnx")
+    found = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
+    module = subprocess.run([sys.executable, "-m", "qa_onnx", "--help"], capture_output=True, text=True, check=True)
+    assert found == module.stdout
+    assert subprocess.run([program, "info", "nowhere"], capture_output=True, check=False).returncode == 2
+
+
 def test_the_wheel_ships_qa_onnx_only_and_typed(tmp_path):
     wheel, names, metadata = build_wheel(tmp_path)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qa_onnx"}
+    with zipfile.ZipFile(wheel) as archive:
+        scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert "qa-onnx = qa_onnx.cli:main" in scripts
     assert {"qa_onnx/py.typed", "qa_onnx/serve/page.html"} <= set(names)
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split(":")[1].split(">")[0].strip() for line in required) == ["numpy", "tokenizers"]
