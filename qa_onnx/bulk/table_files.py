@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -116,6 +117,7 @@ def encode(table: pa.Table, output_format: str) -> bytes:
             return "".join(_json_line(row) + "\n" for row in table.to_pylist()).encode()
         sink = pa.BufferOutputStream()
         if output_format == "csv":
+            _check_dates(table)
             pa.csv.write_csv(table, sink)
         else:
             pa.parquet.write_table(table, sink, compression="zstd")
@@ -126,6 +128,19 @@ def encode(table: pa.Table, output_format: str) -> bytes:
         raise InvalidInputError(
             f"{output_format} cannot hold the values ({one_line(error)}); choose another --output-format"
         ) from error
+
+
+def _check_dates(table: pa.Table) -> None:
+    """Refuses dates that Arrow cannot write as text: it writes `<value out of range: ...>`, and no error.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for column in table.columns:
+        if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+            texts = column.cast(pa.string())
+            if pa.compute.any(pa.compute.starts_with(texts, pattern="<value out of range")).as_py():
+                raise ValueError("date value out of range")
 
 
 def check_output(schema: pa.Schema, output_format: str) -> None:

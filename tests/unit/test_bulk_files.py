@@ -228,6 +228,8 @@ def test_json_lines_and_csv_hold_what_parquet_does():
     [
         (2**62, pa.timestamp("us"), "jsonl", r"jsonl cannot hold the values \(.*out of range"),
         (2**30, pa.date32(), "jsonl", "jsonl cannot hold the values"),
+        (2**62, pa.timestamp("us"), "csv", r"csv cannot hold the values \(.*out of range"),
+        (2**30, pa.date32(), "csv", r"csv cannot hold the values \(.*out of range"),
         (1, pa.duration("us"), "jsonl", "value of type timedelta, which jsonl has no form for"),
         (1, pa.timestamp("us", "Nowhere/Land"), "csv", "csv cannot hold the values"),
     ],
