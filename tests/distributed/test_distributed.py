@@ -251,7 +251,12 @@ def test_actors_that_take_all_processors_are_refused_instead_of_hanging(cluster,
     assert errors.splitlines()[-1].startswith("got --actors 4 on 4 CPUs; expected at least one less")
 
 
+def replicas(environment):
+    return processes_of(environment, b"ray::ServeReplica")
+
+
 def test_replicas_of_ray_serve_answer_alike_and_refuse_what_is_none(cluster, bundle, source, expected):
+    """One replica serves at first; requests that wait bring the second."""
     address, environment = cluster
     port = free_port()
     process = start(
@@ -266,8 +271,14 @@ def test_replicas_of_ray_serve_answer_alike_and_refuse_what_is_none(cluster, bun
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/answer", data, timeout=60) as reply:
                 return json.load(reply)
 
-        with ThreadPoolExecutor(32) as pool:
+        assert len(replicas(environment)) == 1
+        with ThreadPoolExecutor(48) as pool:  # more than `target_ongoing_requests` of one replica
             replies = list(pool.map(ask, rows))
+            until = time.monotonic() + 120
+            while len(replicas(environment)) < 2:
+                assert time.monotonic() < until, "no second replica was started"
+                assert list(pool.map(ask, rows)) == replies
+            assert list(pool.map(ask, rows)) == replies  # of both
         full = AnswerBatch(bundle, engine=EngineConfig(threads=1))(
             {name: [row[name] for row in rows] for name in ("question", "context")}
         )
