@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test check browser test-oldest test-sanitizers test-distributed bench-peers lint format clean
+.PHONY: demo test check browser test-oldest test-sanitizers test-distributed bench-peers lint licenses format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
@@ -74,6 +74,9 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m codespell_lib
 	$(RUN) -m mypy
+
+licenses: $(INSTALLED)  ## the packages of .venv with version and license
+	$(RUN) -m piplicenses --order=license --format=markdown --with-urls
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qa_onnx import __version__
 from qa_onnx.cli import main
 from tests.conftest import ROOT
 
@@ -34,6 +35,10 @@ def build_wheel(directory, **environment):
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     return wheel, names, metadata
+
+
+def test_the_citation_has_the_version():
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_console_script_is_the_command_line():
