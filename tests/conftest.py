@@ -14,12 +14,24 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from filelock import FileLock
 
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+class OneThread(onnxruntime.SessionOptions):
+    """Sessions of one thread where a test asks for no number: two workers of two threads wait for each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
 if IN_WORKER:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: the workers share the processors
+    onnxruntime.SessionOptions = OneThread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qa-onnx-tests-")  # before anything imports datasets
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
