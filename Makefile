@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten 
 
 # One worker for each core, a file's tests in one of them, in the order of the folders: the long ones come first.
 # Each worker computes on one thread (tests/conftest.py). Tests that measure time run alone, afterwards.
-PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not serial"
+PARALLEL = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not serial"
 
 test: $(INSTALLED)  ## every test that this machine can run; skipped ones say why
 	$(RUN) -m pytest $(PARALLEL) --durations=40
