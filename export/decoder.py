@@ -1,22 +1,22 @@
 """The runtime's graph: GPT-2 as a decoder with shared prefixes, from the weights of Optimum's plain export.
 
 One graph computes all three phases, because it reads a *packed* batch: the new tokens of all sequences in one
-dimension, N, with no padding between them, so that every matmul with a weight matrix is as small as it can be. Only
-attention needs a grid, [G, R, T]: G prefixes, R rows (sequences) on each, T new tokens per row. Index inputs lead from
-one to the other, all of them int64:
+dimension, N, with no padding between them, so that no matmul with a weight matrix computes padding. Only attention
+needs a grid, [G, R, T]: G prefixes, R rows (sequences) on each, T new tokens per row. Index inputs map one to the
+other, all of them int64:
 
     input_ids        t0 t1 t2 t3 t4            N = 5 packed tokens: rows of 2 and of 3 tokens, on one prefix
     slot_index       [[[ 0, 0, 1],             the packed token in each slot of the grid [G, R, T], aligned to
-                       [ 2, 3, 4]]]            the right; what is in a padded slot does not matter
-    context_index    [N, H]                    where attention's output, rows of D in the order [G, H, R, T], has the
-                                               heads of each packed token
+                       [ 2, 3, 4]]]            the right; the value in a padded slot is not used
+    context_index    [N, H]                    where the heads of each packed token are in attention's output, whose
+                                               rows of D are in the order [G, H, R, T]
 
-A row attends to its prefix's keys [G, H, 1, P, D], which its neighbors share without a copy, and to its own
-[G, H, R, C, D], into which the graph writes the new tokens in place, from column `write_index[g]` on. What a token may
-attend to follows from lengths: the first `prefix_lengths[g]` columns of the prefix, and its own columns from
+A row attends to the keys of its prefix [G, H, 1, P, D], which all rows of a group share without a copy, and to its own
+[G, H, R, C, D], into which the graph writes the new tokens in place, starting at column `write_index[g]`. Lengths say
+what a token may attend to: the first `prefix_lengths[g]` columns of the prefix, and its own columns from
 `suffix_starts[g, r]` to the one that it is written to.
 
-The last layer computes what is needed of it: keys and values of all tokens, and the rest for the M tokens of
+The last layer computes only what is needed: keys and values of all tokens, and the rest for the M tokens of
 `output_index` (`output_slot_index` [G, R, 1] and `output_context_index` [M, H] are the same for them). ONNX Runtime
 runs only the nodes that lead to bound outputs: nothing but keys and values for prefixes, and one of the two ways to
 choose a token:
@@ -30,7 +30,7 @@ The phases, and what the inputs are in each:
     prefill of suffixes     T = suffix                                       write_index T columns before their end
     decode step             T = 1                                            write_index one further each step
 
-What the matmuls of one layer have between them (E is the model's width, D = E / H):
+The operators of one layer (E is the model's width, D = E / H):
 
     LayerNormalization -> Gemm [E, 3E] -> Gather into the grid -> TensorScatter -> QK, softmax, PV -> Gather back
     -> Gemm [E, E] -> Add -> LayerNormalization -> Gemm [E, 4E] -> FastGelu -> Gemm [4E, E] -> Add
@@ -124,7 +124,7 @@ class _DecoderBuilder(GPT2Builder):
         return self.op("Cast", value, to=TensorProto.FLOAT) if self.float16 else value
 
     def _prepare_indices(self) -> None:
-        """What all layers share: which rows of D go where, the shapes of attention, and its bias.
+        """Computes what all layers share: indices of rows of D, the shapes of attention, and its bias.
 
         Arithmetic on shapes stays on the CPU; what depends on an input stays on the device.
         """
@@ -291,10 +291,10 @@ class _DecoderBuilder(GPT2Builder):
         self.op("Slice", rows, "origin", self.constant(f"{name}.end", [width, columns]), name=name)
 
     def _quantized_matmul(self, weight: str, hidden: str) -> str:
-        """Multiplies in int8 with one scale a row of `hidden`, so that no row depends on its neighbours.
+        """Multiplies in int8 with one scale per row of `hidden`, so that no row depends on the rest of the batch.
 
-        ONNX Runtime's own dynamic quantisation has one scale for the whole tensor, which makes an answer depend on
-        what else is in the batch (its issues 5672, 7037 and 10111). Integer sums are exact in any order.
+        ONNX Runtime's own dynamic quantization has one scale for the whole tensor, so that an answer depends on what
+        else is in the batch (its issues 5672, 7037 and 10111). Integer sums are exact in any order.
         """
         self.constant("unit", 1.0, np.float32)
         self.constant("zero_point", 128, np.uint8)

@@ -1,17 +1,19 @@
-"""The runtime's graph for processors that `qa_onnx.kernels` has kernels for: what `export/decoder.py` computes, faster.
+"""The runtime's graph for processors with kernels (`qa_onnx.kernels`): what `export/decoder.py` computes, faster.
 
-Between the matmuls of the plain graph, values go through memory many times: norms, scales, biases, activations, masks,
-padded grids. Here each of these chains is part of an operator (domain `qa_onnx`, in `qa_onnx/kernels/native`):
+Between the matmuls of the plain graph, values are written to memory and read again many times: norms, scales, biases,
+activations, masks, padded grids. Here each of these chains is fused into an operator (domain `qa_onnx`, in
+`qa_onnx/kernels/native`):
 
     Linear       activation(norm(x) @ weight + bias) + residual, rows rounded to the weight's type as they are read
-    Unpack       rows of the token embedding, whose packed weight the output layer reads, too
-    SharedAttention    attention of packed tokens on prefixes that sequences share and on their own columns
+    Unpack       rows of the token embedding, from the packed weight of the output layer
+    SharedAttention    attention of packed tokens to shared prefixes and to their sequences' own columns
 
-A layer is five of them. In float32, matmuls stay ONNX Runtime's own. There is no grid: attention reads a table,
+A layer has five of these operators. In float32, the matmuls are ONNX Runtime's own. There is no grid: attention reads a
+table,
 
     segments int64 [S, 5]    group, row, first packed token, number of tokens, column of the first one
 
-and the keys of 16 columns lie together in the cache, transposed, so that a product reads them from start to end.
+and the cache stores the keys of 16 columns together, transposed, so that a dot product reads them sequentially.
 Weights are those of the plain graph, in the same file.
 """
 
@@ -81,7 +83,7 @@ class _KernelBuilder(GPT2Builder):
         )
 
     def _kind(self, weight: str) -> str | None:
-        """The type that a weight is multiplied in: the end of its operator's name, or None for ONNX Runtime's own."""
+        """The dtype of a matmul, which ends its operator's name; None for ONNX Runtime's own operator."""
         return "Int8" if weight in self.quantized else "BFloat16" if self.bfloat16 else None
 
     def packed(self, name: str) -> str:
@@ -125,7 +127,7 @@ class _KernelBuilder(GPT2Builder):
     def _fused(
         self, name: str, hidden: str, *, norm: str | None = None, residual: str = "", activates: bool = False
     ) -> str:
-        """A linear layer and what surrounds it: one operator, or several where ONNX Runtime multiplies."""
+        """A linear layer with norm, activation and residual: one operator, or several in float32."""
         weight, bias = f"{name}.weight", f"{name}.bias"
         if self._kind(weight) is not None:
             number = ACTIVATIONS[self.config.activation_function].kernel if activates else 0

@@ -1,7 +1,7 @@
-"""The parity gate: an exported graph must compute what the PyTorch model computes, or the export fails.
+"""The parity gate: an exported graph computes what the PyTorch model computes, or the export fails.
 
-PyTorch generates greedily from each prompt alone. The runtime's engine then has to give the same log-probabilities and
-the same tokens in every way it can be run: with the KV cache and without, alone and in batches of mixed lengths, with
+PyTorch generates greedily from each prompt alone. The runtime's engine must then give the same log-probabilities and
+the same tokens in each way of running it: with the KV cache and without, alone and in batches of mixed lengths, with
 prefixes that prompts share or that are in the prefix cache.
 """
 
@@ -57,18 +57,18 @@ def random_prompts(vocab_size: int, max_positions: int, seed: int = 0) -> list[P
     return [prompts[index] for index in draw.permutation(len(prompts))]
 
 
-@torch.inference_mode()
 def torch_reference(model: GPT2LMHeadModel, prompt: Prompt) -> Reference:
     """Generates `NEW_TOKENS` tokens greedily, with neither a batch nor padding (end-of-text does not stop it)."""
     tokens: list[int] = []
     logprobs: list[np.ndarray] = []
-    output = model(torch.tensor([prompt.ids]), use_cache=True, logits_to_keep=1)
-    while True:
-        logprobs.append(output.logits[0, -1].float().log_softmax(dim=-1).numpy())
-        tokens.append(int(logprobs[-1].argmax()))
-        if len(tokens) == NEW_TOKENS:
-            return Reference(prompt=prompt, tokens=tokens, logprobs=np.stack(logprobs))
-        output = model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+    new, cache = prompt.ids, None
+    with torch.inference_mode():
+        while len(tokens) < NEW_TOKENS:
+            output = model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logprobs.append(output.logits[0, -1].float().log_softmax(dim=-1).numpy())
+            tokens.append(int(logprobs[-1].argmax()))
+            new, cache = tokens[-1:], output.past_key_values
+    return Reference(prompt=prompt, tokens=tokens, logprobs=np.stack(logprobs))
 
 
 def with_cache(engine: Engine, references: Sequence[Reference]) -> np.ndarray:
@@ -106,21 +106,20 @@ def follow(engine: Engine, prompts: Sequence[Prompt], tokens: Sequence[Sequence[
 
 
 def _logprobs(logprobs: np.ndarray | None) -> np.ndarray:
-    assert logprobs is not None  # on the CPU they always are there
+    assert logprobs is not None  # on the CPU the engine always returns them
     return logprobs
 
 
 def verify_parity(
     model: GPT2LMHeadModel, engines: Mapping[str, Engine], prompts: Sequence[Prompt], *, source: str
 ) -> dict[str, Any]:
-    """Compares engines with the PyTorch model on every prompt, in every way.
+    """Compares engines with the PyTorch model on every prompt, in each mode.
 
     Args:
         model: In evaluation mode, float32, on the CPU.
-        engines: Of the exported graphs on the CPU, with room in their prefix caches, by what the names of their
-            differences begin with in the report.
+        engines: Of the exported graphs on the CPU, with prefix caches, by a prefix for their names in the report.
         prompts: Each of at most `max_positions - NEW_TOKENS + 1` tokens, in mixed order of length.
-        source: Where the prompts are from, for the report.
+        source: Where the prompts come from, for the report.
 
     Returns:
         The report for the manifest.
@@ -156,7 +155,7 @@ def verify_parity(
 
 
 def _batches(references: Sequence[Reference], size: int) -> list[list[Reference]]:
-    """Neighbours in the order given, so that lengths are mixed, in batches of at most `size` rows."""
+    """Batches of at most `size` rows in the order given, so that lengths are mixed."""
     batches: list[list[Reference]] = [[]]
     for reference in references:
         width = max(len(row.prompt) for row in (*batches[-1], reference))
@@ -187,7 +186,7 @@ def _compare(mode: str, logprobs: np.ndarray, references: Sequence[Reference], s
 
 
 def _compare_generation(engine: Engine, references: Sequence[Reference]) -> None:
-    """Runs the scheduler, sequences leaving the batch and others joining, against PyTorch's tokens."""
+    """Compares the scheduler's tokens with PyTorch's, while sequences leave the batch and others join it."""
     prompts = [reference.prompt for reference in references]
     config = GenerationConfig(max_new_tokens=NEW_TOKENS)
     generations = generate(engine, prompts, config, batch_size=BATCH_SIZE)

@@ -1,9 +1,9 @@
-"""int8: which matmuls of a model can be done in it, and what that costs compared with fp32.
+"""int8 quantization: which matmuls of a model can run in int8, and what a precision loses compared with fp32.
 
-Weights have one scale a column and activations one scale a row: "vector-wise quantization" in LLM.int8() (Dettmers et
-al. 2022). Channels of activations with outliers are smoothed first, and a matmul that still loses too much stays in
-float32; calibration on some prompts finds both. (The kernels give each row of activations a zero point of its own, the
-plain graph does not: see `export/decoder.py`.)
+Weights have one scale per column and activations one scale per row: "vector-wise quantization" in LLM.int8() (Dettmers
+et al. 2022). Activation channels with outliers are smoothed first, and a matmul that still loses too much stays in
+float32; calibration on some prompts decides both. (In the graph with kernels each row of activations also has a zero
+point, in the plain graph it has none: see `export/decoder.py`.)
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from qa_onnx.evaluation.metrics import evaluate
 
 LARGEST = 127
 MAX_MATMUL_ERROR = 0.05
-"""How much a matmul in int8 may differ from the one in float32 at most, relative to its result (root mean square). That
-of two matrices of normal random numbers differs by about 0.01."""
+"""Maximum error of a matmul in int8, relative to its float32 result (root mean square). That of two matrices of normal
+random numbers is about 0.01."""
 CALIBRATION_TOKENS = 24
-"""Tokens of each prompt, its last ones, that calibration looks at."""
+"""The last tokens of each prompt, whose activations calibration uses."""
 ALPHAS = (0.5, 0.6, 0.7, 0.8)
-"""How much of the difficulty may go from activations to weights; 0 would be none of it, 1 all."""
+"""Smoothing strengths to try: how much of the range moves from activations to weights; 0 is none of it, 1 all."""
 LEVELS, SMALLEST = 255, 1e-20
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 16
@@ -40,13 +40,13 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedModel:
-    """A model whose matmuls are in int8 where that keeps them close.
+    """A model whose matmuls are in int8 where their error is small.
 
     Attributes:
-        weights: The model's weights, float32, smoothed: they compute the same function.
+        weights: The model's weights, float32, smoothed; they compute the same function.
         matrices: The int8 weights, by the names of the float32 ones that they replace.
         kept: Relative errors, by name, of the matmuls that stay float32.
-        alphas: How far each matmul's input was smoothed, by name; those left out were not.
+        alphas: How much each matmul's input was smoothed, by name; inputs without an entry were not.
     """
 
     weights: dict[str, np.ndarray]
@@ -56,7 +56,7 @@ class QuantizedModel:
 
 
 def quantize(matrix: np.ndarray) -> QuantizedWeight:
-    """Rounds float32 [K, N] to int8 with one scale a column."""
+    """Rounds float32 [K, N] to int8 with one scale per column."""
     scales = np.maximum(np.abs(matrix).max(axis=0) / LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
     return QuantizedWeight(values=np.round(matrix / scales).astype(np.int8), scales=scales)
 
@@ -68,19 +68,19 @@ def quantize_model(
     *,
     alphas: Sequence[float] = ALPHAS,
 ) -> QuantizedModel:
-    """Quantizes every matrix whose matmul keeps within `MAX_MATMUL_ERROR` on some prompts.
+    """Quantizes every matrix whose matmul has an error of at most `MAX_MATMUL_ERROR` on some prompts.
 
     Inputs with outliers are smoothed first (SmoothQuant, Xiao et al. 2023): channel k of an input is divided by
     s_k = max|x_k|^alpha / max|W_k|^(1 - alpha), and row k of its matrix multiplied by it, which changes no result. The
     division is folded into the layer before: a layer norm, or the values that attention adds up. (The input of
-    `mlp.c_proj` comes out of the activation function, and cannot be smoothed.) Each matmul has the alpha that
-    loses least.
+    `mlp.c_proj` is the result of the activation function, and cannot be smoothed.) Each matmul gets the alpha with
+    the smallest error.
 
     Args:
         model: In evaluation mode, float32, on the CPU.
         weights: Of the same model, from `export.weights.extract_weights`.
-        prompts: What the matmuls are measured on; each gets what it gets in the float32 model.
-        alphas: Those to try; none smooths nothing.
+        prompts: The matmuls are measured on the inputs that these prompts give them in the float32 model.
+        alphas: Smoothing strengths to try; without any, nothing is smoothed.
     """
     output = OUTPUT_WEIGHTS if OUTPUT_WEIGHTS in weights else TOKEN_EMBEDDING
     names = [
@@ -93,18 +93,18 @@ def quantize_model(
     chosen: dict[str, tuple[float | None, np.ndarray]] = {}
     for name in names:
         matrix = weights[name].T if name == output else weights[name]
-        scales_of: dict[float | None, np.ndarray] = {None: np.ones(len(matrix), np.float32)}
+        candidates: dict[float | None, np.ndarray] = {None: np.ones(len(matrix), np.float32)}
         if not name.endswith("mlp.c_proj.weight"):
-            scales_of |= {alpha: _smoothing(inputs[name], matrix, alpha) for alpha in alphas}
+            candidates |= {alpha: _smoothing(inputs[name], matrix, alpha) for alpha in alphas}
         exact = inputs[name] @ matrix
-        error_of = {alpha: _matmul_error(inputs[name], matrix, scales, exact) for alpha, scales in scales_of.items()}
-        alpha = min(error_of, key=lambda one: error_of[one])
-        if error_of[alpha] <= MAX_MATMUL_ERROR:
-            chosen[name] = alpha, scales_of[alpha]
+        errors = {alpha: _matmul_error(inputs[name], matrix, scales, exact) for alpha, scales in candidates.items()}
+        alpha = min(errors, key=lambda one: errors[one])
+        if errors[alpha] <= MAX_MATMUL_ERROR:
+            chosen[name] = alpha, candidates[alpha]
             if alpha is not None:
-                _divide_input(smoothed, name, output, scales_of[alpha])
+                _divide_input(smoothed, name, output, candidates[alpha])
         else:  # NaN, too
-            kept[name] = error_of[alpha]
+            kept[name] = errors[alpha]
     matrices = {}
     for name, (alpha, scales) in chosen.items():
         matrix = smoothed[name].T if name == output else smoothed[name]
@@ -114,14 +114,14 @@ def quantize_model(
 
 
 def _smoothing(inputs: np.ndarray, matrix: np.ndarray, alpha: float) -> np.ndarray:
-    """What the rows of a matrix [K, N] are multiplied by, float32 [K]."""
-    most, weight = np.abs(inputs).max(axis=0), np.abs(matrix).max(axis=1)
-    scales = np.maximum(most, SMALLEST) ** alpha / np.maximum(weight, SMALLEST) ** (1 - alpha)
-    return np.where((most > 0) & (weight > 0), scales, 1).astype(np.float32)
+    """The factors of the rows of a matrix [K, N], float32 [K]."""
+    activation, weight = np.abs(inputs).max(axis=0), np.abs(matrix).max(axis=1)
+    scales = np.maximum(activation, SMALLEST) ** alpha / np.maximum(weight, SMALLEST) ** (1 - alpha)
+    return np.where((activation > 0) & (weight > 0), scales, 1).astype(np.float32)
 
 
 def _divide_input(weights: dict[str, np.ndarray], name: str, output: str, scales: np.ndarray) -> None:
-    """Divides the channels of a matmul's input by `scales`, in the layer that they come from."""
+    """Divides the channels of a matmul's input by `scales`, in the weights of the layer that computes them."""
     if name.endswith("attn.c_proj.weight"):
         source = name.replace("c_proj.weight", "c_attn")
         width = len(scales)
@@ -148,11 +148,10 @@ def _matmul_error(inputs: np.ndarray, matrix: np.ndarray, scales: np.ndarray, ex
     return float(np.sqrt(np.square(error).sum() / max(float(np.square(exact).sum()), SMALLEST)))
 
 
-@torch.inference_mode()
 def _collect_inputs(
     model: GPT2LMHeadModel, names: Sequence[str], output: str, prompts: Sequence[Prompt]
 ) -> dict[str, np.ndarray]:
-    """The inputs, float32 [rows, K], that each matmul gets for the last tokens of some prompts."""
+    """The inputs of each matmul, float32 [rows, K], for the last tokens of some prompts."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def collect(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -167,8 +166,9 @@ def _collect_inputs(
         module = model.lm_head if name == output else model.transformer.get_submodule(name.removesuffix(".weight"))
         handles.append(module.register_forward_pre_hook(collect(name)))
     try:
-        for prompt in prompts:
-            model(torch.tensor([prompt.ids]), use_cache=False, logits_to_keep=CALIBRATION_TOKENS)
+        with torch.inference_mode():
+            for prompt in prompts:
+                model(torch.tensor([prompt.ids]), use_cache=False, logits_to_keep=CALIBRATION_TOKENS)
     finally:
         for handle in handles:
             handle.remove()
@@ -178,18 +178,18 @@ def _collect_inputs(
 def compare_precisions(
     reference: Engine, engine: Engine, prompts: Sequence[Prompt], examples: Sequence[Example], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Lets two engines answer the same prompts and compares the answers.
+    """Generates answers to the same prompts with two engines, and compares them.
 
     Args:
         reference: In fp32.
         engine: In the precision to report on.
         prompts: The prompts.
-        examples: The questions that the first of the prompts ask, with their gold answers; may be none.
-        tokenizer: Turns tokens into text.
+        examples: The questions of the first prompts, with their gold answers; may be none.
+        tokenizer: Decodes tokens.
 
     Returns:
-        Shares of equal answers and of equal tokens in percent (tokens at the same place of an answer; a token that only
-        one of the two has is not equal), and, where there are examples, exact match and F1 of both and `f1_drop`.
+        Percentages of equal answers and of equal tokens (at the same position of an answer; a token that only one of
+        the two has counts as different) and, where there are examples, exact match and F1 of both and `f1_drop`.
     """
     expected, got = (
         generate(side, prompts, GenerationConfig(max_new_tokens=MAX_NEW_TOKENS), batch_size=BATCH_SIZE)

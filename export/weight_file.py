@@ -9,18 +9,18 @@ import onnx
 from onnx import TensorProto, external_data_helper
 
 ALIGNMENT = 64
-"""Bytes that each weight begins at a multiple of: a line of the processor's cache, and a vector of AVX-512."""
+"""Alignment of each weight in bytes: a cache line, and a vector of AVX-512."""
 MAX_INLINE_BYTES = 1024
-"""Weights up to this size stay in the graph."""
+"""Weights up to this size are stored in the graph itself."""
 
 
 def save_graphs(models: Mapping[Path, onnx.ModelProto], data: Path) -> None:
-    """Writes graphs of one directory. ONNX Runtime maps their weights into memory as it loads one.
+    """Writes the graphs of a directory, and their weights into one file, which ONNX Runtime maps into memory.
 
-    Weights inside of a graph would be in memory two or three times until they are loaded.
+    Weights inside a graph would be in memory two or three times during loading.
 
     Args:
-        models: By their paths. Weights of the same name are equal, and are written once.
+        models: The graphs by their paths. Weights of the same name are equal, and are written once.
         data: The file of the weights, in the same directory.
     """
     written: dict[str, tuple[int, bytes]] = {}

@@ -1,4 +1,4 @@
-"""The weights of a GPT-2: read out of Optimum's export, in int8, and in the order that kernels read them in."""
+"""The weights of a GPT-2: extracted from Optimum's export, quantized, and packed for the kernels."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qa_onnx.engine.kv_cache import aligned
 from qa_onnx.errors import ParityError
 
 PANEL, INT8_GROUP, BFLOAT16_GROUP = 16, 4, 2
-"""Columns that lie together in a packed weight, and values of one column (`pack_weight`)."""
+"""Adjacent columns of a packed weight, and adjacent values of one column in int8 and bfloat16 (`pack_weight`)."""
 TOKEN_EMBEDDING, POSITION_EMBEDDING, OUTPUT_WEIGHTS = "wte.weight", "wpe.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """A weight matrix in int8, one scale a column: `values * scales` is float32 [K, N].
+    """A weight matrix in int8 with one scale per column: `values * scales` is float32 [K, N].
 
     Attributes:
         values: int8 [K, N].
         scales: float32 [N].
-        smoothing: float32 [K], what the rows were multiplied by before they were rounded; None where they were not.
+        smoothing: float32 [K], the factors of the rows before rounding; None without smoothing.
     """
 
     values: np.ndarray
@@ -36,11 +36,10 @@ class QuantizedWeight:
 
 
 def pack_weight(matrix: np.ndarray, group: int) -> np.ndarray:
-    """Lays a matrix [K, N] out for the kernels, which both graphs of a bundle share.
+    """Packs a matrix [K, N] for the kernels; both graphs of a bundle share the packed weight.
 
-    Panels of `PANEL` columns follow each other, and in each the groups of K: [N / 16, K / group, 16, group], with zeros
-    where K or N is not a multiple. So a kernel reads a weight from its start to its end, and `group` products of a
-    column are added up in one lane of a vector.
+    The layout is [N / 16, K / group, 16, group]: panels of `PANEL` columns, in each the groups of K, padded with zeros.
+    A kernel reads a weight sequentially, and adds up `group` products of a column in one lane of a vector.
     """
     width, columns = matrix.shape
     padded = np.zeros((aligned(width, group), aligned(columns, PANEL)), matrix.dtype)
@@ -57,13 +56,13 @@ def extract_weights(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
         weights are not the token embedding.
 
     Raises:
-        ParityError: The graph does not end in the product of hidden states and output weights.
+        ParityError: The graph does not end in the matmul of hidden states and output weights.
     """
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in plain.graph.initializer}
     weights = {}
     for node in plain.graph.node:
-        # Of equal tensors Optimum keeps one, which the others stand for; the modules, `/transformer/h.0/ln_1/...`,
-        # still tell whose they are.
+        # Optimum stores equal tensors once, under one name; the module in the node's name, such as
+        # `/transformer/h.0/ln_1/...`, says which weight it is.
         module = ".".join(node.name.split("/")[2:-1])
         if node.op_type == "Identity" and node.input[0] in stored:
             stored[node.output[0]] = stored[node.input[0]]
@@ -72,10 +71,10 @@ def extract_weights(plain: onnx.ModelProto) -> dict[str, np.ndarray]:
         if node.op_type in ("Gemm", "LayerNormalization"):
             weights[f"{module}.weight"], weights[f"{module}.bias"] = (stored[name] for name in node.input[1:])
     producers = {name: node for node in plain.graph.node for name in node.output}
-    product = producers["logits"]
-    if product.op_type != "MatMul":
-        raise ParityError(f"the export computes its logits by {product.op_type}; expected MatMul. Report this model")
-    output = product.input[1]
+    logits = producers["logits"]
+    if logits.op_type != "MatMul":
+        raise ParityError(f"the export computes its logits by {logits.op_type}; expected MatMul. Report this model")
+    output = logits.input[1]
     transpose = producers.get(output)
     if transpose is not None and transpose.op_type == "Transpose":
         head = stored.get(transpose.input[0])
