@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
+from bench.harness import publish
 from bench.machine import processor
-from bench.questions import report
 from qa_onnx import Answerer, EngineConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.cli import add_data_options, positive, read_data, run_command
@@ -172,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 1 where answers differ by more than a tie, else as `run_command` does."""
     arguments = make_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
-    return run_command(lambda: _compare_and_report(arguments))
+    return run_command(lambda: _compare_and_publish(arguments))
 
 
-def _compare_and_report(arguments: argparse.Namespace) -> int:
+def _compare_and_publish(arguments: argparse.Namespace) -> int:
     check_outputs({"--output": arguments.output}, {"--data": arguments.data, "--model": arguments.model})
     examples = read_data(arguments)
     result = compare(
@@ -186,7 +186,7 @@ def _compare_and_report(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
-    report(result, table(result), arguments.output)
+    publish(result, table(result), arguments.output)
     return 0 if result["of_these_ties"] == result["texts_differing_from_torch"] else EXIT_DIFFERENT
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench.harness import publish
 from bench.machine import describe_machine
-from bench.questions import report
 from qa_onnx import Answerer, EngineConfig
 from qa_onnx.cli import positive
 from qa_onnx.data.example import Example
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["speed"] = measure_speed(arguments, examples, Path(name))
         result["memory"] = measure_memory(arguments, Path(name))
     result |= {"max_new_tokens": arguments.max_new_tokens, "threads": arguments.threads, **describe_machine()}
-    report(result, _table(result), arguments.output)
+    publish(result, _table(result), arguments.output)
     return 0
 
 

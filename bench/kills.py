@@ -40,9 +40,9 @@ from training.starter.pretrain import paragraphs_of, train_tokenizer
 from training.starter.sample import generate
 
 LONGEST_SECONDS = 120
-"""Of one run."""
+"""Maximum time of one run."""
 KILLS_OF_A_RUN = 4
-"""A run is killed so often at most, then left to its end."""
+"""Maximum number of kills of one run."""
 FULL_AT_BYTES = (1_000, 20_000, 200_000, 400_000)
 """Sizes at which a file of a training becomes too large: the settings, the tokenizer, the weights, the optimizer."""
 
@@ -100,163 +100,215 @@ class Process:
             self.status()
 
 
-def kill_trainings(count: int, draw: random.Random, directory: Path) -> dict[str, Any]:
-    """Kills small trainings, starts them again, and compares the weights with those of one that nothing disturbed.
+class Failures:
+    """What went wrong, each with the end of the log of the run in which it did."""
 
-    Args:
-        count: Of kills; every second one waits until a checkpoint is being written. One disk is full for each ten.
-        draw: Decides when.
-        directory: Where to write.
+    def __init__(self) -> None:
+        """Starts with none."""
+        self.found: list[str] = []
 
-    Returns:
-        Counts, and what went wrong under `failures`.
-    """
-    base = _training_command(directory)
-    reference, warm = directory / "reference", directory / "warm"
-    with redirect_stdout(sys.stderr):  # in this process, so that the forks have all that is imported on first use
-        finetune.main([*map(str, base), "--output", str(warm)])
-    gc.freeze()  # else each fork's collections would copy all of this process's pages
-    started = time.monotonic()
-    status = Process(finetune.main, [*base, "--output", reference], directory / "reference.log").status()
-    if status != 0 or not _has_equal_results(reference, warm):
-        raise RuntimeError("two trainings that nothing disturbs differ")
-    longest = time.monotonic() - started
-    failures, done = [], {"kills": 0, "while_saving": 0, "runs": 0, "full_disks": 0}
-
-    def start(output: Path, **options: int) -> Process:
-        return Process(finetune.main, [*base, "--output", output], output.with_suffix(".log"), **options)
-
-    def check(what: str, output: Path, *, is_right: bool) -> None:
+    def check(self, what: str, log: Path, *, is_right: bool) -> None:
+        """Notes what went wrong, unless it is right."""
         if not is_right:
-            failures.append(f"{what}: {output.name}, {output.with_suffix('.log').read_text()[-2_000:]}")
+            self.found.append(f"{what}: {log.name}, {log.read_text()[-2_000:]}")
 
-    def check_end(output: Path, status: int | None) -> None:
-        """Whether a run came to its end with the reference's files, weights and scores."""
-        check(f"exit status {status}", output, is_right=status == 0 or (output / METRICS_NAME).exists())
-        check("other weights", output, is_right=_has_equal_results(output, reference))
-        done["runs"] += 1
 
-    while done["kills"] < count and not failures:
-        output = directory / f"killed-{done['runs']}"
-        process, left = start(output), draw.randint(1, KILLS_OF_A_RUN)
-        while left and done["kills"] < count:
-            is_saving = done["kills"] % 2 == 1
-            if is_saving:
-                until = time.monotonic() + draw.uniform(0, longest)
-                while time.monotonic() < until or not (output / UNFINISHED_NAME).exists():
-                    if process.status(0) is not None:
-                        break
-                seconds = draw.uniform(0, 0.03)
-            else:
-                seconds = draw.uniform(0, longest)
+class TrainingKills:
+    """Trainings that are killed, and the undisturbed one that they are compared with."""
+
+    def __init__(self, draw: random.Random, directory: Path) -> None:
+        """Trains once in this process, so that forks have all imports, and once in a fork, the reference."""
+        self.draw, self.directory = draw, directory
+        self.failures = Failures()
+        self.done = {"kills": 0, "while_saving": 0, "runs": 0, "full_disks": 0}
+        self.base = _training_command(directory)
+        self.reference, warm = directory / "reference", directory / "warm"
+        with redirect_stdout(sys.stderr):
+            finetune.main([*map(str, self.base), "--output", str(warm)])
+        gc.freeze()  # else each fork's collections would copy all of this process's pages
+        started = time.monotonic()
+        if self.start(self.reference).status() != 0 or not _has_equal_results(self.reference, warm):
+            raise RuntimeError("two undisturbed trainings differ")
+        self.longest = time.monotonic() - started
+
+    def start(self, output: Path, log: Path | None = None, **options: int) -> Process:
+        """Starts a training that writes to `output`."""
+        arguments = [*self.base, "--output", output]
+        return Process(finetune.main, arguments, log or output.with_suffix(".log"), **options)
+
+    def check(self, what: str, output: Path, *, is_right: bool) -> None:
+        """Notes what went wrong with the run to `output`."""
+        self.failures.check(what, output.with_suffix(".log"), is_right=is_right)
+
+    def check_end(self, output: Path, status: int | None) -> None:
+        """Checks that a run has ended with the files, weights and scores of the reference."""
+        self.check(f"exit status {status}", output, is_right=status == 0 or (output / METRICS_NAME).exists())
+        self.check("other weights", output, is_right=_has_equal_results(output, self.reference))
+        self.done["runs"] += 1
+
+    def kill_run(self, count: int) -> None:
+        """Kills one training several times, until `count` kills were made in all, and lets it end."""
+        output = self.directory / f"killed-{self.done['runs']}"
+        process, left = self.start(output), self.draw.randint(1, KILLS_OF_A_RUN)
+        while left and self.done["kills"] < count:
+            seconds = self._wait_for_saving(process, output) if self.done["kills"] % 2 else self._draw_seconds()
             if (status := process.status(seconds)) is not None:
                 break
             process.kill()
-            done["kills"] += 1
-            done["while_saving"] += (output / UNFINISHED_NAME).exists()
+            self.done["kills"] += 1
+            self.done["while_saving"] += (output / UNFINISHED_NAME).exists()
             _, damages = good_checkpoints(output)
-            check(f"damaged by a kill: {damages}", output, is_right=not damages)
+            self.check(f"damaged by a kill: {damages}", output, is_right=not damages)
             left -= 1
-            process, status = start(output), None
-        check_end(output, process.status() if status is None else status)
+            process, status = self.start(output), None
+        self.check_end(output, process.status() if status is None else status)
 
-    for number, size in enumerate(FULL_AT_BYTES[: max(1, count // 10)]):
-        output = directory / f"full-{number}"
-        process = start(output)
+    def _draw_seconds(self) -> float:
+        return self.draw.uniform(0, self.longest)
+
+    def _wait_for_saving(self, process: Process, output: Path) -> float:
+        """Waits until a checkpoint is being written; returns the seconds until the kill."""
+        until = time.monotonic() + self._draw_seconds()
+        while time.monotonic() < until or not (output / UNFINISHED_NAME).exists():
+            if process.status(0) is not None:
+                break
+        return self.draw.uniform(0, 0.03)
+
+    def fill_disk(self, output: Path, size: int) -> None:
+        """Has a training continue on a disk that is full at files of `size` bytes, then on one that is not."""
+        process = self.start(output)
         while process.status(0) is None and not good_checkpoints(output)[0]:
             pass
         process.kill()
         good = good_checkpoints(output)
-        status = start(output, largest_file=size).status()
-        check(f"exit status {status} on a full disk", output, is_right=status == 2)
-        check("a full disk lost a checkpoint", output, is_right=good_checkpoints(output) == good)
+        status = self.start(output, largest_file=size).status()
+        self.check(f"exit status {status} on a full disk", output, is_right=status == 2)
+        self.check("a full disk lost a checkpoint", output, is_right=good_checkpoints(output) == good)
         last = output.with_suffix(".log").read_text().rstrip().splitlines()[-1]
-        check("more than one line on a full disk", output, is_right=last.startswith("error: "))
-        done["full_disks"] += 1
-        check_end(output, start(output).status())
+        self.check("more than one line on a full disk", output, is_right=last.startswith("error: "))
+        self.done["full_disks"] += 1
+        self.check_end(output, self.start(output).status())
 
-    output = directory / "two"
-    two = [Process(finetune.main, [*base, "--output", output], directory / f"two-{index}.log") for index in range(2)]
-    statuses = [process.status() for process in two]
-    (directory / "two.log").write_text("".join((directory / f"two-{index}.log").read_text() for index in range(2)))
-    check(f"exit statuses {statuses} of two at once", output, is_right=sorted(map(str, statuses)) == ["0", "2"])
-    check_end(output, min(status for status in statuses if status is not None))
-    return {**done, "two_at_once": 1, "failures": failures}
+    def start_two(self, output: Path) -> None:
+        """Starts two trainings that write to one directory: one of them is refused."""
+        logs = [output.with_name(f"two-{index}.log") for index in range(2)]
+        two = [self.start(output, log) for log in logs]
+        statuses = [process.status() for process in two]
+        output.with_suffix(".log").write_text("".join(log.read_text() for log in logs))
+        self.check(
+            f"exit statuses {statuses} of two at once", output, is_right=sorted(map(str, statuses)) == ["0", "2"]
+        )
+        self.check_end(output, min(status for status in statuses if status is not None))
 
 
-def kill_exports(count: int, draw: random.Random, directory: Path) -> dict[str, Any]:
-    """Kills exports that replace a bundle; the old or the new one is there at any time, and both are whole.
+def kill_trainings(count: int, draw: random.Random, directory: Path) -> dict[str, Any]:
+    """Kills small trainings, starts them again, and compares the weights with those of an undisturbed training.
 
     Args:
-        count: Of kills; of each ten, three wait until the new bundle is about to take its place.
+        count: Number of kills; every second one waits until a checkpoint is being written. For every ten of them, one
+            training meets a full disk.
         draw: Decides when.
         directory: Where to write.
 
     Returns:
         Counts, and what went wrong under `failures`.
     """
-    _write_model(directory / "model")
-    base = ["--model", directory / "model", "--force"]
-    bundles = {name: directory / name for name in ("old", "new")}
-    for name, precision in (("old", "int8"), ("new", "fp32")):
-        with redirect_stdout(sys.stderr):
+    runs = TrainingKills(draw, directory)
+    while runs.done["kills"] < count and not runs.failures.found:
+        runs.kill_run(count)
+    for number, size in enumerate(FULL_AT_BYTES[: max(1, count // 10)]):
+        runs.fill_disk(directory / f"full-{number}", size)
+    runs.start_two(directory / "two")
+    return {**runs.done, "two_at_once": 1, "failures": runs.failures.found}
+
+
+class ExportKills:
+    """Exports that replace a bundle and are killed; the bundle is the old or the new one at any time."""
+
+    def __init__(self, draw: random.Random, directory: Path) -> None:
+        """Exports the old and the new bundle."""
+        self.draw, self.directory = draw, directory
+        self.failures = Failures()
+        self.done = {"kills": 0, "at_the_rename": 0, "old_left": 0, "new_left": 0, "full_disks": 0}
+        _write_model(directory / "model")
+        self.base = ["--model", directory / "model", "--force"]
+        self.old, self.output, self.log = directory / "old", directory / "bundle", directory / "bundle.log"
+        self.contents: dict[str, dict[str, str]] = {}
+        for name, precision in (("old", "int8"), ("new", "fp32")):
             started = time.monotonic()
-            if to_onnx.main([*map(str, base), "--precision", precision, "--output", str(bundles[name])]) != 0:
-                raise RuntimeError("an export that nothing disturbs does not end")
-            longest = time.monotonic() - started
-    gc.freeze()
-    contents = {name: _contents(path) for name, path in bundles.items()}
-    output, log = directory / "bundle", directory / "bundle.log"
-    failures: list[str] = []
-    done = {"kills": 0, "at_the_rename": 0, "old_left": 0, "new_left": 0, "full_disks": 0}
+            arguments = [*self.base, "--precision", precision, "--output", directory / name]
+            with redirect_stdout(sys.stderr):
+                if to_onnx.main([str(argument) for argument in arguments]) != 0:
+                    raise RuntimeError("an undisturbed export failed")
+            self.longest = time.monotonic() - started
+            self.contents[name] = _contents(directory / name)
+        gc.freeze()
 
-    def start(**options: int) -> Process:
-        log.unlink(missing_ok=True)  # which the limit on files holds for, too
-        return Process(to_onnx.main, [*base, "--output", output], log, **options)
+    def start(self, **options: int) -> Process:
+        """Starts an export of the new bundle."""
+        self.log.unlink(missing_ok=True)  # the limit on the size of files applies to it, too
+        return Process(to_onnx.main, [*self.base, "--output", self.output], self.log, **options)
 
-    def check(what: str, *, is_right: bool) -> None:
-        if not is_right:
-            failures.append(f"{what}: {log.read_text()[-2_000:]}")
+    def check(self, what: str, *, is_right: bool) -> None:
+        """Notes what went wrong."""
+        self.failures.check(what, self.log, is_right=is_right)
 
-    def restore() -> None:
-        shutil.rmtree(output, ignore_errors=True)
-        shutil.copytree(bundles["old"], output)
+    def restore(self) -> None:
+        """Puts the old bundle back."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        shutil.copytree(self.old, self.output)
 
-    restore()
-    while done["kills"] < count and not failures:
-        process, until = start(), time.monotonic() + draw.uniform(0, longest)
-        is_late = done["kills"] % 10 < 3
-        manifest = directory / ".bundle.staging" / "bundle" / MANIFEST_NAME
+    def kill(self) -> None:
+        """Kills one export; of each ten, three when the new bundle is about to be renamed."""
+        process, until = self.start(), time.monotonic() + self.draw.uniform(0, self.longest)
+        is_late = self.done["kills"] % 10 < 3
+        manifest = self.directory / ".bundle.staging" / "bundle" / MANIFEST_NAME
         while process.status(0) is None and (not manifest.exists() if is_late else time.monotonic() < until):
             time.sleep(0.0005)
         if is_late:
-            time.sleep(draw.uniform(0, 0.05))
+            time.sleep(self.draw.uniform(0, 0.05))
         if process.status(0) is not None:
-            check("exit status", is_right=process.status(0) == 0)
-            restore()
-            continue
+            self.check("exit status", is_right=process.status(0) == 0)
+            self.restore()
+            return
         process.kill()
-        done["kills"] += 1
-        done["at_the_rename"] += is_late
-        left = [name for name, content in contents.items() if _contents(output) == content]
-        check("neither the old nor the new bundle", is_right=bool(left))
+        self.done["kills"] += 1
+        self.done["at_the_rename"] += is_late
+        left = [name for name, content in self.contents.items() if _contents(self.output) == content]
+        self.check("neither the old nor the new bundle", is_right=bool(left))
         for name in left:
-            done[f"{name}_left"] += 1
+            self.done[f"{name}_left"] += 1
         if left == ["new"]:
-            restore()
-    check("exit status after kills", is_right=start().status() == 0 and _contents(output) == contents["new"])
+            self.restore()
+
+    def fill_disk(self, size: int) -> None:
+        """Exports to a disk that is full at files of `size` bytes."""
+        self.restore()
+        self.check("exit status on a full disk", is_right=self.start(largest_file=size).status() == 2)
+        self.check("a full disk lost the old bundle", is_right=_contents(self.output) == self.contents["old"])
+        self.done["full_disks"] += 1
+
+    def check_is_new(self, what: str) -> None:
+        """Checks that the bundle is the new one."""
+        self.check(what, is_right=_contents(self.output) == self.contents["new"])
+
+
+def kill_exports(count: int, draw: random.Random, directory: Path) -> dict[str, Any]:
+    """Kills exports that replace a bundle; arguments and result are those of `kill_trainings`."""
+    runs = ExportKills(draw, directory)
+    runs.restore()
+    while runs.done["kills"] < count and not runs.failures.found:
+        runs.kill()
+    runs.check("exit status after kills", is_right=runs.start().status() == 0)
+    runs.check_is_new("another bundle after kills")
     for size in (1_000, 50_000):
-        restore()
-        check("exit status on a full disk", is_right=start(largest_file=size).status() == 2)
-        check("a full disk lost the old bundle", is_right=_contents(output) == contents["old"])
-        done["full_disks"] += 1
-    two = [start() for _ in range(2)]
-    statuses = sorted(str(process.status()) for process in two)
-    check(f"exit statuses {statuses} of two at once", is_right=statuses == ["0", "2"])
-    check("another bundle after two at once", is_right=_contents(output) == contents["new"])
+        runs.fill_disk(size)
+    statuses = sorted(str(process.status()) for process in [runs.start() for _ in range(2)])
+    runs.check(f"exit statuses {statuses} of two at once", is_right=statuses == ["0", "2"])
+    runs.check_is_new("another bundle after two at once")
     names = sorted(path.name for path in directory.iterdir())
-    check(f"left over: {names}", is_right=names == ["bundle", "bundle.log", "model", "new", "old"])
-    return {**done, "two_at_once": 1, "failures": failures}
+    runs.check(f"left over: {names}", is_right=names == ["bundle", "bundle.log", "model", "new", "old"])
+    return {**runs.done, "two_at_once": 1, "failures": runs.failures.found}
 
 
 def _contents(bundle: Path) -> dict[str, str]:

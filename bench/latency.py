@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import describe_machine
-from bench.report import OURS, publish
-from bench.runner import RANDOM, Runner, add_model_options, prepare_models
+from bench.harness import describe_run, publish, start_runners
+from bench.report import OURS, render
+from bench.runner import RANDOM, add_model_options, prepare_models
 from bench.settings import Settings
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
@@ -46,33 +45,26 @@ def measure(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
 
     The first passage warms up and is not counted.
     """
-    rows: list[dict[str, Any]] = []
-    runners: list[tuple[Runner, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            for name in names:
-                runner = Runner(name, settings, Path(temporary))
-                row: dict[str, Any] = {"name": name, "status": "measured", "first": [], "second": []}
-                rows.append(row)
-                if runner.missing is None:
-                    runners.append((runner, row))
-                else:
-                    row["status"] = f"not installed ({runner.missing})"
-            for question in range(0, len(settings.questions), 2):
-                for runner, row in runners:
-                    replies = [runner.ask(question=question + place) for place in range(2)]
-                    if question:
-                        row["first"].append(replies[0]["seconds"])
-                        row["second"].append(replies[1]["seconds"])
-                    row["peak_rss_mib"] = replies[1]["peak_rss_mib"]
-        finally:
-            for runner, _ in runners:
-                runner.close()
-    for _, row in runners:
+    with start_runners(names, settings) as (rows, runners):
+        for row in rows:
+            row |= {"first": [], "second": []}
+        measured = [row for row in rows if row["name"] in runners]
+        for question in range(0, len(settings.questions), 2):
+            for row in measured:
+                replies = [runners[row["name"]].ask(question=question + place) for place in range(2)]
+                if question:
+                    row["first"].append(replies[0]["seconds"])
+                    row["second"].append(replies[1]["seconds"])
+                row["peak_rss_mib"] = replies[1]["peak_rss_mib"]
+    for row in measured:
         for kind in ("first", "second"):
-            values = np.percentile(row[kind], PERCENTILES) * 1000
-            row[f"{kind}_ms"] = dict(zip(map(str, PERCENTILES), values.tolist(), strict=True))
+            row[f"{kind}_ms"] = _percentiles(row[kind], factor=1000)
     return rows
+
+
+def _percentiles(values: Sequence[float], *, factor: float = 1) -> dict[str, float]:
+    found = np.percentile(values, PERCENTILES) * factor
+    return dict(zip(map(str, PERCENTILES), found.tolist(), strict=True))
 
 
 def measure_callers(arguments: argparse.Namespace, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -103,8 +95,7 @@ def measure_callers(arguments: argparse.Namespace, examples: Sequence[Example]) 
                     got = [answer for answer, _ in pairs]
                     row["equal"] += sum(one == other for one, other in zip(got, expected, strict=True))
         for row in rows:
-            values = np.percentile(row["waits"], PERCENTILES)
-            row["seconds_waited"] = dict(zip(map(str, PERCENTILES), values.tolist(), strict=True))
+            row["seconds_waited"] = _percentiles(row["waits"])
         found += rows
     return found
 
@@ -179,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.bundles is not None:
         if arguments.concurrency is None:
             parser.error("--bundles needs --concurrency: other runners are measured with a model")
-        return _write_callers(arguments)
+        return _publish_callers(arguments)
     if arguments.work is None:
         parser.error("--work is required without --bundles")
     prepare_models(arguments)
     if arguments.concurrency is not None:
-        return _write_callers(arguments)
+        return _publish_callers(arguments)
     examples = two_questions(read_examples(arguments.data), arguments.passages)
     settings = Settings(
         directory=str(arguments.work),
@@ -195,20 +186,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=arguments.threads,
         prefix_cache=True,
     )
-    result = {
-        "benchmark": "latency",
-        "passages": len(examples) // 2 - 1,
-        "max_new_tokens": arguments.max_new_tokens,
-        "model": RANDOM if arguments.model is None else arguments.model.name,
-        "threads": arguments.threads,
-        **describe_machine(),
-        "rows": measure(settings, arguments.only),
-    }
-    publish(result, arguments.output)
+    result = describe_run(
+        "latency",
+        passages=len(examples) // 2 - 1,
+        max_new_tokens=arguments.max_new_tokens,
+        model=RANDOM if arguments.model is None else arguments.model.name,
+        threads=arguments.threads,
+    )
+    result["rows"] = measure(settings, arguments.only)
+    publish(result, render(result), arguments.output)
     return 0
 
 
-def _write_callers(arguments: argparse.Namespace) -> int:
+def _publish_callers(arguments: argparse.Namespace) -> int:
     examples = read_examples(arguments.data)
     examples = random.Random(0).sample(examples, min(arguments.questions, len(examples)))
     if arguments.bundles is not None:
@@ -216,19 +206,18 @@ def _write_callers(arguments: argparse.Namespace) -> int:
         model = ", ".join(sorted(models))
     else:
         model = RANDOM if arguments.model is None else arguments.model.name
-    result = {
-        "benchmark": "callers",
-        "questions": len(examples),
-        "concurrency": arguments.concurrency,
-        "rounds": arguments.rounds,
-        "max_new_tokens": arguments.max_new_tokens,
-        "batch_size": arguments.batch_size,
-        "model": model,
-        "threads": arguments.threads,
-        **describe_machine(),
-        "rows": measure_callers(arguments, examples),
-    }
-    publish(result, arguments.output)
+    result = describe_run(
+        "callers",
+        questions=len(examples),
+        concurrency=arguments.concurrency,
+        rounds=arguments.rounds,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        model=model,
+        threads=arguments.threads,
+    )
+    result["rows"] = measure_callers(arguments, examples)
+    publish(result, render(result), arguments.output)
     return 0
 
 

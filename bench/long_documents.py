@@ -1,7 +1,7 @@
-"""Are answers found in long documents? `python -m bench.long_documents --help`.
+"""Whether answers are found in long documents: `python -m bench.long_documents --help`.
 
-Each question is asked about its own passage among passages of other articles, at a random place. For comparison: the
-passage alone, and an oracle that asks only the window of the document that holds the answer.
+Each question is asked about its own passage at a random position among passages of other articles. For comparison: the
+passage alone, and an oracle that reads only the window of the document with the answer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.harness import publish
 from bench.machine import describe_machine, peak_rss_mib, reset_peak
-from bench.questions import add_question_options, read_answerable, report
+from bench.questions import add_question_options, read_answerable
 from qa_onnx import Answerer, EngineConfig, GenerationConfig, InvalidInputError
 from qa_onnx.bundle import Bundle
 from qa_onnx.cli import run_command
 from qa_onnx.data.example import Example
 from qa_onnx.evaluation.metrics import evaluate
-from qa_onnx.text.windows import encode_windows
+from qa_onnx.text.windows import Window, encode_windows
 
 OTHERS = (0, 1, 3, 12, 50)
 BETWEEN = "\n\n"
 
 
-def documents_of(examples: Sequence[Example], others: int, *, seed: int) -> list[tuple[str, int]]:
+def make_documents(examples: Sequence[Example], others: int, *, seed: int) -> list[tuple[str, int]]:
     """For each question a document and the character at which its own passage starts there.
 
     Raises:
@@ -38,13 +39,13 @@ def documents_of(examples: Sequence[Example], others: int, *, seed: int) -> list
     titles = {example.context: example.title for example in examples}
     documents = []
     for example in examples:
-        strangers = [context for context, title in titles.items() if title != example.title]
-        if len(strangers) < others:
+        foreign = [context for context, title in titles.items() if title != example.title]
+        if len(foreign) < others:
             raise InvalidInputError(
-                f"question {example.id} has {len(strangers)} passages of other articles; expected at least {others}. "
+                f"question {example.id} has {len(foreign)} passages of other articles; expected at least {others}. "
                 "Give more data, with titles"
             )
-        passages = draw.sample(strangers, others)
+        passages = draw.sample(foreign, others)
         place = draw.randint(0, others)
         before = "".join(passage + BETWEEN for passage in passages[:place])
         after = "".join(BETWEEN + passage for passage in passages[place:])
@@ -74,13 +75,14 @@ def measure(
     Returns:
         For each size exact match and F1, of the oracle, too, seconds, windows, and peak memory in MiB.
     """
-    manifest, tokenizer = Bundle.open(bundle).manifest, Bundle.open(bundle).load_tokenizer()
+    opened = Bundle.open(bundle)
+    manifest, tokenizer = opened.manifest, opened.load_tokenizer()
     settings = manifest.window_settings.with_given(window=config.window, stride=config.stride)
     questions = [example.question for example in examples]
     rows = []
     with Answerer.from_pretrained(bundle, provider="cpu", config=EngineConfig(threads=threads)) as answerer:
         for count in others:
-            documents = documents_of(examples, count, seed=seed)
+            documents = make_documents(examples, count, seed=seed)
             reset_peak()
             started = time.perf_counter()
             answers = answerer.answer_batch(questions, [text for text, _ in documents], config=config, progress=True)
@@ -94,11 +96,10 @@ def measure(
                 max_new_tokens=config.max_new_tokens,
                 settings=settings,
             )
-            parts = []
-            for example, (_, start), found in zip(examples, documents, windows, strict=True):
-                first = start + example.answers[0].start
-                last = first + len(example.answers[0].text)
-                parts.append(next((w.text for w in found if w.start <= first and last <= w.start + len(w.text)), "-"))
+            parts = [
+                _find_window(example, start, found)
+                for example, (_, start), found in zip(examples, documents, windows, strict=True)
+            ]
             oracle = answerer.answer_batch(questions, parts, config=config, progress=True)
             rows.append(
                 {
@@ -120,6 +121,19 @@ def measure(
         "rows": rows,
         **describe_machine(),
     }
+
+
+def _find_window(example: Example, start: int, windows: Sequence[Window]) -> str:
+    """The text of the first window that holds the answer; a text without the answer, where none does.
+
+    Args:
+        example: The question.
+        start: The character of the document at which its passage starts.
+        windows: Of the document.
+    """
+    first = start + example.answers[0].start
+    last = first + len(example.answers[0].text)
+    return next((one.text for one in windows if one.start <= first and last <= one.start + len(one.text)), "-")
 
 
 def _scores(examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
@@ -161,10 +175,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status (see `qa_onnx.cli.run_command`)."""
     arguments = make_parser().parse_args(argv)
-    return run_command(lambda: _measure_and_report(arguments))
+    return run_command(lambda: _measure_and_publish(arguments))
 
 
-def _measure_and_report(arguments: argparse.Namespace) -> None:
+def _measure_and_publish(arguments: argparse.Namespace) -> None:
     config = GenerationConfig(
         extractive=arguments.extractive, window=arguments.window, no_answer_threshold=arguments.no_answer_threshold
     )
@@ -176,7 +190,7 @@ def _measure_and_report(arguments: argparse.Namespace) -> None:
         config=config,
         seed=arguments.seed,
     )
-    report(result, table(result), arguments.output)
+    publish(result, table(result), arguments.output)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness import describe_run, publish
 from bench.latency import two_questions
-from bench.machine import describe_machine
-from bench.report import publish
+from bench.report import render
 from qa_onnx import Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.data.example import Example
@@ -88,18 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = GenerationConfig(max_new_tokens=arguments.max_new_tokens, ignore_eos=arguments.ignore_eos)
     manifest = Bundle.open(arguments.bundle).manifest
     examples = two_questions(read_examples(arguments.data), arguments.passages)
-    result = {
-        "benchmark": "look-ahead",
-        "model": Path(manifest.source_model).name,
-        "precision": manifest.precision,
-        "passages": len(examples) // 2 - 1,
-        "max_new_tokens": arguments.max_new_tokens,
-        "ignore_eos": arguments.ignore_eos,
-        "threads": arguments.threads,
-        **describe_machine(),
-        "rows": measure(arguments.bundle, examples, config, threads=arguments.threads),
-    }
-    publish(result, arguments.output)
+    result = describe_run(
+        "look-ahead",
+        model=Path(manifest.source_model).name,
+        precision=manifest.precision,
+        passages=len(examples) // 2 - 1,
+        max_new_tokens=arguments.max_new_tokens,
+        ignore_eos=arguments.ignore_eos,
+        threads=arguments.threads,
+    )
+    result["rows"] = measure(arguments.bundle, examples, config, threads=arguments.threads)
+    publish(result, render(result), arguments.output)
     return 0
 
 

@@ -1,20 +1,18 @@
-"""What the measurements of a bundle on questions of files share: their options, their questions, their output."""
+"""What the measurements of a bundle on questions of files share: their options and their questions."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 from qa_onnx.cli import add_data_options, positive, read_data
 from qa_onnx.data.example import Example
-from qa_onnx.files import check_outputs, write_file
+from qa_onnx.files import check_outputs
 
 
 def add_question_options(parser: argparse.ArgumentParser, *, questions: int | None, seed: int) -> None:
-    """Adds the options that `read_answerable` and `report` read, `--threads` and `--extractive`.
+    """Adds the options that `read_answerable` and the measurement read, `--threads` and `--extractive`.
 
     Args:
         parser: Of the measurement.
@@ -42,11 +40,3 @@ def read_answerable(arguments: argparse.Namespace) -> list[Example]:
     if arguments.questions is not None and len(examples) > arguments.questions:
         examples = random.Random(arguments.seed).sample(examples, arguments.questions)
     return examples
-
-
-def report(result: dict[str, Any], table: str, output: Path | None) -> None:
-    """Prints a table and the JSON of a result, and writes the JSON to a file."""
-    print(table)
-    print(json.dumps(result, ensure_ascii=False))
-    if output is not None:
-        write_file(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")

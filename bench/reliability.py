@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness import publish
 from bench.machine import describe_machine
-from bench.questions import add_question_options, read_answerable, report
+from bench.questions import add_question_options, read_answerable
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig, InvalidInputError
 from qa_onnx.cli import run_command
 from qa_onnx.data.example import Example
@@ -113,10 +114,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status (see `qa_onnx.cli.run_command`)."""
     arguments = make_parser().parse_args(argv)
-    return run_command(lambda: _measure_and_report(arguments))
+    return run_command(lambda: _measure_and_publish(arguments))
 
 
-def _measure_and_report(arguments: argparse.Namespace) -> None:
+def _measure_and_publish(arguments: argparse.Namespace) -> None:
     result = measure(
         arguments.model,
         read_answerable(arguments),
@@ -124,7 +125,7 @@ def _measure_and_report(arguments: argparse.Namespace) -> None:
         extractive=arguments.extractive,
         seed=arguments.seed,
     )
-    report(result, table(result), arguments.output)
+    publish(result, table(result), arguments.output)
 
 
 if __name__ == "__main__":

@@ -88,12 +88,12 @@ def scaling_table(result: dict[str, Any]) -> str:
 
 def roofline_table(result: dict[str, Any]) -> str:
     """A result of `bench.roofline` as a Markdown table, with the machine and the versions below."""
-    rates = result["product_rates"]
+    rates = result["gemm_rates"]
+    peaks = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
     lines = [
-        f"A layer's bare products: {', '.join(f'{rate / 1e9:.0f} GFLOP/s in {name}' for name, rate in rates.items())}; "
-        f"reading memory: {result['memory_rate'] / 1e9:.1f} GB/s",
+        f"GEMM peak of a layer's shapes: {peaks}; reading memory: {result['memory_rate'] / 1e9:.1f} GB/s",
         "",
-        "| | GFLOP/s | of the bare products | FLOP/byte | of what memory allows |",
+        "| | GFLOP/s | of the GEMM peak | FLOP/byte | of what memory allows |",
         "| --- |" + " ---: |" * 4,
     ]
     for point in result["points"]:
@@ -135,7 +135,7 @@ def training_table(result: dict[str, Any]) -> str:
         f"Training on {result['questions']} questions of {result['passages']} passages, {result['tokens']} tokens; "
         f"{result['model']}, {result['device']}",
         "",
-        f"| | tokens/s | questions/s | beside {first['name']} | tokens computed | peak memory |",
+        f"| | tokens/s | questions/s | compared with {first['name']} | tokens computed | peak memory |",
         "| --- |" + " ---: |" * 5,
     ]
     for row in result["rows"]:
@@ -180,14 +180,6 @@ def look_ahead_table(result: dict[str, Any]) -> str:
             f"| {row['equal_percent']:.1f} % |"
         )
     return "\n".join([*lines, "", f"Ratios are medians over the questions; {_where(result)}"])
-
-
-def publish(result: dict[str, Any], output: Path | None) -> None:
-    """Writes a result as JSON, if there is a file for it, and prints its table."""
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(render(result))
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -280,14 +272,14 @@ def _roofs(result: dict[str, Any], figure: Figure) -> None:
     axes = figure.subplots()
     intensities = [point["operations"] / point["bytes"] for point in result["points"]]
     ends = [min(intensities) / 2, max(intensities) * 2]
-    for precision, peak in result["product_rates"].items():
+    for precision, peak in result["gemm_rates"].items():
         ridge = peak / result["memory_rate"]
         heights = [ends[0] * result["memory_rate"] / 1e9, peak / 1e9, peak / 1e9]
         name = f"qa_onnx {precision}"
         axes.plot(
             [ends[0], ridge, max(ends[1], ridge)], heights, _style(name), color=_color(name), label=f"roof, {precision}"
         )
-    for precision in result["product_rates"]:
+    for precision in result["gemm_rates"]:
         for phase, marker in (("decode", "o"), ("prefill", "D")):
             points = sorted(
                 (point["operations"] / point["bytes"], point["operations"] / point["seconds"] / 1e9, point["rows"])

@@ -1,9 +1,9 @@
-"""How near prefill and decode come to what the machine can do: `python -m bench.roofline --help`.
+"""How close prefill and decode come to the limits of the machine: `python -m bench.roofline --help`.
 
-Two roofs are measured: the rate of bare matrix products of a layer's shapes in ONNX Runtime, in fp32 and int8, and the
-rate at which memory is read. Below them are the engine's prefill and its decode steps, with the operations that the
-answers need (products with weights and attention; nothing that padding adds) and the bytes of weights, keys and values
-that they read at least. (S. Williams, A. Waterman, D. Patterson, "Roofline", 2009.)
+Two roofs are measured: the GEMM peak, which is the rate of matmuls of a layer's shapes alone in ONNX Runtime, in fp32
+and int8; and the memory bandwidth. Below them are the engine's prefill and its decode steps, with the operations that
+the answers need (matmuls with weights, and attention; without padding) and the minimum of bytes of weights, keys and
+values that they read. (S. Williams, A. Waterman, D. Patterson, "Roofline", 2009.)
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bench.machine import describe_machine
-from bench.report import publish
+from bench.harness import describe_run, median_seconds, publish
+from bench.report import render
 from export.graph import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
 from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig, GenerationConfig
@@ -36,22 +37,12 @@ from qa_onnx.manifest import MODEL_NAME, Manifest
 
 PRECISIONS = ("fp32", "int8")
 PREFIX_TOKENS, SUFFIX_TOKENS, ROWS = 160, 16, (1, 4, 16, 32)
+DECODE_STEPS = 8
 TOKENS = 512
-"""Rows of the bare products: what a run of a prefill on the CPU has."""
+"""Rows of the matmuls of the GEMM peak, as in a prefill on the CPU."""
 
 
-def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
-    """The median of some calls, after one that warms up."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-def product_rate(precision: str, width: int, *, threads: int, repeats: int) -> float:
+def gemm_rate(precision: str, width: int, *, threads: int, repeats: int) -> float:
     """FLOP/s of a layer's four matmuls one after the other, `TOKENS` rows each."""
     random = np.random.default_rng(0)
     nodes, initializers, operations = [], [], 0
@@ -75,7 +66,7 @@ def product_rate(precision: str, width: int, *, threads: int, repeats: int) -> f
         initializers.append(numpy_helper.from_array(np.uint8(128), "zero"))
     graph = helper.make_graph(
         nodes,
-        "products",
+        "gemm",
         [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
             for name, array in inputs.items()
@@ -93,19 +84,19 @@ def product_rate(precision: str, width: int, *, threads: int, repeats: int) -> f
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return operations / seconds_of(lambda: session.run(None, inputs), repeats=repeats)
+    return operations / median_seconds(lambda: session.run(None, inputs), repeats=repeats)
 
 
 def memory_rate(*, threads: int, repeats: int) -> float:
     """Bytes per second that all threads together read from memory, far more of it than caches hold."""
     parts = np.array_split(np.ones(1 << 26, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
-        return sum(part.nbytes for part in parts) / seconds_of(
+        return sum(part.nbytes for part in parts) / median_seconds(
             lambda: list(pool.map(np.bitwise_or.reduce, parts)), repeats=repeats
         )
 
 
-def operations_of(manifest: Manifest, tokens: int, outputs: int, keys: int) -> int:
+def count_operations(manifest: Manifest, tokens: int, outputs: int, keys: int) -> int:
     """Operations of some tokens that attend to `keys` keys in all, `outputs` of them with an output layer."""
     width = manifest.heads * manifest.head_size
     layer = 2 * 12 * width * width
@@ -119,74 +110,85 @@ def operations_of(manifest: Manifest, tokens: int, outputs: int, keys: int) -> i
     )
 
 
-def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """The engine's prefill, and its decode step at several numbers of rows: operations, bytes, seconds."""
-    manifest, layout = bundle.manifest, bundle.manifest.cache_layout
-    config = EngineConfig(threads=threads)
+def load_engine(bundle: Bundle, *, threads: int) -> Engine:
+    """The engine of a bundle on the CPU, without a prefix cache."""
+    manifest, config = bundle.manifest, EngineConfig(threads=threads)
     kernels = choose_kernels(config.kernels, provider="cpu", precision=manifest.precision).library
-    path = bundle.graph_path(has_kernels=kernels is not None)
-    engine = Engine(
-        Session(path, provider="cpu", config=config, kernels=kernels),
+    return Engine(
+        Session(bundle.graph_path(has_kernels=kernels is not None), provider="cpu", config=config, kernels=kernels),
         load_copier(bundle.cache_copy_path, provider="cpu", config=config),
-        layout=layout,
+        layout=manifest.cache_layout,
         eos_token_id=manifest.eos_token_id,
         max_positions=manifest.max_positions,
     )
-    weight_bytes = sum(bundle.manifest.files[name]["bytes"] for name in manifest.files if name.startswith(MODEL_NAME))
-    random = np.random.default_rng(0)
+
+
+def make_groups(engine: Engine, vocab_size: int, rows: int, random: np.random.Generator) -> list[Group]:
+    """Rows of random tokens, each on a prefix of its own."""
+    sequences = [
+        make_sequence(
+            Prompt(
+                prefix_ids=random.integers(vocab_size, size=PREFIX_TOKENS).tolist(),
+                suffix_ids=random.integers(vocab_size, size=SUFFIX_TOKENS).tolist(),
+            ),
+            GenerationConfig(),
+            eos_token_id=engine.eos_token_id,
+            max_positions=engine.max_positions,
+        )
+        for _ in range(rows)
+    ]
+    return list(plan_groups(sequences, max_rows=rows))
+
+
+def engine_points(bundle: Bundle, *, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """The engine's prefill, and its decode step at several numbers of rows: operations, bytes, seconds."""
+    engine, manifest, random = load_engine(bundle, threads=threads), bundle.manifest, np.random.default_rng(0)
+    token_bytes = manifest.cache_layout.bytes_per_token
+    weight_bytes = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(MODEL_NAME))
+    length = PREFIX_TOKENS + SUFFIX_TOKENS
     points = []
     for rows in ROWS:
-        sequences = [
-            make_sequence(
-                Prompt(
-                    prefix_ids=random.integers(manifest.vocab_size, size=PREFIX_TOKENS).tolist(),
-                    suffix_ids=random.integers(manifest.vocab_size, size=SUFFIX_TOKENS).tolist(),
-                ),
-                GenerationConfig(),
-                eos_token_id=engine.eos_token_id,
-                max_positions=engine.max_positions,
-            )
-            for _ in range(rows)
-        ]
-        groups = list(plan_groups(sequences, max_rows=rows))
-        length = PREFIX_TOKENS + SUFFIX_TOKENS
+        groups = make_groups(engine, manifest.vocab_size, rows, random)
+        shared = {"rows": rows, "precision": manifest.precision}
         if rows == ROWS[-1]:
-
-            def prefill(groups: Sequence[Group] = groups) -> None:
-                engine.release(engine.prefill(groups)[0])
-
-            seconds = seconds_of(prefill, repeats=max(repeats // 5, 3))
             runs = -(-rows * length // engine.limits.max_prefill_tokens)
             points.append(
                 {
                     "phase": "prefill",
-                    "rows": rows,
-                    "precision": manifest.precision,
-                    "operations": operations_of(manifest, rows * length, rows, rows * length * (length + 1) // 2),
-                    "bytes": runs * weight_bytes + rows * length * layout.bytes_per_token,
-                    "seconds": seconds,
+                    **shared,
+                    "operations": count_operations(manifest, rows * length, rows, rows * length * (length + 1) // 2),
+                    "bytes": runs * weight_bytes + rows * length * token_bytes,
+                    "seconds": median_seconds(partial(_prefill, engine, groups), repeats=max(repeats // 5, 3)),
                 }
             )
-        batch, _ = engine.prefill(groups)
-        token_ids = np.zeros(rows, np.int64)
-        steps = []
-        for _ in range(8):
-            started = time.perf_counter()
-            engine.decode_step(batch, token_ids)
-            steps.append(time.perf_counter() - started)
-        engine.release(batch)
-        keys = rows * (length + 4)
+        keys = rows * (length + DECODE_STEPS // 2)
         points.append(
             {
                 "phase": "decode",
-                "rows": rows,
-                "precision": manifest.precision,
-                "operations": operations_of(manifest, rows, rows, keys),
-                "bytes": weight_bytes + keys * layout.bytes_per_token,
-                "seconds": statistics.median(steps),
+                **shared,
+                "operations": count_operations(manifest, rows, rows, keys),
+                "bytes": weight_bytes + keys * token_bytes,
+                "seconds": _decode_seconds(engine, groups, rows),
             }
         )
     return points
+
+
+def _prefill(engine: Engine, groups: Sequence[Group]) -> None:
+    engine.release(engine.prefill(groups)[0])
+
+
+def _decode_seconds(engine: Engine, groups: Sequence[Group], rows: int) -> float:
+    """The median duration of a decode step."""
+    batch, _ = engine.prefill(groups)
+    token_ids = np.zeros(rows, np.int64)
+    steps = []
+    for _ in range(DECODE_STEPS):
+        started = time.perf_counter()
+        engine.decode_step(batch, token_ids)
+        steps.append(time.perf_counter() - started)
+    engine.release(batch)
+    return statistics.median(steps)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -207,15 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundles = [Bundle.open(path) for path in arguments.bundles]
     width = bundles[0].manifest.heads * bundles[0].manifest.head_size
     measured = {"threads": arguments.threads, "repeats": arguments.repeats}
-    result = {
-        "benchmark": "roofline",
-        "threads": arguments.threads,
-        **describe_machine(),
-        "product_rates": {precision: product_rate(precision, width, **measured) for precision in PRECISIONS},
+    result = describe_run("roofline", threads=arguments.threads) | {
+        "gemm_rates": {precision: gemm_rate(precision, width, **measured) for precision in PRECISIONS},
         "memory_rate": memory_rate(**measured),
         "points": [point for bundle in bundles for point in engine_points(bundle, **measured)],
     }
-    publish(result, arguments.output)
+    publish(result, render(result), arguments.output)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Answers per second by batch size, passage length, questions per passage and threads: `python -m bench.scaling -h`.
 
-From one point, `BASE`, one thing at a time is varied. At each value every runner is a process of its own, and they take
+One axis at a time is varied from one point, `BASE`. At each value every runner is a process of its own, and they take
 turns. Passages are made of a file's text, cut to length, and no two are the same.
 """
 
@@ -10,14 +10,13 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from bench.machine import describe_machine
-from bench.report import publish
+from bench.harness import describe_run, publish, start_runners, take_turns
+from bench.report import render
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from bench.settings import Settings
 from qa_onnx.data.example import Example
@@ -50,7 +49,7 @@ AXES: dict[str, tuple[int, ...]] = {
 }
 
 
-def questions_of(examples: Sequence[Example], point: Point, count: int) -> tuple[list[str], list[str]]:
+def make_questions(examples: Sequence[Example], point: Point, count: int) -> tuple[list[str], list[str]]:
     """`count` questions and their contexts: each passage begins at another word of all the file's passages."""
     words = " ".join(dict.fromkeys(example.context for example in examples)).split()
     passages = -(-count // point.questions_per_passage)
@@ -66,7 +65,7 @@ def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[s
     """A row per runner at one value of one axis."""
     point = replace(BASE, threads=arguments.threads)
     point = replace(point, **{axis: value})
-    questions, contexts = questions_of(read_examples(arguments.data), point, arguments.questions)
+    questions, contexts = make_questions(read_examples(arguments.data), point, arguments.questions)
     settings = Settings(
         directory=str(arguments.work),
         questions=questions,
@@ -76,32 +75,25 @@ def measure(arguments: argparse.Namespace, axis: str, value: int) -> list[dict[s
         threads=point.threads,
         batch_size=point.batch_size,
     )
-    rows: list[dict[str, Any]] = []
-    runners: list[tuple[Runner, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            for name in arguments.only:
-                runner = Runner(name, settings, Path(temporary))
-                row: dict[str, Any] = {"name": name, "axis": axis, "value": value, "point": asdict(point)}
-                rows.append(row)
-                if runner.missing is not None:
-                    row["status"] = f"not installed ({runner.missing})"
-                    continue
-                row |= {"status": "measured", "seconds": []}
-                runners.append((runner, row))
-                runner.ask(question=0)  # warms up
-            for _ in range(arguments.rounds):
-                for runner, row in runners:
-                    reply = runner.ask(batch_size=point.batch_size)
-                    row["seconds"].append(reply["seconds"])
-                    row["peak_rss_mib"] = reply["peak_rss_mib"]
-        finally:
-            for runner, _ in runners:
-                runner.close()
-    for _, row in runners:
+    with start_runners(arguments.only, settings) as (rows, runners):
+        for runner in runners.values():
+            runner.ask(question=0)  # warms up
+        asks = {name: partial(_ask, runner, point.batch_size) for name, runner in runners.items()}
+        replies = take_turns(asks, rounds=arguments.rounds)
+    for row in rows:
+        row |= {"axis": axis, "value": value, "point": asdict(point)}
+        if row["name"] not in runners:
+            continue
+        found = replies[row["name"]]
+        row["seconds"] = [reply["seconds"] for reply in found]
+        row["peak_rss_mib"] = found[-1]["peak_rss_mib"]
         row["answers_per_second"] = len(questions) / statistics.median(row["seconds"])
         print(f"{axis} {value}, {row['name']}: {row['answers_per_second']:.2f} answers/s", flush=True)
     return rows
+
+
+def _ask(runner: Runner, batch_size: int, _: int) -> dict[str, Any]:
+    return runner.ask(batch_size=batch_size)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,17 +112,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     prepare_models(arguments)
     values = AXES | {"threads": tuple(value for value in AXES["threads"] if value <= (os.cpu_count() or 1))}
-    result = {
-        "benchmark": "scaling",
-        "questions": arguments.questions,
-        "max_new_tokens": arguments.max_new_tokens,
-        "model": RANDOM if arguments.model is None else arguments.model.name,
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        **describe_machine(),
-        "rows": [row for axis in arguments.axes for value in values[axis] for row in measure(arguments, axis, value)],
-    }
-    publish(result, arguments.output)
+    result = describe_run(
+        "scaling",
+        questions=arguments.questions,
+        max_new_tokens=arguments.max_new_tokens,
+        model=RANDOM if arguments.model is None else arguments.model.name,
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+    )
+    result["rows"] = [
+        row for axis in arguments.axes for value in values[axis] for row in measure(arguments, axis, value)
+    ]
+    publish(result, render(result), arguments.output)
     return 0
 
 

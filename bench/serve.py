@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness import publish
 from bench.machine import describe_machine
-from bench.questions import report
 from bench.serve_load import (
     ServiceProcess,
     busy_seconds,
@@ -275,7 +275,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             if arguments.soak_seconds:
                 note("soak", measure_soak(service, bodies, capacity=capacity, seconds=arguments.soak_seconds))
     table = "\n".join(f"{part}: {json.dumps(figures)}" for part, figures in result.items())
-    report(result, table, arguments.output)
+    publish(result, table, arguments.output)
 
 
 if __name__ == "__main__":

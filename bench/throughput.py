@@ -1,7 +1,7 @@
 """Answers per second, compared with every peer: `python -m bench.throughput --help`.
 
-Every runner is a process of its own with its best batch size. They take turns, all of them once a round, so that what
-the machine does meanwhile hits all alike; a ratio is the median over rounds.
+Every runner is a process of its own with its best batch size. They take turns, all of them once per round, so that
+other load on the machine affects all alike; a ratio is the median over rounds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.machine import describe_machine
+from bench.harness import describe_run, publish, start_runners, take_turns
 from bench.peers import PLANS_ITS_BATCHES
-from bench.report import publish
+from bench.report import render
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from bench.settings import Settings
 from qa_onnx.data.example import Example
@@ -89,39 +90,28 @@ def best_batch_size(name: str, settings: Settings, directory: Path) -> int:
 
 def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
     """Runs all runners in turns; returns a row per runner."""
-    rows: list[dict[str, Any]] = []
-    runners: dict[str, Runner] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        try:
-            for name in names:
-                runner = Runner(name, settings, directory)
-                row: dict[str, Any] = {"name": name, "status": "measured", "load_seconds": runner.load_seconds}
-                rows.append(row)
-                if runner.missing is not None:
-                    row["status"] = f"not installed ({runner.missing})"
-                    continue
-                runners[name] = runner
-                runner.ask(question=0)  # warms up
-                plans = name.startswith(PLANS_ITS_BATCHES)
-                row["batch_size"] = settings.batch_size if plans else best_batch_size(name, settings, directory)
-                row["seconds"] = []
-                print(f"{name}: loaded in {runner.load_seconds:.1f} s, batch size {row['batch_size']}", flush=True)
-            measured = [row for row in rows if row["name"] in runners]
-            for index in range(rounds):
-                for row in measured:
-                    reply = runners[row["name"]].ask(batch_size=row["batch_size"], tokens=index == 0)
-                    row.setdefault("tokens", reply["tokens"])
-                    row["seconds"].append(reply["seconds"])
-                    row["peak_rss_mib"] = reply["peak_rss_mib"]
-                    print(f"round {index + 1}, {row['name']}: {reply['seconds']:.2f} s", flush=True)
-        finally:
-            for runner in runners.values():
-                runner.close()
-    reference = next((row["tokens"] for row in rows if row["name"] == "transformers fp32" and "tokens" in row), None)
+    with start_runners(names, settings) as (rows, runners), tempfile.TemporaryDirectory() as directory:
+        measured = [row for row in rows if row["name"] in runners]
+        for row in measured:
+            name = row["name"]
+            runners[name].ask(question=0)  # warms up
+            plans = name.startswith(PLANS_ITS_BATCHES)
+            row["batch_size"] = settings.batch_size if plans else best_batch_size(name, settings, Path(directory))
+            print(f"{name}: loaded in {row['load_seconds']:.1f} s, batch size {row['batch_size']}", flush=True)
+
+        def ask(row: dict[str, Any], index: int) -> dict[str, Any]:
+            reply = runners[row["name"]].ask(batch_size=row["batch_size"], tokens=index == 0)
+            print(f"round {index + 1}, {row['name']}: {reply['seconds']:.2f} s", flush=True)
+            return reply
+
+        replies = take_turns({row["name"]: partial(ask, row) for row in measured}, rounds=rounds)
+    reference = replies["transformers fp32"][0]["tokens"] if "transformers fp32" in replies else None
     for row in measured:
+        found = replies[row["name"]]
+        row["seconds"] = [reply["seconds"] for reply in found]
+        row["peak_rss_mib"] = found[-1]["peak_rss_mib"]
         row["answers_per_second"] = statistics.median(len(settings.questions) / value for value in row["seconds"])
-        row |= agreement(row.pop("tokens"), reference) if reference is not None else {}
+        row |= agreement(found[0]["tokens"], reference) if reference is not None else {}
     return rows
 
 
@@ -161,19 +151,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         stops=arguments.workload == "natural",
         threads=arguments.threads,
     )
-    result = {
-        "benchmark": "throughput",
-        "workload": arguments.workload,
-        "questions": len(examples),
-        "passages": len({example.context for example in examples}),
-        "max_new_tokens": arguments.max_new_tokens,
-        "model": RANDOM if arguments.model is None else arguments.model.name,
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        **describe_machine(),
-        "rows": measure(settings, arguments.only, rounds=arguments.rounds),
-    }
-    publish(result, arguments.output)
+    result = describe_run(
+        "throughput",
+        workload=arguments.workload,
+        questions=len(examples),
+        passages=len({example.context for example in examples}),
+        max_new_tokens=arguments.max_new_tokens,
+        model=RANDOM if arguments.model is None else arguments.model.name,
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+    )
+    result["rows"] = measure(settings, arguments.only, rounds=arguments.rounds)
+    publish(result, render(result), arguments.output)
     return 0
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from bench.machine import peak_rss_mib, reset_peak
 
@@ -181,62 +182,101 @@ def run_cases(
 
     Args:
         target: Name of what is fuzzed.
-        make_case: Makes it, in the process, of the bundle and a directory for its files.
+        make_case: Makes the function that runs a case, in the process, from the bundle and a directory for its files.
         indexes: Numbers of the cases.
-        bundle: A bundle that is whole.
+        bundle: A complete bundle.
         seed: Of all cases.
-        directory: For files of the processes; is removed, but for the last case's.
+        directory: For files of the processes; only those of the last process are kept.
         time_limit: Seconds for a case.
         memory_limit: Bytes for a case.
     """
-    context = multiprocessing.get_context("spawn")
     remaining = list(indexes)
     while remaining:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        pipe, other = context.Pipe()
-        arguments = (other, target, make_case, bundle, seed, remaining, directory, time_limit, memory_limit)
-        process = context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
-        other.close()
-        index, noted, is_case, is_started = remaining[0], [], False, False
-        started, used = time.monotonic(), 0.0
+        arguments = (target, make_case, bundle, seed, remaining, directory, time_limit, memory_limit)
+        process = _CaseProcess(arguments, time_limit)
         try:
-            while True:
-                limit = time_limit if is_case else START_SECONDS
-                if time.monotonic() > started + PATIENCE * limit or _used_seconds(process.pid) > used + limit:
-                    break
-                if not pipe.poll(limit / 20):
-                    continue
-                told = pipe.recv()
-                if isinstance(told, Outcome):
-                    is_case = False
-                    remaining.remove(index)
-                    yield told
-                elif isinstance(told, int):
-                    index, noted, is_case, is_started = told, [], True, True
-                    started, used = time.monotonic(), _used_seconds(process.pid)
-                else:
-                    noted.append(told)
-            kind, message = "hang", f"no result within {time_limit:g} s"
-        except EOFError:
-            process.join(time_limit)
-            kind, message = "", ""
-            if process.exitcode is None:
-                kind, message = "hang", f"the process does not end within {time_limit:g} s"
-            elif process.exitcode != 0:
-                status = process.exitcode
-                kind, message = "crash", signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            for outcome in process.outcomes():
+                remaining.remove(process.index)
+                yield outcome
+            problem = process.find_problem()
         finally:
             process.kill()
-            process.join()
-        if kind:
-            said = (directory / "stderr.log").read_text(encoding="utf-8", errors="replace")
-            if is_case:
-                remaining.remove(index)
-            elif not is_started:
-                raise RuntimeError(f"{target} does not start: {said[-2000:]}")
-            finding = Finding(
-                target=target, index=index, kind=kind, case="; ".join(noted), message=message, details=said[-5000:]
-            )
-            yield Outcome(result=kind, seconds=time_limit, peak_bytes=0, finding=finding)
+        if problem is None:
+            continue
+        said = (directory / "stderr.log").read_text(encoding="utf-8", errors="replace")
+        if process.is_in_case:
+            remaining.remove(process.index)
+        elif not process.has_started:
+            raise RuntimeError(f"{target} does not start: {said[-2000:]}")
+        kind, message = problem
+        case = "; ".join(process.noted)
+        finding = Finding(
+            target=target, index=process.index, kind=kind, case=case, message=message, details=said[-5000:]
+        )
+        yield Outcome(result=kind, seconds=time_limit, peak_bytes=0, finding=finding)
+
+
+class _CaseProcess:
+    """A process that runs cases (`_work`).
+
+    Attributes:
+        index: Number of the case that runs, or has run last.
+        noted: What the case said about itself.
+        is_in_case: Whether a case is running.
+        has_started: Whether the process began its first case.
+    """
+
+    def __init__(self, arguments: tuple[Any, ...], time_limit: float) -> None:
+        """Starts the process; `arguments` are those of `_work` after the pipe."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_work, args=(other, *arguments), daemon=True)
+        self._process.start()
+        other.close()
+        self._time_limit = time_limit
+        self._has_timed_out = False
+        self._started, self._used = time.monotonic(), 0.0
+        self.index, self.is_in_case, self.has_started = -1, False, False
+        self.noted: list[str] = []
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """The outcomes of the cases until the process ends or exceeds its time."""
+        while True:
+            limit = self._time_limit if self.is_in_case else START_SECONDS
+            used = _used_seconds(self._process.pid) - self._used
+            if time.monotonic() > self._started + PATIENCE * limit or used > limit:
+                self._has_timed_out = True
+                return
+            if not self._pipe.poll(limit / 20):
+                continue
+            try:
+                told = self._pipe.recv()
+            except EOFError:
+                return
+            if isinstance(told, Outcome):
+                self.is_in_case = False
+                yield told
+            elif isinstance(told, int):
+                self.index, self.noted, self.is_in_case, self.has_started = told, [], True, True
+                self._started, self._used = time.monotonic(), _used_seconds(self._process.pid)
+            else:
+                self.noted.append(told)
+
+    def find_problem(self) -> tuple[str, str] | None:
+        """The kind and the message of what ended the process; None where it ended by itself."""
+        if self._has_timed_out:
+            return "hang", f"no result within {self._time_limit:g} s"
+        self._process.join(self._time_limit)
+        status = self._process.exitcode
+        if status is None:
+            return "hang", f"the process does not end within {self._time_limit:g} s"
+        if status != 0:
+            return "crash", signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return None
+
+    def kill(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()

@@ -14,9 +14,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from bench.fuzz.bundles import OUTSIDE_NAME, WEIGHTS_NAME, MutableBundle, mutate_bundle
+from bench.fuzz.bundles import mutate_bundle
 from bench.fuzz.data_files import WRITERS, WRITTEN_OUT
 from bench.fuzz.inputs import CONTEXT, QUESTIONS, WAYS, make_odd_input, make_options, make_text
+from bench.fuzz.mutable_bundle import OUTSIDE_NAME, WEIGHTS_NAME, MutableBundle
 from bench.fuzz.mutations import mutate_bytes
 from bench.fuzz.runner import Case, WrongResultError
 from bench.machine import reset_peak

@@ -12,9 +12,10 @@ import pytest
 
 from bench.fuzz import __main__ as command
 from bench.fuzz import targets
-from bench.fuzz.bundles import MutableBundle, mutate_bundle
+from bench.fuzz.bundles import mutate_bundle
 from bench.fuzz.data_files import WRITERS
 from bench.fuzz.inputs import make_options, make_text
+from bench.fuzz.mutable_bundle import MutableBundle
 from bench.fuzz.mutations import dump_json, mutate_bytes, mutate_json
 from bench.fuzz.runner import Finding, WrongResultError, run_cases
 from qa_onnx import Answer, Answerer, QAOnnxError, cli
