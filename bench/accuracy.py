@@ -1,4 +1,4 @@
-"""The same questions to PyTorch and to the bundle, answer by answer: `python -m bench.accuracy --help`."""
+"""Answers of PyTorch and of the bundle to the same questions, one by one: `python -m bench.accuracy --help`."""
 
 from __future__ import annotations
 
@@ -84,19 +84,7 @@ def compare(
     )
     torch_seconds = time.perf_counter() - started
 
-    config = EngineConfig(threads=threads, batch_size=batch_size)
-    with Answerer.from_pretrained(bundle, provider="cpu", config=config) as answerer:
-        precision = answerer.manifest.precision
-        started = time.perf_counter()
-        answers = answerer.answer_batch(
-            [example.question for example in examples],
-            [example.context for example in examples],
-            max_new_tokens=max_new_tokens,
-            progress=True,
-        )
-        seconds = time.perf_counter() - started
-    got = {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}
-
+    got, seconds = _answer(bundle, examples, threads=threads, batch_size=batch_size, max_new_tokens=max_new_tokens)
     differing = [
         {
             "id": example.id,
@@ -112,7 +100,7 @@ def compare(
         "questions": len(examples),
         "texts_differing_from_torch": len(differing),
         "of_these_ties": sum(row["torch_smallest_margin"] <= TIE_MARGIN for row in differing),
-        "precision": precision,
+        "precision": manifest.precision,
         **{
             name: {**evaluate(examples, texts).to_dict(), "answers_per_second": len(examples) / elapsed}
             for name, (texts, elapsed) in sides.items()
@@ -128,6 +116,23 @@ def compare(
             **{name: version(name) for name in PACKAGES},
         },
     }
+
+
+def _answer(
+    bundle: Path, examples: Sequence[Example], *, threads: int, batch_size: int, max_new_tokens: int
+) -> tuple[dict[str, str], float]:
+    """The bundle's answers by id, and the seconds that they took."""
+    config = EngineConfig(threads=threads, batch_size=batch_size)
+    with Answerer.from_pretrained(bundle, provider="cpu", config=config) as answerer:
+        started = time.perf_counter()
+        answers = answerer.answer_batch(
+            [example.question for example in examples],
+            [example.context for example in examples],
+            max_new_tokens=max_new_tokens,
+            progress=True,
+        )
+        seconds = time.perf_counter() - started
+    return {example.id: answer.text for example, answer in zip(examples, answers, strict=True)}, seconds
 
 
 def table(result: dict[str, Any]) -> str:

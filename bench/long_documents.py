@@ -76,50 +76,56 @@ def measure(
         For each size exact match and F1, of the oracle, too, seconds, windows, and peak memory in MiB.
     """
     opened = Bundle.open(bundle)
-    manifest, tokenizer = opened.manifest, opened.load_tokenizer()
-    settings = manifest.window_settings.with_given(window=config.window, stride=config.stride)
-    questions = [example.question for example in examples]
-    rows = []
+    settings = opened.manifest.window_settings.with_given(window=config.window, stride=config.stride)
     with Answerer.from_pretrained(bundle, provider="cpu", config=EngineConfig(threads=threads)) as answerer:
+        rows = []
         for count in others:
             documents = make_documents(examples, count, seed=seed)
-            reset_peak()
-            started = time.perf_counter()
-            answers = answerer.answer_batch(questions, [text for text, _ in documents], config=config, progress=True)
-            seconds = time.perf_counter() - started
-            peak = peak_rss_mib()
             windows = encode_windows(
-                tokenizer,
-                questions,
+                opened.load_tokenizer(),
+                [example.question for example in examples],
                 [text for text, _ in documents],
-                max_positions=manifest.max_positions,
+                max_positions=opened.manifest.max_positions,
                 max_new_tokens=config.max_new_tokens,
                 settings=settings,
             )
-            parts = [
-                _find_window(example, start, found)
-                for example, (_, start), found in zip(examples, documents, windows, strict=True)
-            ]
-            oracle = answerer.answer_batch(questions, parts, config=config, progress=True)
-            rows.append(
-                {
-                    "others": count,
-                    **_scores(examples, [answer.text for answer in answers]),
-                    "oracle": _scores(examples, [answer.text for answer in oracle]),
-                    "no_answer": sum(answer.finish_reason == "no_answer" for answer in answers),
-                    "windows": sum(answer.windows for answer in answers) / len(answers),
-                    "characters": sum(len(text) for text, _ in documents) / len(documents),
-                    "seconds": seconds,
-                    "peak_mib": peak,
-                }
-            )
+            rows.append({"others": count, **_measure_documents(answerer, examples, documents, windows, config)})
     return {
         "questions": len(examples),
-        "precision": manifest.precision,
+        "precision": opened.manifest.precision,
         "windows": asdict(settings),
         "config": asdict(config),
         "rows": rows,
         **describe_machine(),
+    }
+
+
+def _measure_documents(
+    answerer: Answerer,
+    examples: Sequence[Example],
+    documents: Sequence[tuple[str, int]],
+    windows: Sequence[Sequence[Window]],
+    config: GenerationConfig,
+) -> dict[str, Any]:
+    """Asks every question about its document, and about the window of it that holds the answer."""
+    questions = [example.question for example in examples]
+    reset_peak()
+    started = time.perf_counter()
+    answers = answerer.answer_batch(questions, [text for text, _ in documents], config=config, progress=True)
+    seconds, peak = time.perf_counter() - started, peak_rss_mib()
+    parts = [
+        _find_window(example, start, found)
+        for example, (_, start), found in zip(examples, documents, windows, strict=True)
+    ]
+    oracle = answerer.answer_batch(questions, parts, config=config, progress=True)
+    return {
+        **_scores(examples, [answer.text for answer in answers]),
+        "oracle": _scores(examples, [answer.text for answer in oracle]),
+        "no_answer": sum(answer.finish_reason == "no_answer" for answer in answers),
+        "windows": sum(answer.windows for answer in answers) / len(answers),
+        "characters": sum(len(text) for text, _ in documents) / len(documents),
+        "seconds": seconds,
+        "peak_mib": peak,
     }
 
 

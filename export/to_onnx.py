@@ -102,10 +102,7 @@ def export(
     if not output.name:
         raise InvalidInputError(f"got --output {output}; expected a directory to create")
     optimum_output = output.with_name(output.name + "-optimum")
-    markers = {optimum_output: MODEL_NAME} if keep_optimum else {}
-    markers[output] = MANIFEST_NAME
-    for path, marker in markers.items():
-        check_replaceable(path, force=force, marker=marker)
+    _check_targets(output, optimum_output if keep_optimum else None, force=force)
     source = load_source(model_name, verify, columns)
     with stage(output, optimum_output, weight_bytes=source.weight_bytes) as (bundle, plain):
         bundle.mkdir()
@@ -124,11 +121,10 @@ def export(
         measured = {"precision": precision, "parity": parity, "precision_loss": loss, "package_versions": versions}
         manifest = write_manifest(bundle, source.manifest_values() | measured)
         manifest = _check_and_calibrate(source, bundle, manifest, engine, checks)
-        for path, marker in markers.items():
-            check_replaceable(path, force=force, marker=marker)  # again: something may be there by now
-            directory = bundle if path == output else plain
+        _check_targets(output, optimum_output if keep_optimum else None, force=force)  # again: they may exist by now
+        for directory, target in [(plain, optimum_output)] * keep_optimum + [(bundle, output)]:
             set_default_modes(directory)
-            put_in_place(directory, path, replace=force)
+            put_in_place(directory, target, replace=force)
     return manifest
 
 
@@ -139,6 +135,12 @@ def _check_options(precision: str, max_f1_drop: float) -> None:
         raise InvalidInputError(f"got max_f1_drop {max_f1_drop}; expected points of F1, at least 0")
     if precision == "bf16":
         choose_kernels("auto", provider="cpu", precision=precision)  # an error now, not after minutes
+
+
+def _check_targets(output: Path, optimum_output: Path | None, *, force: bool) -> None:
+    if optimum_output is not None:
+        check_replaceable(optimum_output, force=force, marker=MODEL_NAME)
+    check_replaceable(output, force=force, marker=MANIFEST_NAME)
 
 
 def _package_versions() -> dict[str, str]:

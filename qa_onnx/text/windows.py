@@ -119,28 +119,19 @@ def encode_windows(
     prompts = encode_prompts(tokenizer, questions, contexts)
     room = min(max_new_tokens, max_positions // 4)
     (label,) = encode(tokenizer, [QUESTION_LABEL])
-    cut: dict[tuple[str, int], tuple[list[tuple[int, str]], list[set[str]]]] = {}
+    parts_of: dict[tuple[str, int], tuple[list[tuple[int, str]], list[set[str]]]] = {}
     windows: list[list[Window]] = []
     for index, (question, context, prompt) in enumerate(zip(questions, contexts, prompts, strict=True)):
         size = len(prompt.prefix_ids) - len(label.ids)
         if len(prompt) + room <= max_positions and (settings.window is None or size <= settings.window):
             windows.append([Window(start=0, text=context, prompt=prompt)])
             continue
-        needed = len(label.ids) + len(prompt.suffix_ids) + room
-        budget = max_positions - -(-needed // RESERVE_STEP) * RESERVE_STEP
-        if budget < max_positions // 2:
-            budget = max_positions - needed
-        if budget < MIN_WINDOW_TOKENS:
-            raise PromptTooLongError(
-                f"question {index} has {len(prompt.suffix_ids)} tokens; with an answer of {room} it leaves "
-                f"{max(budget, 0)} of the model's {max_positions} positions to the context, and a window has at least "
-                f"{MIN_WINDOW_TOKENS}. Shorten the question, or lower max_new_tokens"
-            )
+        budget = _window_budget(index, prompt, label_tokens=len(label.ids), room=room, max_positions=max_positions)
         budget = min(budget, settings.window or budget)
-        if (context, budget) not in cut:
+        if (context, budget) not in parts_of:
             parts = _cut(tokenizer, context, budget, min(settings.stride, budget // 2))
-            cut[context, budget] = parts, [_words(text) for _, text in parts]
-        parts, words = cut[context, budget]
+            parts_of[context, budget] = parts, [_words(text) for _, text in parts]
+        parts, words = parts_of[context, budget]
         encoded = encode_prompts(tokenizer, [question] * len(parts), [text for _, text in parts])
         priors = _log_priors(_words(question), words)
         windows.append(
@@ -150,6 +141,32 @@ def encode_windows(
             ]
         )
     return windows
+
+
+def _window_budget(index: int, prompt: Prompt, *, label_tokens: int, room: int, max_positions: int) -> int:
+    """Maximum number of tokens of a window, with question and answer behind it.
+
+    Args:
+        index: Of the question, for the error.
+        prompt: Question and whole context.
+        label_tokens: Tokens of the label between the two.
+        room: Tokens of the answer.
+        max_positions: How many tokens all of it may have.
+
+    Raises:
+        PromptTooLongError: The question leaves no room for a window of `MIN_WINDOW_TOKENS` tokens.
+    """
+    needed = label_tokens + len(prompt.suffix_ids) + room
+    budget = max_positions - -(-needed // RESERVE_STEP) * RESERVE_STEP
+    if budget < max_positions // 2:
+        budget = max_positions - needed
+    if budget < MIN_WINDOW_TOKENS:
+        raise PromptTooLongError(
+            f"question {index} has {len(prompt.suffix_ids)} tokens; with an answer of {room} it leaves "
+            f"{max(budget, 0)} of the model's {max_positions} positions to the context, and a window has at least "
+            f"{MIN_WINDOW_TOKENS}. Shorten the question, or lower max_new_tokens"
+        )
+    return budget
 
 
 def estimate_windows(
