@@ -25,4 +25,6 @@ def needs_kernels(precision="fp32"):
 
 if __name__ == "__main__":
     kernels.LIBRARY = Path(sys.argv[1]).resolve()
-    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/unit/test_kernels.py"]))
+    sys.exit(
+        pytest.main(["-q", "-p", "no:cacheprovider", "tests/unit/test_kernels.py", "tests/unit/test_kernel_choice.py"])
+    )
