@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test check browser test-oldest test-sanitizers test-distributed bench-peers lint licenses format clean
+.PHONY: demo test check browser test-oldest test-sanitizers test-distributed coverage bench-peers lint licenses format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
@@ -24,6 +24,10 @@ test: $(INSTALLED)  ## every test that this machine can run; skipped ones say wh
 
 check: lint  ## what to run before each commit: lint, types and unit tests, in less than a minute on two cores
 	$(RUN) -m pytest tests/unit -q -r fE --durations=3 $(PARALLEL)
+
+coverage: $(INSTALLED)  ## the lines of the runtime that the unit tests do not run
+	$(RUN) -m coverage run --source qa_onnx -m pytest -q tests/unit
+	$(RUN) -m coverage report --skip-covered --show-missing --sort cover
 
 browser:  ## Chromium of the system's packages (Debian, as root), in which `make test` tests the page
 	@command -v chromium > /dev/null \

@@ -16,7 +16,7 @@ from qa_onnx.errors import ProviderError, one_line
 
 DOMAIN = "qa_onnx"
 LIBRARY = Path(__file__).with_name("libqa_onnx_kernels.so")
-_log = logging.getLogger("qa_onnx")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
