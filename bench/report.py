@@ -219,7 +219,7 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
         left.plot(samples, [place] * len(samples), "k.", markersize=3)
         label = f"{row['answers_per_second']:.1f}"
         left.annotate(label, (max(samples), place), xytext=(6, 0), textcoords="offset points", va="center")
-    left.set_xlabel("answers a second")
+    left.set_xlabel("answers per second")
     left.set_title(
         f"{result['workload']}: {result['questions']} questions on {result['passages']} passages", loc="left"
     )
@@ -235,7 +235,7 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
                 label=row["name"],
             )
     figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    right.set(xlabel="answers a second", ylabel="tokens equal to PyTorch fp32, %")
+    right.set(xlabel="answers per second", ylabel="tokens equal to PyTorch fp32, %")
     right.set(xlim=(0, None), ylim=(None, 101))
 
 
@@ -251,7 +251,7 @@ def _waits(result: dict[str, Any], figure: Figure) -> None:
 
 
 def _lines(result: dict[str, Any], figure: Figure) -> None:
-    """Answers a second along each axis."""
+    """Answers per second along each axis."""
     rows = [row for row in result["rows"] if row["status"] == "measured"]
     panels = list(figure.subplots(2, 2).flat)
     for axes, axis in zip(panels, dict.fromkeys(row["axis"] for row in rows), strict=False):
@@ -263,7 +263,7 @@ def _lines(result: dict[str, Any], figure: Figure) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(values := sorted({row["value"] for row in rows if row["axis"] == axis}), map(str, values))
         axes.set(xlabel=axis.replace("_", " "), ylim=(0, None))
-    panels[0].set_ylabel("answers a second")
+    panels[0].set_ylabel("answers per second")
     panels[1].legend(fontsize=7)
 
 

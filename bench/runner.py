@@ -15,7 +15,7 @@ from bench.peers import RUNNERS
 from bench.settings import Settings
 
 SETTLE_SECONDS = 0.5
-"""Pause before a measurement, in which the threads of the runner before stop spinning."""
+"""Pause before a measurement, in which the threads of the previous runner stop spinning."""
 PEERS = [name for name in RUNNERS if not name.endswith("extractive")]
 PEERS_DIRECTORY = ROOT / "runs" / "peers"
 PEER_ENVIRONMENTS = {"OpenVINO": "openvino", "vLLM": "vllm", "llama.cpp": "llama-cpp"}
@@ -31,7 +31,7 @@ def peer_python(name: str) -> Path:
 
 
 class Runner:
-    """A process that serves `bench.peers`' requests."""
+    """A process that answers requests (`bench.peers`)."""
 
     def __init__(self, name: str, settings: Settings, directory: Path) -> None:
         """Starts the process and waits until it has loaded; `missing` says what is not installed, if anything."""
@@ -81,13 +81,13 @@ class Runner:
         line = self._process.stdout.readline()
         if not line:
             status, errors = self._process.wait(), self._errors.read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{self.name} ended with status {status}: {errors[-1] if errors else 'it says nothing'}")
+            raise RuntimeError(f"{self.name} ended with status {status}: {errors[-1] if errors else 'no message'}")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, takes_bundles: bool = False) -> None:
-    """Adds what every benchmark is told: data, model, runners, threads, and where the result goes.
+    """Adds the options of every benchmark: data, model, runners, threads, and the file for the result.
 
     Args:
         parser: Of the benchmark.

@@ -100,7 +100,7 @@ def _equal(found: Sequence[tuple[str, float]], expected: Sequence[Answer]) -> in
 def measure_throughput(
     service: ServiceProcess, answerer: Answerer, pairs: Pairs, script: Path, *, rounds: int, seconds: int
 ) -> dict[str, Any]:
-    """Answers a second of wrk against the service and of `submit` in process, in turns; the first round warms up."""
+    """Answers per second of wrk against the service and of `submit` in process, in turns; the first round warms up."""
     http, inside, others = [], [], []
     for _ in range(rounds + 1):
         time.sleep(0.5)

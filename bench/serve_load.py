@@ -32,7 +32,7 @@ from qa_onnx.serve.service import Service
 
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
-"""Clock ticks a second, in which /proc counts CPU time."""
+"""Clock ticks per second, the unit of CPU time in /proc."""
 WRK_SCRIPT = """
 local bodies, index = {{}}, 0
 for line in io.lines("{path}") do bodies[#bodies + 1] = line end
@@ -124,7 +124,7 @@ def run_wrk(url: str, script: Path, *, connections: int, seconds: int) -> dict[s
     """Loads /v1/answer with wrk (https://github.com/wg/wrk).
 
     Returns:
-        Requests that were answered, their number a second, and how many were no 200 or failed.
+        Requests that were answered, their number per second, and how many were no 200 or failed.
 
     Raises:
         InvalidInputError: wrk is not installed.
@@ -149,7 +149,7 @@ def run_in_process(
     """Answers questions with `submit`, `at_once` of them at a time, from one thread.
 
     Returns:
-        Answers, answers a second, and the CPU seconds of the thread that submits, per answer.
+        Answers, answers per second, and the CPU seconds of the thread that submits, per answer.
     """
     room, done, figures = Semaphore(at_once), [0], {}
 

@@ -1,4 +1,4 @@
-"""What a runner of a benchmark is told, and what it gives."""
+"""The settings of a benchmark's runner, and what it returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tokens = list[list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a runner is told.
+    """The settings of a runner.
 
     Attributes:
         directory: Made by `bench.models.prepare`.

@@ -101,7 +101,7 @@ class Answerer:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The bundle's manifest."""
         return self._manifest
 
     @property
@@ -265,7 +265,7 @@ class Answerer:
     ) -> Answer:
         """As `submit`, for asyncio. A task that is cancelled frees what its request takes.
 
-        A long context is tokenized in another thread, so that the event loop goes on.
+        A long context is tokenized in another thread, so that the event loop is not blocked.
         """
         submit = partial(self.submit, question, context, config=config, max_new_tokens=max_new_tokens)
         if not isinstance(context, str) or len(context) < INLINE_CHARACTERS:

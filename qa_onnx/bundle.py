@@ -1,6 +1,6 @@
 """The bundle: one directory that `export.to_onnx` writes and `Answerer` loads, described by its manifest.
 
-The manifest, `qa_onnx.json`, names every other file with its size and SHA-256. Nothing is loaded before all of them
+The manifest, `qa_onnx.json`, lists every other file with its size and SHA-256. Nothing is loaded before all of them
 were checked, nothing in a bundle is code, and no file is read that the manifest does not list. Manifest, configuration,
 tokenizer and graphs must agree. A file may be a link, as in the cache of the Hugging Face hub or in a volume of
 Kubernetes: its SHA-256 decides.
@@ -40,7 +40,7 @@ from qa_onnx.text.prompt import MAX_TOKENIZER_BYTES, load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle whose files were all found and checked."""
+    """A bundle whose files are complete and checked."""
 
     directory: Path
     manifest: Manifest
@@ -167,7 +167,7 @@ class Bundle:
             raise BundleError(f"{self.directory} contradicts itself: {list_problems(problems)}. Export the model again")
 
     def keep(self, found: dict[str, dict[str, Any]]) -> Bundle:
-        """Keeps what a calibration found in the manifest on disk; returns the bundle as it is then.
+        """Writes the result of a calibration into the manifest on disk; returns the changed bundle.
 
         Args:
             found: Some of the manifest's fields `windows`, `no_answer` and `scores`.
@@ -184,7 +184,7 @@ class Bundle:
 
 
 def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[str]:
-    """How a decoder's file contradicts the manifest."""
+    """Differences between a decoder's file and the manifest."""
     width = manifest.heads * manifest.head_size
     shapes: dict[str, tuple[int, ...]] = {"wpe.weight": (manifest.max_positions, width)}
     if graph == MODEL_NAME:
@@ -210,7 +210,7 @@ def _graph_problems(decoder: GraphFile, graph: str, manifest: Manifest) -> list[
 
 
 def _file_problems(directory: Path, name: str, manifest: Manifest) -> list[str]:
-    """Checks one file: inside the directory, there, of its size, with its checksum."""
+    """Checks one file: its name, that it exists, its size and its checksum."""
     path = directory / name
     listed = manifest.files[name]
     shown = short_repr(name, quote=False)
@@ -231,7 +231,7 @@ def _file_problems(directory: Path, name: str, manifest: Manifest) -> list[str]:
 
 
 def _differences(what: str, got: Signature, expected: Signature) -> list[str]:
-    """How a signature differs from the one that the manifest implies."""
+    """Differences between a signature and the one that the manifest implies."""
     problems = [f"{what} {short_repr(name)} is not expected" for name in got if name not in expected]
     for name, kind in expected.items():
         if name not in got:

@@ -1,4 +1,4 @@
-"""The errors that callers can tell apart. Every message says what was given, what was expected and how to mend it."""
+"""The errors that callers can tell apart. Every message says what was given, what was expected, and how to fix it."""
 
 
 class QAOnnxError(Exception):

@@ -18,11 +18,11 @@ from pathlib import Path
 from qa_onnx.errors import InvalidInputError
 
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2
-"""Of Linux's renameat2(2)."""
+"""Constants of Linux's renameat2(2)."""
 MAX_TEXT_BYTES = 2**30
-"""Of a file that is read whole."""
+"""Maximum size of a file that is read into memory."""
 PIPE_SECONDS = 10.0
-"""How long a pipe that is to be written may have no reader."""
+"""Maximum time that a pipe may have no reader before it is an error to write to it."""
 REPLACED_SUFFIX = "-replaced"
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
@@ -31,7 +31,7 @@ def read_text(path: str | Path, *, expected: str) -> str:
     """Reads a text file in UTF-8, without its byte order mark; line ends stay as they are.
 
     Args:
-        path: Which.
+        path: The file.
         expected: What the file should be, for the message of an error, such as "a JSON file".
 
     Raises:
@@ -113,8 +113,8 @@ def _check_output(option: str, path: Path, others: Sequence[tuple[str, Path]]) -
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all.
 
-    A link stays a link, and the file that it leads to is written. An existing file keeps its mode. A device or a pipe
-    is written to; nobody has to read the pipe yet, but `PIPE_SECONDS` later. Text is written in UTF-8.
+    A link stays a link, and its target is written. An existing file keeps its mode. A device or a pipe is written to;
+    a pipe may have no reader yet for `PIPE_SECONDS`. Text is written in UTF-8.
 
     Raises:
         InvalidInputError: The file cannot be written; what was there is unchanged.
@@ -248,8 +248,8 @@ def put_in_place(directory: Path, target: Path, *, replace: bool) -> None:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             raise InvalidInputError(
-                f"{target} was made by somebody else meanwhile; it is unchanged. Choose another --output, or replace "
-                "it with --force"
+                f"{target} was created meanwhile by another program; it is unchanged. Choose another --output, or "
+                "replace it with --force"
             ) from error
     _sync(target.parent)
 

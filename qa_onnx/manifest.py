@@ -24,7 +24,7 @@ MODEL_NAME = "model.onnx"
 KERNEL_MODEL_NAME = "model.kernels.onnx"
 """The decoder of this package's own operators (`qa_onnx.kernels`), for the CPU."""
 DATA_NAME = "model.onnx_data"
-"""The weights of both."""
+"""The weights of both graphs."""
 CACHE_COPY_NAME = "cache_copy.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
@@ -35,10 +35,10 @@ GRAPHS = {
     "int8": (MODEL_NAME, KERNEL_MODEL_NAME),
     "fp16": (MODEL_NAME,),
 }
-"""The decoder's graphs in each precision: ONNX Runtime multiplies in bfloat16 on no x86 processor."""
+"""The decoder's graphs in each precision. ONNX Runtime itself has no bfloat16 matmul on x86 processors."""
 PRECISIONS = tuple(GRAPHS)
 MAX_JSON_BYTES = 2**20
-"""Of the manifest, and of the model's configuration."""
+"""Maximum size of the manifest, and of the model's configuration."""
 MAX_COUNTS = {"max_positions": 2**20, "layers": 1000, "heads": 2**12, "head_size": 2**16, "vocab_size": 2**24}
 """Upper limits of a model's dimensions."""
 SHOWN_PROBLEMS = 10
@@ -47,24 +47,24 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle says of itself.
+    """The description of a bundle.
 
     Attributes:
         format_version: `FORMAT_VERSION` of the code that wrote it.
         precision: One of `PRECISIONS`.
         prompt_template: The prompt that the model was trained on.
         eos_token_id: The token that ends an answer.
-        max_positions: How many tokens prompt and answer may have together.
+        max_positions: Maximum number of tokens of prompt and answer together.
         layers: Number of decoder layers.
-        heads: Attention heads a layer.
+        heads: Attention heads per layer.
         head_size: Size of one head's keys and values.
         vocab_size: Width of the logits.
-        source_model: The model that was exported, as the export was told it.
-        package_versions: Versions of the packages that made the bundle.
+        source_model: The exported model, as `--model` of the export named it.
+        package_versions: Versions of the packages that the export used.
         parity: The report of the export's parity gate, which compares the fp32 graph with PyTorch.
-        precision_loss: Where the precision is not fp32, what the export measured beside fp32; else empty.
-        windows: `window` and `stride`, how long contexts are read (`WindowSettings`), and how they were chosen.
-        no_answer: What calibration found (`qa_onnx.calibration`), `threshold` among it; empty before.
+        precision_loss: What the precision loses compared with fp32, as the export measured it; empty for fp32.
+        windows: `window` and `stride`, with which long contexts are read (`WindowSettings`), and how they were chosen.
+        no_answer: The result of calibration (`qa_onnx.calibration`), with `threshold`; empty before.
         scores: `slope` and `intercept` of `ScoreCalibration`, and how they were found; empty before.
         files: For each file, `bytes` and `sha256`.
     """
@@ -89,7 +89,7 @@ class Manifest:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        """What keys and values of this model look like."""
+        """Number, shape and dtype of the model's keys and values."""
         dtype = "float16" if self.precision == "fp16" else "float32"
         return CacheLayout(layers=self.layers, heads=self.heads, head_size=self.head_size, dtype=dtype)
 
@@ -100,18 +100,18 @@ class Manifest:
 
     @property
     def no_answer_threshold(self) -> float | None:
-        """The probability of no answer above which there is none; None where the bundle was not calibrated."""
+        """An answer is given up to this probability of no answer; None for a bundle that was not calibrated."""
         threshold: float | None = self.no_answer.get("threshold")
         return threshold
 
     @property
     def window_settings(self) -> WindowSettings:
-        """How long contexts are read, where a call does not say it."""
+        """How long contexts are read, unless a call gives its own settings."""
         return WindowSettings(window=self.windows.get("window"), stride=self.windows.get("stride", DEFAULT_STRIDE))
 
     @property
     def calibration(self) -> ScoreCalibration:
-        """What makes scores of the model's probabilities."""
+        """Turns the model's probabilities into scores."""
         return ScoreCalibration(slope=self.scores.get("slope", 1.0), intercept=self.scores.get("intercept", 0.0))
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@ r"""The prompt: the only place that knows how a passage, a question and an answe
 
 A prompt is `Context: {context}\nQuestion: {question}\nAnswer:`, and training adds ` {answer}<|endoftext|>`. The
 passage comes first, so that all questions on a passage share their first tokens, up to the question's first word. What
-they share is tokenised apart for the same reason: a passage has the same tokens whatever is asked about it.
+they share is tokenized separately for the same reason: a passage has the same tokens with any question.
 """
 
 from __future__ import annotations
