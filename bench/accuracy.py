@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,11 @@ import transformers
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from bench.harness import publish
-from bench.machine import processor
+from bench.machine import describe_machine
 from qa_onnx import Answerer, EngineConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.cli import add_data_options, positive, read_data, run_command
 from qa_onnx.data.example import Example
-from qa_onnx.engine.provider import import_onnxruntime
 from qa_onnx.evaluation.metrics import evaluate
 from qa_onnx.files import check_outputs
 from qa_onnx.text.prompt import encode_prompts
@@ -31,7 +28,6 @@ from training.model import load_model
 EXIT_DIFFERENT = 1
 TIE_MARGIN = 1e-4
 """Where PyTorch's two best logits are closer than this, either token is a right answer of the same arithmetic."""
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 @torch.inference_mode()
@@ -109,12 +105,7 @@ def compare(
         "threads": threads,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "machine": f"{platform.machine()}, {processor()}",
-        "versions": {
-            "python": platform.python_version(),
-            "onnxruntime": import_onnxruntime().__version__,
-            **{name: version(name) for name in PACKAGES},
-        },
+        **describe_machine(),
     }
 
 

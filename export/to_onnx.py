@@ -115,8 +115,7 @@ def export(
         engine, parity = _verify(graphs, reference_directory, checks)
         loss: dict[str, Any] = {}
         if precision != "fp32":
-            reference = engine
-            engine, loss = _write_precision(graphs, precision, bundle, reference=reference, checks=checks)
+            engine, loss = _write_precision(graphs, precision, bundle, reference=engine, checks=checks)
             _check_loss(loss, precision, max_f1_drop, source)
         measured = {"precision": precision, "parity": parity, "precision_loss": loss, "package_versions": versions}
         manifest = write_manifest(bundle, source.manifest_values() | measured)
