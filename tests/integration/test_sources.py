@@ -477,6 +477,6 @@ def test_lengths_are_counted_in_classes():
     assert by_length([], 64) == {}
 
 
-def test_the_readme_names_every_kind_of_source():
-    text = (ROOT / "README.md").read_text()
-    assert all(word in text for word in ("JSONL", "CSV", "--columns", "--weights", "--skip-bad-rows"))
+def test_the_guide_names_every_kind_of_source():
+    text = (ROOT / "docs" / "guides" / "training.md").read_text()
+    assert all(word in text for word in ("JSON lines", "CSV", "--columns", "--weights", "--skip-bad-rows"))
