@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test check browser test-oldest test-sanitizers test-distributed coverage bench-peers lint licenses format clean
+.PHONY: demo test check browser test-oldest test-sanitizers test-distributed coverage bench-peers docs lint licenses format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
@@ -82,6 +82,9 @@ lint: $(INSTALLED)
 licenses: $(INSTALLED)  ## the packages of .venv with version and license
 	$(RUN) -m piplicenses --order=license --format=markdown --with-urls
 
+docs: $(INSTALLED)  ## the documentation site, in runs/site; a broken link or a page outside of the navigation is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
@@ -93,7 +96,7 @@ NATIVE = setup.py $(wildcard qa_onnx/kernels/native/*)
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'qa_onnx needs Python 3.11 or later')"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[cpu,train,export,bench,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt $(EDITABLE) ".[cpu,train,export,bench,dev,docs]"
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt $(NATIVE)
