@@ -134,7 +134,7 @@ def fuzz_inputs(bundle: Path, directory: Path) -> Case:
         if len(answers) != len(contexts):
             raise WrongResultError(f"{len(answers)} answers to {len(contexts)} questions")
         is_repeatable = not config.samples or config.seed is not None
-        # With a question above 200 tokens, scores may differ in their last digits (README, "Errors and limits").
+        # With a question above 200 tokens, scores may differ in their last digits (docs/reference/errors.md).
         are_short = all(len(question.encode()) < 200 for question in questions)
         for answer, same, context in zip(answers, alone, contexts, strict=True):
             check_answer(answer, context, extractive=config.extractive)
