@@ -203,3 +203,11 @@ def answer(capsys, *arguments):
     status = cli.main(["answer", "--model", "bundle", *arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_a_command_that_writes_to_a_closed_pipe_exits_with_0(capsys):
+    def write():
+        raise BrokenPipeError
+
+    assert cli.run_command(write) == 0
+    assert capsys.readouterr() == ("", "")

@@ -189,3 +189,12 @@ def test_questions_are_given_in_one_way(files, loaded, capsys, given):
     with pytest.raises(SystemExit) as caught:
         answer(capsys, *given, "--context", "Rollo.")
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--questions", "-", "--context", "Rollo."], ["--question", "a", "--context", "-"]]
+)
+def test_standard_input_that_is_not_utf8_is_one_line(files, loaded, capsys, monkeypatch, arguments):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Who? é".encode("latin-1"))))
+    status, out, err = answer(capsys, *arguments)
+    assert (status, out, err) == (2, "", "error: standard input: byte 5 is not UTF-8; expected UTF-8\n")
