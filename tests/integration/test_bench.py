@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from bench import (
+    harness,
     latency,
     report,
     runner,
@@ -184,6 +185,35 @@ def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
     }
     assert "| CTranslate2 int8 | not installed" in report.table(result)
     assert report.ratio(result, "qa_onnx int8", "CTranslate2 int8") is None
+
+
+def test_runners_take_turns_and_one_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
+    asked, closed = [], []
+
+    class FakeRunner:
+        def __init__(self, name, settings, directory):
+            self.name, self.load_seconds = name, 0.5
+            self.missing = "absent" if name == "vLLM bf16" else None
+
+        def ask(self, **request):
+            asked.append((self.name, request))
+            return {"seconds": 2.0, "peak_rss_mib": 10, "tokens": [[1], [2]] if request.get("tokens") else None}
+
+        def close(self):
+            closed.append(self.name)
+
+    monkeypatch.setattr(harness, "Runner", FakeRunner)
+    names = ["qa_onnx fp32", "vLLM bf16", "transformers fp32"]
+    monkeypatch.setattr(throughput, "best_batch_size", lambda *_: 16)
+    ours, absent, theirs = throughput.measure(settings_of(tmp_path), names, rounds=2)
+    assert absent["status"] == "not installed (absent)"
+    assert (ours["seconds"], ours["answers_per_second"], ours["equal_tokens_percent"]) == ([2.0, 2.0], 1.0, 100)
+    assert (ours["batch_size"], theirs["batch_size"]) == (64, 16)
+    assert [name for name, request in asked if "batch_size" in request] == ["qa_onnx fp32", "transformers fp32"] * 2
+    assert closed == ["qa_onnx fp32", "transformers fp32"]
+    ours, absent, _ = latency.measure(settings_of(tmp_path, questions=["Who?"] * 4, contexts=["Mara."] * 4), names)
+    assert (ours["first"], ours["second"], ours["first_ms"]["50"]) == ([2.0], [2.0], 2000)
+    assert "first_ms" not in absent
 
 
 def test_a_runner_that_dies_says_why(tmp_path):
