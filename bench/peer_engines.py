@@ -147,48 +147,61 @@ def vllm(settings: Settings, precision: str) -> Loaded:
     return answer, lambda tokens: tokens
 
 
-def llama_cpp(settings: Settings, precision: str) -> Loaded:
-    """The C API of llama.cpp: a context is decoded once, into the caches of all sequences that ask about it.
+class _LlamaContext:
+    """A model of llama.cpp and its caches, by the C API: it can decode a token for several sequences at once."""
 
-    int8 is Q8_0. Attention reads the cells of all sequences of a batch, so a batch has few contexts.
-    """
-    import ctypes
+    def __init__(self, path: Path, threads: int, vocabulary: int) -> None:
+        import llama_cpp as library
 
-    import llama_cpp as library
-    import numpy as np
+        self._library, self._vocabulary = library, vocabulary
+        library.llama_backend_init()
+        parameters = library.llama_model_default_params()
+        parameters.use_extra_bufts = False  # its AMX kernels end in an illegal instruction with Q8_0 (0.3.36)
+        model = library.llama_model_load_from_file(str(path).encode(), parameters)
+        options = library.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = LLAMA_CELLS, LLAMA_CELLS, 512
+        options.n_seq_max, options.kv_unified = MAX_SEQUENCES, True
+        options.n_threads = options.n_threads_batch = threads
+        self._context = library.llama_init_from_model(model, options)
+        self._batch = library.llama_batch_init(LLAMA_CELLS, 0, MAX_SEQUENCES)
 
-    from qa_onnx.text.prompt import encode_prompts
+    def clear(self) -> None:
+        """Empties the caches."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
 
-    tokenizer = _load_tokenizer(settings)
-    end, vocabulary = tokenizer.token_to_id(END_OF_TEXT), tokenizer.get_vocab_size()
-    library.llama_backend_init()
-    path = Path(settings.directory) / f"llama-cpp-{precision}.gguf"
-    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
-    options = library.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = LLAMA_CELLS, LLAMA_CELLS, 512
-    options.n_seq_max, options.kv_unified = MAX_SEQUENCES, True
-    options.n_threads = options.n_threads_batch = settings.threads
-    context = library.llama_init_from_model(model, options)
-    memory = library.llama_get_memory(context)
-    batch = library.llama_batch_init(LLAMA_CELLS, 0, MAX_SEQUENCES)
-
-    def decode(rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
+    def decode(self, rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
         """Computes tokens: id, position, sequences, and whether its logits are wanted."""
+        batch = self._batch
         for place, (token, position, sequences, wants_logits) in enumerate(rows):
             batch.token[place], batch.pos[place], batch.logits[place] = token, position, wants_logits
             batch.n_seq_id[place] = len(sequences)
             for index, sequence in enumerate(sequences):
                 batch.seq_id[place][index] = sequence
         batch.n_tokens = len(rows)
-        if status := library.llama_decode(context, batch):
+        if status := self._library.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode gave {status}")
 
-    def next_token(place: int) -> int:
-        logits = library.llama_get_logits_ith(context, place)
-        return int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocabulary,)).argmax())
+    def next_token(self, place: int) -> int:
+        """The most probable token after one whose logits were wanted."""
+        import numpy as np
+
+        logits = self._library.llama_get_logits_ith(self._context, place)
+        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+
+
+def llama_cpp(settings: Settings, precision: str) -> Loaded:
+    """The C API of llama.cpp: a context is decoded once, into the caches of all sequences that ask about it.
+
+    int8 is Q8_0. Attention reads the cells of all sequences of a batch, so a batch has few contexts.
+    """
+    from qa_onnx.text.prompt import encode_prompts
+
+    tokenizer = _load_tokenizer(settings)
+    end, path = tokenizer.token_to_id(END_OF_TEXT), Path(settings.directory) / f"llama-cpp-{precision}.gguf"
+    context = _LlamaContext(path, settings.threads, tokenizer.get_vocab_size())
 
     def generate(prompts: Sequence[Prompt], groups: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-        library.llama_memory_clear(memory, False)
+        context.clear()
         sequences = {index: place for place, index in enumerate(index for group in groups for index in group)}
         rows: list[tuple[int, int, Sequence[int], bool]] = []
         for group in groups:
@@ -200,17 +213,18 @@ def llama_cpp(settings: Settings, precision: str) -> Loaded:
             rows += [(token, offset + place, [sequence], False) for place, token in enumerate(ids)]
             rows[-1] = (*rows[-1][:3], True)
             starts[index] = len(rows) - 1
-        decode(rows)
-        new = {index: [next_token(place)] for index, place in starts.items()}
+        context.decode(rows)
+        new = {index: [context.next_token(place)] for index, place in starts.items()}
         for step in range(1, settings.max_new_tokens):
             running = [index for index in new if not (settings.stops and new[index][-1] == end)]
             if not running:
                 break
-            decode(
-                [(new[index][-1], len(prompts[index].ids) + step - 1, [sequences[index]], True) for index in running]
-            )
+            step_rows = [
+                (new[index][-1], len(prompts[index].ids) + step - 1, [sequences[index]], True) for index in running
+            ]
+            context.decode(step_rows)
             for place, index in enumerate(running):
-                new[index].append(next_token(place))
+                new[index].append(context.next_token(place))
         return new
 
     def answer(questions: Sequence[str], contexts: Sequence[str], _: int) -> Tokens:

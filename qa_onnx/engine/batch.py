@@ -94,12 +94,7 @@ def make_batch(groups: SequenceOf[Group], carried: Batch | None, *, pool: KVCach
     if limits.fixed_shapes:  # few different shapes: each is one CUDA graph
         rows, places = 1 << (rows - 1).bit_length(), _round_up(places)
         columns, prefix_columns = aligned(columns, step), aligned(prefix_columns, 4 * 16)
-    prefix = pool.take(groups=places, rows=1, columns=prefix_columns)
-    try:
-        suffix = pool.take(groups=places, rows=rows, columns=columns)
-    except BaseException:
-        pool.give_back(prefix)
-        raise
+    prefix, suffix = _take_caches(pool, places, rows, prefix_columns, columns)
     prefix_lengths = np.zeros(places, np.int64)
     prefix_lengths[: len(prefix_ids)] = [len(ids) for ids in prefix_ids]
     suffix_starts = np.full((places, rows), columns, np.int64)
@@ -133,6 +128,18 @@ def make_batch(groups: SequenceOf[Group], carried: Batch | None, *, pool: KVCach
         positions=positions,
         write_columns=write_columns,
     )
+
+
+def _take_caches(
+    pool: KVCachePool, groups: int, rows: int, prefix_columns: int, columns: int
+) -> tuple[KVCache, KVCache]:
+    """The caches of prefixes and suffixes: both, or none."""
+    prefix = pool.take(groups=groups, rows=1, columns=prefix_columns)
+    try:
+        return prefix, pool.take(groups=groups, rows=rows, columns=columns)
+    except BaseException:
+        pool.give_back(prefix)
+        raise
 
 
 def _round_up(groups: int) -> int:
