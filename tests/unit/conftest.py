@@ -1,6 +1,9 @@
-"""Fixtures that several files of tests share: answerers, and a working directory for the command line."""
+"""Fixtures that several files of tests share: answerers, checkpoints, a working directory for the command."""
 
 from __future__ import annotations
+
+import os
+import pickle
 
 import pytest
 from fakes import CONTEXT, Gate, echo_answerer, manifest_fields, squad_data, write_json
@@ -59,3 +62,31 @@ def held():
     yield answerer
     gate.release.set()
     answerer.close()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A complete checkpoint, with a tokenizer of 8,192 tokens; the hub is out of reach."""
+    from checkpoint_folder import make_folder
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return make_folder(tmp_path / "model")
+
+
+class _Opened:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    """A pickle that must not be opened."""
+    path = tmp_path / "pickle.bin"
+    path.write_bytes(pickle.dumps(_Opened(tmp_path / "opened")))
+    yield path
+    assert not (tmp_path / "opened").exists()

@@ -1,24 +1,28 @@
+"""SQuAD files and their relatives: what is read, and errors that name the place."""
+
 from __future__ import annotations
 
 import csv
 import json
 import re
-import shlex
 
 import pytest
+from data_rows import PASSAGE, QA, ROW
 from fakes import CONTEXT, squad_data, write_json
 
 from qa_onnx import files
-from qa_onnx.data.columns import find_columns, parse_columns
-from qa_onnx.data.example import Example, GoldAnswer
-from qa_onnx.data.reader import read_examples, read_sources
-from qa_onnx.data.rows import skipped_lines
+from qa_onnx.data.example import GoldAnswer
+from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
 from qa_onnx.errors import InvalidInputError
 from qa_onnx.evaluation.predictions import read_predictions
 
 ABSENT = object()
+
+
 P, Q = ("data", 0, "paragraphs", 0), ("data", 0, "paragraphs", 0, "qas", 1)
+
+
 A = (*Q, "answers", 0)
 
 
@@ -137,10 +141,9 @@ def test_a_directory_is_no_file(tmp_path):
         read_examples(tmp_path)
 
 
-PASSAGE = "The Aller rises near Seehausen. It is 211 km long and joins the Weser at Verden."
-QA = {"id": "q", "question": "How long?", "answers": [{"text": "211 km", "answer_start": 38}]}
-ROW = {"context": PASSAGE, **QA}
 PARAGRAPH = {"context": PASSAGE, "qas": [QA]}
+
+
 RELATIVES = {
     "list of articles": [{"title": "t", "paragraphs": [PARAGRAPH]}],
     "list of paragraphs": [PARAGRAPH],
@@ -218,143 +221,9 @@ def test_an_impossible_question_has_no_answers_in_any_format(impossible, answers
         assert read_examples(tmp_path / name)[0].answers == ()
 
 
-def cell_read(tmp_path, cell, context=PASSAGE, column="answers"):
-    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["context", "question", column], [context, "How long?", cell]])
-    return [(answer.text, answer.start) for answer in read_examples(tmp_path / "rows.csv")[0].answers]
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        "{'text': ['211 km'], 'answer_start': [38]}",
-        '{"text": ["211 km"], "answer_start": [38]}',
-        "{'text': array(['211 km'], dtype=object), 'answer_start': array([38], dtype=int32)}",
-        "{'answer_start': array([38]), 'text': array(['211 km'],\n      dtype='<U6')}",
-        "{'text': np.array(['211 km']), 'answer_start': [np.int64(38)]}",
-        "[{'text': '211 km', 'answer_start': 38}]",
-        "['211 km']",
-        '["211 km"]',
-        "('211 km',)",
-        "array(['211 km'], dtype=object)",
-        "{'text': '211 km', 'answer_start': nan}",
-        "  ['211 km']\n",
-        "211 km",
-    ],
-)
-def test_lists_and_dicts_that_are_written_out_in_csv_are_read(cell, tmp_path):
-    assert cell_read(tmp_path, cell) == [("211 km", 38)]
-
-
-def test_arrays_as_numpy_prints_them_are_lists(tmp_path):
-    assert cell_read(tmp_path, "['211 km' 'long']") == [("211 km", 38), ("long", 45)]
-    assert cell_read(tmp_path, "{'text': ['211 km' 'long'], 'answer_start': [38 45]}") == [("211 km", 38), ("long", 45)]
-    assert cell_read(tmp_path, r"""["It's" 'a "b\'"']""", """It's a "b'".""") == [("It's", 0), ("""a "b'\"""", 5)]
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        "nan",
-        "NaN",
-        "None",
-        "null",
-        "<NA>",
-        "[]",
-        "{'text': [], 'answer_start': []}",
-        "",
-        " ",
-        "array([], dtype=object)",
-        "()",
-        "np.nan",
-        "none",
-        "NONE",
-        "Nan",
-        "N/A",
-        "['nan']",
-        '["None"]',
-        "''",
-    ],
-)
-def test_cells_without_a_value_are_no_answer(cell, tmp_path):
-    assert cell_read(tmp_path, cell) == []
-    assert cell_read(tmp_path, cell, column="Answer") == []
-
-
-@pytest.mark.parametrize(
-    ("cell", "context"),
-    [("None", "None of them won."), ("nan", "He asked his nan."), ("[1]", "As is said in [1]."), ("{x}", "Type {x}.")],
-)
-def test_cells_that_stand_in_their_passage_are_text(cell, context, tmp_path):
-    assert cell_read(tmp_path, cell, context) == [(cell, context.index(cell))]
-    assert cell_read(tmp_path, cell, "Nonetheless, nanometres.") == [] if cell in ("None", "nan") else True
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        "{'text': ['211 km'], 'answer_st",
-        "['211 km'",
-        "[1]",
-        "{'a': 1}",
-        "{'text': ['211 km'], 'answer_start': [38, 40]}",
-        "[os.system('true')]",
-        "[" * 30 + "]" * 30,
-        "{" + "'a': {" * 5_000,
-        "[sic] 211",
-        "{'text': [None]}",
-        "[['211 km']]",
-        "['211 km'] or so",
-        "{'text': 7}",
-        "{[1]: 2}",
-        "set()",
-        "OrderedDict([('text', ['211 km'])])",
-        "Series([], dtype: object)",
-        "frozenset({1})",
-    ],
-)
-def test_cells_that_look_written_out_and_cannot_be_read_are_refused(cell, tmp_path):
-    with pytest.raises(InvalidInputError, match=r"rows.csv: line 2: answers.*: got .*expected"):
-        cell_read(tmp_path, cell)
-
-
-@pytest.mark.parametrize("text", ["None", "NaN", "[]", "{}", "()", "nan", "NONE", "np.nan", "[None]", "''", "['nan']"])
-def test_a_text_that_says_that_there_is_nothing_is_no_answer_in_json_either(text, tmp_path):
-    (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
-    assert example.answers == ()
-    if text != "['nan']":  # a list in a list is no answer, and what it writes out stays text
-        (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": [text, "211 km"]}]))
-        assert [answer.text for answer in example.answers] == ["211 km"]
-    row = {**ROW, "context": f"It is {text} there.", "answers": text}
-    assert read_examples(write_json(tmp_path / "rows.json", [row]))[0].answers == (GoldAnswer(text=text, start=6),)
-
-
-@pytest.mark.parametrize("text", ["[1]", "{'a': 1}", "[sic]", "['cut", "('a')", "sin(x)", "nanometres", "set theory"])
-def test_text_of_json_stays_text(text, tmp_path):
-    (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
-    assert [answer.text for answer in example.answers] == [text]
-
-
-@pytest.mark.parametrize(
-    "text", ["['211 km']", "{'text': ['211 km'], 'answer_start': [38]}", '[{"text": "211 km", "answer_start": 38}]']
-)
-def test_answers_that_are_written_out_in_json_are_read_unless_they_stand_in_the_passage(text, tmp_path):
-    (example,) = read_examples(write_json(tmp_path / "rows.json", [{**ROW, "answers": text}]))
-    assert example.answers == (GoldAnswer(text="211 km", start=38),)
-    row = {**ROW, "context": f"Type {text}.", "answers": text}
-    assert read_examples(write_json(tmp_path / "rows.json", [row]))[0].answers == (GoldAnswer(text=text, start=5),)
-
-
-@pytest.mark.parametrize("column", ["context", "question"])
-@pytest.mark.parametrize("word", ["nan", "None", "NULL", ""])
-def test_a_passage_or_a_question_that_is_missing_in_csv_is_refused(column, word, tmp_path):
-    cells = {"context": PASSAGE, "question": "How long?", "answers": "211 km"} | {column: word}
-    (tmp_path / "rows.csv").write_text(f"{','.join(cells)}\n{','.join(cells.values())}\n")
-    with pytest.raises(InvalidInputError, match=f"line 2: {column}: got (a JSON null|an empty string)"):
-        read_examples(tmp_path / "rows.csv")
-
-
 LINE = json.dumps({"context": PASSAGE, "question": "How long?", "answers": "211 km"})
+
+
 TABLE = f"context,question,answers\n{PASSAGE},How long?,211 km\n"
 
 
@@ -461,238 +330,3 @@ def test_two_questions_of_one_id_are_refused_where_answers_are_kept_by_id(tmp_pa
     with pytest.raises(InvalidInputError, match=r"line 3: id: got '1'; expected an id of its own \(line 2 has it too"):
         read_examples(tmp_path / "rows.csv")
     assert len(read_examples(tmp_path / "rows.csv", unique_ids=False)) == 2
-
-
-def write_csv(path, *rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    return path
-
-
-CELLS = {"context": PASSAGE, "question": "How long?", "answers": "211 km", "answer_start": "38"}
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("Passage", "QUESTION", "Answer", "Answer Start"),
-        ("TEXT", "Query", "Reply", "answer-start"),
-        ("Context", "question", "ANSWERS", "AnswerStart"),
-        (" context ", "que stion", "answers", "_answer_start"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["csv", "txt", "jsonl"])
-def test_columns_are_found_in_any_case_and_with_any_of_space_hyphen_and_underscore(names, suffix, tmp_path):
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        path.write_text(json.dumps(dict(zip(names, CELLS.values(), strict=True))))
-    else:
-        write_csv(path, names, CELLS.values())
-    (example,) = read_examples(path)
-    assert (example.context, example.question) == (PASSAGE, "How long?")
-    assert example.answers == (GoldAnswer(text="211 km", start=38),)
-
-
-@pytest.mark.parametrize(
-    ("header", "hint"),
-    [
-        (("Passage Text", "q", "answers"), 'context="Passage Text" question=q'),
-        (("Passage Text", "q", "ans"), 'context="Passage Text" question=q answers=ans'),
-        (("doc", "question", "answer_text"), "context=doc answers=answer_text"),
-        (("body", "prompt", "response"), "context=body question=prompt answers=response"),
-        (("content", "query", "gold"), "context=content answers=gold"),
-        (("Kontext", "Frage", "Antwort"), "context=Kontext question=Frage answers=Antwort"),
-        (("contexte", "question", "Réponse"), "context=contexte answers=Réponse"),
-        (("question_text", "answer_text", "paragraph"), "context=paragraph question=question_text answers=answer_text"),
-        (("answer_context", "questions", "answer_id"), "context=answer_context question=questions answers=NAME"),
-        (("DocumentText", "QuestionId", "UserQuestion"), "context=DocumentText question=UserQuestion answers=NAME"),
-        (("passsage", "qestion", "anwser"), "context=passsage question=qestion answers=anwser"),
-        (('the "text"', "question", "answer"), """context='the "text"'"""),
-        (("pas$age body", "question", "answer"), "context='pas$age body'"),
-        (("x", "y", "z"), "context=NAME question=NAME answers=NAME"),
-        (("x", "question", "z"), "context=NAME answers=NAME"),
-        (("1", "2", "3"), "context=NAME question=NAME answers=NAME"),
-    ],
-)
-def test_an_error_says_which_columns_to_give(header, hint, tmp_path):
-    path = write_csv(tmp_path / "rows.csv", header, (PASSAGE, "How long?", "211 km"))
-    with pytest.raises(InvalidInputError) as caught:
-        read_examples(path)
-    assert str(caught.value).endswith(f"; expected it, or its name. Pass --columns {hint}")
-    assert f"among {', '.join(map(repr, header))}" in str(caught.value)
-    if "NAME" not in hint:  # what is said to be typed is read by a shell
-        typed = parse_columns(shlex.split(hint))
-        assert len(read_examples(path, columns=typed)) == 1
-
-
-@pytest.mark.parametrize(
-    ("columns", "hint"),
-    [
-        ({"question": "ask"}, "question=ask context=body answers=reply_text"),
-        ({"question": "aks"}, "question=ask context=body answers=reply_text"),
-        ({"context": "Body"}, "context=body question=ask answers=reply_text"),
-        ({"title": "topic"}, "title=NAME context=body question=ask answers=reply_text"),
-    ],
-)
-def test_the_columns_to_give_hold_those_that_were_given(columns, hint, tmp_path):
-    path = write_csv(tmp_path / "rows.csv", ("body", "ask", "reply_text"), (PASSAGE, "How long?", "211 km"))
-    with pytest.raises(InvalidInputError) as caught:
-        read_examples(path, columns=columns)
-    typed = str(caught.value).partition("--columns ")[2]
-    assert sorted(typed.split()) == sorted(hint.split())
-    if "NAME" not in typed:
-        (example,) = read_examples(path, columns=dict(option.split("=") for option in typed.split()))
-        assert (example.context, example.answers[0].text) == (PASSAGE, "211 km")
-
-
-def test_answers_are_no_column_to_give_where_none_are_needed(tmp_path):
-    path = write_csv(tmp_path / "rows.csv", ("body", "ask", "reply_text"), (PASSAGE, "How long?", "211 km"))
-    with pytest.raises(InvalidInputError, match=r"--columns context=body question=ask$"):
-        read_examples(path, needs_answers=False)
-
-
-@pytest.mark.parametrize(
-    ("header", "field", "names"),
-    [
-        (("passage", "text", "question", "answers"), "context", ("passage", "text")),
-        (("Text", "PASSAGE", "question", "answers"), "context", ("PASSAGE", "Text")),
-        (("Context", "CONTEXT", "question", "answers"), "context", ("Context", "CONTEXT")),
-        (("context", "query", "Query", "answers"), "question", ("query", "Query")),
-        (("context", "question", "answer", "reply"), "answers", ("answer", "reply")),
-        (("context", "question", "answer", "Answer "), "answers", ("answer", "Answer")),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_two_columns_that_fit_one_field_are_refused_with_what_to_give(header, field, names, suffix, tmp_path):
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "csv":
-        write_csv(path, header, [PASSAGE] * 4)
-    else:
-        write_json(path, [dict.fromkeys((name.strip() for name in header), PASSAGE)])
-    first, second = names
-    words = f"columns {first!r} and {second!r} both fit {field}; expected one of them. Pass --columns {field}="
-    with pytest.raises(InvalidInputError, match=re.escape(f"{words}{first} or --columns {field}={second}")):
-        read_examples(path)
-    for name in names:
-        assert len(read_examples(path, columns={field: name})) == 1
-
-
-@pytest.mark.parametrize(
-    ("others", "columns"),
-    [
-        ({"text": "no"}, {}),
-        ({"passage": "no", "text": "no", "Context": "no"}, {}),
-        ({"answer": "no", "reply": "no"}, {}),
-        ({"query": "no", "Question": "no"}, {}),
-        ({"ID": "no", "Title": "no"}, {}),
-        ({"passage": "no"}, {"title": "passage"}),
-    ],
-)
-def test_the_own_name_of_a_field_wins(others, columns, tmp_path):
-    row = {"id": "q", "title": "t", **CELLS}
-    for names in ({**others, **row}, {**row, **others}):
-        (example,) = read_examples(write_json(tmp_path / "rows.json", [names]), columns=columns)
-        assert (example.id, example.context, example.question) == ("q", PASSAGE, "How long?")
-        assert example.answers == (GoldAnswer(text="211 km", start=38),)
-
-
-def test_a_column_that_was_given_for_one_field_is_none_of_another(tmp_path):
-    path = write_csv(tmp_path / "rows.csv", ("text", "passage", "reply"), ("How long?", PASSAGE, "211 km"))
-    (example,) = read_examples(path, columns={"question": "text"})
-    assert (example.context, example.question) == (PASSAGE, "How long?")
-
-
-def test_gold_columns_that_are_not_needed_may_be_several(tmp_path):
-    path = write_csv(tmp_path / "rows.csv", ("context", "question", "answer", "reply"), (PASSAGE, "How long?", "", ""))
-    assert len(read_examples(path, needs_answers=False)) == 1
-
-
-def test_columns_without_other_names_get_no_option_to_give():
-    with pytest.raises(InvalidInputError, match=r"among 'ask', 'context'; expected it \('ask' may be meant\)$"):
-        find_columns(["ask", "context"], required=["question"])
-    with pytest.raises(InvalidInputError, match=r"'text' and 'TEXT' both fit context; expected one of them$"):
-        find_columns(["text", "TEXT"])
-    assert find_columns(["Passage", "other"]) == {"context": "Passage"}
-
-
-TWO_FIELDS = ("context", "question", "answers")
-
-
-def test_several_files_have_one_list_of_questions_whose_places_name_the_file(tmp_path):
-    first = write_csv(tmp_path / "a.csv", TWO_FIELDS, (PASSAGE, "How long?", "211 km"))
-    second = write_json(tmp_path / "b.json", [ROW | {"id": ""}, ROW])
-    examples = read_sources([first, second])
-    assert [example.id for example in examples] == ["a.csv: line 2", "b.json: [0]", "q"]
-    assert [example.place for example in examples] == [f"{first}: line 2", f"{second}: [0]", f"{second}: [1]"]
-    assert [example.id for example in read_sources([first])] == ["line 2"]
-    (tmp_path / "more").mkdir()
-    third = write_csv(tmp_path / "more" / "a.csv", TWO_FIELDS, (PASSAGE, "How long?", "211 km"))
-    assert [example.id for example in read_sources([first, third])] == [f"{first}: line 2", f"{third}: line 2"]
-
-
-def test_ids_that_several_files_share_are_named_with_both_places(tmp_path):
-    first = write_csv(tmp_path / "a.csv", ("id", *TWO_FIELDS), ("x", PASSAGE, "How long?", "211 km"))
-    second = write_json(tmp_path / "b.json", [ROW, ROW | {"id": "x"}])
-    words = f"{second}: [1].id: got 'x'; expected an id of its own ({first}: line 2 has it too)"
-    with pytest.raises(InvalidInputError, match=re.escape(words)):
-        read_sources([first, second])
-    skipped: list[str] = []
-    assert [example.id for example in read_sources([first, second], skipped=skipped)] == ["x", "q"]
-    assert skipped == [words]
-
-
-def test_one_file_is_not_read_twice(tmp_path):
-    path = write_json(tmp_path / "a.json", [ROW])
-    (tmp_path / "link.json").symlink_to(path)
-    for other in (path, str(path), tmp_path / "." / "a.json", tmp_path / "link.json"):
-        with pytest.raises(InvalidInputError, match="twice; expected different sources"):
-            read_sources([path, other])
-    with pytest.raises(InvalidInputError, match="no source"):
-        read_sources([])
-
-
-@pytest.mark.parametrize(
-    ("content", "words"), [("", "file is empty"), ("context,question,answers\n,,\n", "its only row is bad")]
-)
-def test_each_of_several_files_must_have_questions(content, words, tmp_path):
-    (tmp_path / "b.csv").write_text(content)
-    with pytest.raises(InvalidInputError, match=f"b.csv: .*{words}"):
-        read_sources([write_json(tmp_path / "a.json", [ROW]), tmp_path / "b.csv"], skipped=[])
-
-
-def test_a_directory_among_several_files_is_named(tmp_path):
-    with pytest.raises(InvalidInputError, match=f"{tmp_path}: got a folder without a data set"):
-        read_sources([write_json(tmp_path / "a.json", [ROW]), tmp_path])
-
-
-def test_the_first_skipped_rows_are_named_and_the_others_counted():
-    assert skipped_lines([]) == []
-    assert skipped_lines(["a"]) == ["skipped: a"]
-    assert len(skipped_lines(["a"] * 5)) == 5
-    assert skipped_lines(["a"] * 1_006)[5:] == ["skipped: 1,001 more bad rows"]
-
-
-def test_equal_examples_may_have_different_places():
-    values = {"id": "q", "title": "", "context": "c", "question": "q", "answers": ()}
-    first, second = Example(**values, place="a: line 1"), Example(**values)
-    assert first == second
-    assert hash(first) == hash(second)
-
-
-def test_predictions_are_read(tmp_path):
-    assert read_predictions(write_json(tmp_path / "p.json", {"q1": "Rollo", "q3": ""})) == {"q1": "Rollo", "q3": ""}
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ([], "got a JSON array; expected an object"),
-        ("text", "got a JSON string; expected an object"),
-        ({"q1": None}, "the answer of 'q1' is a JSON null; expected a string"),
-        ({"q1": "a", "q2": ["b"]}, "the answer of 'q2' is a JSON array; expected a string"),
-    ],
-)
-def test_predictions_of_another_shape_are_named(value, words, tmp_path):
-    file = write_json(tmp_path / "p.json", value)
-    with pytest.raises(InvalidInputError, match=re.escape(f"{file}: {words}")):
-        read_predictions(file)
