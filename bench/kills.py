@@ -34,9 +34,9 @@ from qa_onnx.bundle import Bundle
 from qa_onnx.errors import BundleError
 from qa_onnx.manifest import MANIFEST_NAME
 from training import finetune
-from training.checkpoints import UNFINISHED_NAME, good_checkpoints
+from training.checkpoints import UNFINISHED_NAME, complete_checkpoints
 from training.report import METRICS_NAME
-from training.starter.pretrain import paragraphs_of, train_tokenizer
+from training.starter.pretrain import list_paragraphs, train_tokenizer
 from training.starter.sample import generate
 
 LONGEST_SECONDS = 120
@@ -157,7 +157,7 @@ class TrainingKills:
             process.kill()
             self.done["kills"] += 1
             self.done["while_saving"] += (output / UNFINISHED_NAME).exists()
-            _, damages = good_checkpoints(output)
+            _, damages = complete_checkpoints(output)
             self.check(f"damaged by a kill: {damages}", output, is_right=not damages)
             left -= 1
             process, status = self.start(output), None
@@ -177,13 +177,13 @@ class TrainingKills:
     def fill_disk(self, output: Path, size: int) -> None:
         """Has a training continue on a disk that is full at files of `size` bytes, then on one that is not."""
         process = self.start(output)
-        while process.status(0) is None and not good_checkpoints(output)[0]:
+        while process.status(0) is None and not complete_checkpoints(output)[0]:
             pass
         process.kill()
-        good = good_checkpoints(output)
+        good = complete_checkpoints(output)
         status = self.start(output, largest_file=size).status()
         self.check(f"exit status {status} on a full disk", output, is_right=status == 2)
-        self.check("a full disk lost a checkpoint", output, is_right=good_checkpoints(output) == good)
+        self.check("a full disk lost a checkpoint", output, is_right=complete_checkpoints(output) == good)
         last = output.with_suffix(".log").read_text().rstrip().splitlines()[-1]
         self.check("more than one line on a full disk", output, is_right=last.startswith("error: "))
         self.done["full_disks"] += 1
@@ -331,7 +331,7 @@ def _training_command(directory: Path) -> list[object]:
 
 def _write_model(directory: Path) -> None:
     """A GPT-2 of two layers with random weights."""
-    tokenizer = train_tokenizer(paragraphs_of(generate("train", questions=100)), vocab_size=600)
+    tokenizer = train_tokenizer(list_paragraphs(generate("train", questions=100)), vocab_size=600)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(SEED)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=2, eos_token_id=0)

@@ -86,10 +86,10 @@ def write_tiny_model(directory: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from training.starter.pretrain import paragraphs_of, train_tokenizer
+    from training.starter.pretrain import list_paragraphs, train_tokenizer
     from training.starter.sample import generate
 
-    tokenizer = train_tokenizer(paragraphs_of(generate("train", questions=300)), vocab_size=600)
+    tokenizer = train_tokenizer(list_paragraphs(generate("train", questions=300)), vocab_size=600)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = GPT2Config(

@@ -1,4 +1,4 @@
-"""Where an answer stands in its passage: as it is, or in other white space, case or characters."""
+"""Where an answer occurs in its passage: as it is, or in other white space, case or characters."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _is_whole(text: str, start: int, end: int) -> bool:
 
 
 def _spans(context: str, text: str, fold_case: bool, keep_space: bool) -> list[tuple[int, int]]:
-    """Where a normalized text stands in a normalized passage, as spans of the passage itself."""
+    """Where a normalized text occurs in a normalized passage, as spans of the passage itself."""
     wanted = _normalized(text, fold_case, keep_space)[0].strip()
     if not wanted:
         return []

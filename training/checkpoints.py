@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there, and verified by content before anything in them is opened.
+"""Checkpoints that are complete or not there, and verified by content before anything in them is opened.
 
-A directory is written under another name, gets the SHA-256 of each of its files, and is renamed to its place.
+A directory is written under another name, together with the SHA-256 of each of its files, and then renamed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qa_onnx.files import put_in_place, read_text, set_default_modes, write_file
 CHECKSUMS_NAME = "checksums.json"
 """The SHA-256 of each other file of a checkpoint, by its path in there."""
 UNFINISHED_NAME = ".unfinished"
-"""Where checkpoints are before they are whole; what a kill leaves there is deleted at the next start."""
+"""Where checkpoints are until they are complete; the next start deletes what a kill leaves there."""
 BEST_PREFIX = "best"
 """Of the directories with the weights of the best evaluation so far, and its answers."""
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
@@ -31,10 +31,10 @@ TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
 class TrainingError(QAOnnxError):
-    """Training cannot go on: the loss is no number any more, or the memory or the disk is full."""
+    """Training cannot continue: the loss is not a number any more, or the memory or the disk is full."""
 
 
-def checkpoints_in(output: Path, prefix: str = PREFIX_CHECKPOINT_DIR) -> dict[int, Path]:
+def list_checkpoints(output: Path, prefix: str = PREFIX_CHECKPOINT_DIR) -> dict[int, Path]:
     """The directories `{prefix}-{step}` by step, the oldest first; somebody's copies have other names."""
     steps = {path.name.removeprefix(f"{prefix}-"): path for path in output.glob(f"{prefix}-*")}
     return dict(sorted((int(step), path) for step, path in steps.items() if step.isdecimal() and path.is_dir()))
@@ -59,22 +59,22 @@ def delete_checkpoints(output: Path, *, kept: Container[Path]) -> None:
     """Deletes the others, and other weights that once were the best; a kill leaves none of them half there."""
     unfinished = output / UNFINISHED_NAME
     for prefix in (PREFIX_CHECKPOINT_DIR, BEST_PREFIX):
-        for path in checkpoints_in(output, prefix).values():
+        for path in list_checkpoints(output, prefix).values():
             if path not in kept:
                 unfinished.mkdir(exist_ok=True)
                 path.rename(unfinished / path.name)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def good_checkpoints(output: Path) -> tuple[list[Path], list[str]]:
+def complete_checkpoints(output: Path) -> tuple[list[Path], list[str]]:
     """Verifies all checkpoints, each with the best weights that it knows of.
 
     Returns:
-        Those that a run can go on from, the oldest first; and what is wrong with each other one.
+        Those that a run can resume from, the oldest first; and what is wrong with each other one.
     """
     good, damages = [], []
-    for path in checkpoints_in(output).values():
-        damage = _damage(path) or _damage_of_best(path)
+    for path in list_checkpoints(output).values():
+        damage = _find_damage(path) or _find_best_damage(path)
         if damage is None:
             good.append(path)
         else:
@@ -82,7 +82,7 @@ def good_checkpoints(output: Path) -> tuple[list[Path], list[str]]:
     return good, damages
 
 
-def evaluations_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def list_evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Epoch, step, exact match and F1 (in percent) of each evaluation that Trainer logged."""
     return [
         {"epoch": row["epoch"], "step": row["step"], "exact_match": row["eval_exact_match"], "f1": row["eval_f1"]}
@@ -91,14 +91,14 @@ def evaluations_of(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     ]
 
 
-def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def find_best_evaluation(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The evaluation with the best F1, the last among equals; None of none."""
     return max(evaluations, key=lambda row: (row["f1"], row["step"]), default=None)
 
 
 @contextmanager
-def writes_checkpoints(output: Path) -> Iterator[None]:
-    """Says in one line that a disk is full, whatever library wrote to it, and deletes what is unfinished.
+def report_disk_errors(output: Path) -> Iterator[None]:
+    """Reports in one line that a disk is full, whatever library wrote to it, and deletes what is unfinished.
 
     Raises:
         TrainingError: It is, or `output` cannot be written for another reason.
@@ -109,7 +109,7 @@ def writes_checkpoints(output: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
             raise
         shutil.rmtree(output / UNFINISHED_NAME, ignore_errors=True)
-        free, (good, _) = shutil.disk_usage(output).free, good_checkpoints(output)
+        free, (good, _) = shutil.disk_usage(output).free, complete_checkpoints(output)
         raise TrainingError(
             f"{output} cannot be written ({one_line(error)}); {free / 1e6:.0f} MB are free there. The last good "
             f"checkpoint: {good[-1] if good else 'none was written yet'}. Free some disk, then start the same command "
@@ -117,7 +117,7 @@ def writes_checkpoints(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _damage(directory: Path) -> str | None:
+def _find_damage(directory: Path) -> str | None:
     """What is wrong with a directory that `finish_checkpoint` completed; None where it is as it was written."""
     marker = directory / CHECKSUMS_NAME
     try:
@@ -141,12 +141,14 @@ def _damage(directory: Path) -> str | None:
     return None
 
 
-def _damage_of_best(checkpoint: Path) -> str | None:
+def _find_best_damage(checkpoint: Path) -> str | None:
     """What is wrong with the best weights that were there when a checkpoint was written."""
     path = checkpoint / TRAINER_STATE_NAME
     try:
-        best = best_of(evaluations_of(json.loads(read_text(path, expected="a JSON file"))["log_history"]))
-        return None if best is None else _damage(checkpoint.with_name(f"{BEST_PREFIX}-{best['step']}"))
+        best = find_best_evaluation(
+            list_evaluations(json.loads(read_text(path, expected="a JSON file"))["log_history"])
+        )
+        return None if best is None else _find_damage(checkpoint.with_name(f"{BEST_PREFIX}-{best['step']}"))
     except InvalidInputError as error:
         return one_line(error)
     except (ValueError, KeyError, TypeError) as error:

@@ -44,7 +44,7 @@ POOL_BATCHES = 50
 def target_answer(example: Example) -> GoldAnswer | None:
     """The answer to train on: the one most annotators gave; None where there is none.
 
-    Among equals one that stands in the passage comes first. Such an answer is in the passage's own characters
+    Among equals one that occurs in the passage comes first. Such an answer is in the passage's own characters
     (`locate`), whatever each annotator wrote.
     """
     found = [(locate(example.context, answer.text, answer.start), answer) for answer in example.answers]
@@ -59,8 +59,8 @@ class RowSettings:
 
     Attributes:
         loss_on: `answer` labels the answer and its end-of-text, `all` every token.
-        text_loss_share: Share of the other tokens, drawn once for each row, that `answer` labels, too: language-model
-            training beside.
+        text_loss_share: Share of the other tokens, drawn once for each row, that `answer` labels, too, as in
+            language-model training.
         max_positions: Maximum number of tokens of prompt and answer together.
         windows: Size and overlap of the windows in which `qa_onnx` reads passages that are too long.
         no_answer_windows: Of the windows without the answer so many are kept for each with it, drawn by `seed`, so that
@@ -101,14 +101,14 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
         PromptTooLongError: A question or an answer leaves no room for a window, or an answer is in none of several.
     """
     bpe = tokenizer.backend_tokenizer
-    order = range(len(examples))
+    order: Sequence[int] = range(len(examples))
     if settings.packing:  # questions of one passage side by side, wherever they stood
-        first = {}
+        first: dict[str, int] = {}
         for index, example in enumerate(examples):
             first.setdefault(example.context, index)
         order = sorted(order, key=lambda index: first[examples[index].context])
 
-    def rows_of(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+    def make_rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         chosen = [examples[index] for index in batch["index"]]
         try:
             windows = _windows(chosen, bpe, settings)
@@ -117,17 +117,17 @@ def tokenize(examples: Sequence[Example], tokenizer: GPT2TokenizerFast, settings
             raise PromptTooLongError(next(filter(None, problems))) from error
         asked = []
         for example, parts in zip(chosen, windows, strict=True):
-            kept = _kept(example, [bool(answer_ids) for _, answer_ids in parts], settings)
+            kept = _select_windows(example, [bool(answer_ids) for _, answer_ids in parts], settings)
             left_out = len(parts) - len(kept)
             for prompt, answer_ids in (parts[index] for index in kept):
                 closed = [*answer_ids, tokenizer.eos_token_id]
-                asked.append(Asked(prompt, closed, is_window=len(parts) > 1, left_out=left_out))
+                asked.append(TokenizedQuestion(prompt, closed, is_window=len(parts) > 1, left_out=left_out))
                 left_out = 0
-        rows = [_row(row, settings) for row in (_packed(asked) if settings.packing else ([one] for one in asked))]
+        rows = [_row(row, settings) for row in (_pack(asked) if settings.packing else ([one] for one in asked))]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     index = Dataset.from_dict({"index": list(order)})
-    return index.map(rows_of, batched=True, remove_columns=["index"], desc="tokenising")
+    return index.map(make_rows, batched=True, remove_columns=["index"], desc="tokenising")
 
 
 def too_long(example: Example, tokenizer: GPT2TokenizerFast, settings: RowSettings) -> str | None:
@@ -169,7 +169,7 @@ def cached_rows(
 
 
 @dataclass(frozen=True)
-class Asked:
+class TokenizedQuestion:
     """A question with its answer and end-of-text, about a passage or a window of one.
 
     Attributes:
@@ -189,9 +189,9 @@ class Asked:
         return len(self.prompt.suffix_ids) + len(self.closed)
 
 
-def _packed(asked: Sequence[Asked]) -> list[list[Asked]]:
+def _pack(asked: Sequence[TokenizedQuestion]) -> list[list[TokenizedQuestion]]:
     """Puts questions of one passage together, as long as they are not longer than the passage, or than 256 tokens."""
-    passages: dict[tuple[int, ...], list[list[Asked]]] = {}
+    passages: dict[tuple[int, ...], list[list[TokenizedQuestion]]] = {}
     for question in asked:
         rows = passages.setdefault(tuple(question.prompt.prefix_ids), [[]])
         room = max(MIN_PACKED_TOKENS, len(question.prompt.prefix_ids))
@@ -201,7 +201,7 @@ def _packed(asked: Sequence[Asked]) -> list[list[Asked]]:
     return [row for rows in passages.values() for row in rows]
 
 
-def _row(asked: Sequence[Asked], settings: RowSettings) -> dict[str, Any]:
+def _row(asked: Sequence[TokenizedQuestion], settings: RowSettings) -> dict[str, Any]:
     prefix_ids = asked[0].prompt.prefix_ids
     input_ids, counts = list(prefix_ids), [False] * len(prefix_ids)
     firsts = []
@@ -226,7 +226,7 @@ def _row(asked: Sequence[Asked], settings: RowSettings) -> dict[str, Any]:
     }
 
 
-def _kept(example: Example, has_answer: Sequence[bool], settings: RowSettings) -> list[int]:
+def _select_windows(example: Example, has_answer: Sequence[bool], settings: RowSettings) -> list[int]:
     """Which windows of an example are trained on, in their order."""
     answered = [index for index, has in enumerate(has_answer) if has]
     others = [index for index, has in enumerate(has_answer) if not has]
@@ -257,11 +257,11 @@ def _windows(
         for index, parts in zip(chosen, encoded, strict=True):
             windows[index] = parts
     answered = [
-        _answered(example, target, answer_ids, parts)
+        _add_answers(example, target, answer_ids, parts)
         for example, target, answer_ids, parts in zip(examples, targets, answers, windows, strict=True)
     ]
-    for example, parts in zip(examples, answered, strict=True):
-        longest = max(len(prompt) + len(answer_ids) + 1 for prompt, answer_ids in parts)
+    for example, prompts in zip(examples, answered, strict=True):
+        longest = max(len(prompt) + len(answer_ids) + 1 for prompt, answer_ids in prompts)
         if longest > settings.max_positions:
             raise PromptTooLongError(
                 f"question {example.id}: its prompt and answer have {longest} tokens; the model has "
@@ -270,7 +270,7 @@ def _windows(
     return answered
 
 
-def _answered(
+def _add_answers(
     example: Example, target: GoldAnswer | None, answer_ids: list[int], windows: Sequence[Window]
 ) -> list[tuple[Prompt, list[int]]]:
     if target is None:
@@ -297,13 +297,13 @@ def _answered(
 class LengthGroupedSampler(Sampler[int]):
     """Rows in a random order in which batches hold rows of like length; the longest of all come first.
 
-    So a batch that is too large for the memory shows at the first step. The order follows from seed and epoch alone: a
-    resumed run goes on in it, and several processes share it.
+    So a batch that is too large for the memory shows at the first step. The order follows from seed and epoch alone, so
+    that a resumed run and several processes have the same one.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_rows: int, seed: int) -> None:
         """Takes the rows' lengths in tokens, and how many rows all processes together take at a step."""
-        self._lengths = np.asarray(lengths)
+        self.plot_lengths = np.asarray(lengths)
         self._batch_rows = batch_rows
         self._seed = seed
         self._epoch = 0
@@ -313,19 +313,19 @@ class LengthGroupedSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.plot_lengths)
 
     def __iter__(self) -> Iterator[int]:
         draw = np.random.default_rng([self._seed, self._epoch])
-        order = draw.permutation(len(self._lengths))
+        order = draw.permutation(len(self.plot_lengths))
         pool = POOL_BATCHES * self._batch_rows
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        grouped = np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in pools])
+        grouped = np.concatenate([part[np.argsort(-self.plot_lengths[part], kind="stable")] for part in pools])
         batches = [grouped[start : start + self._batch_rows] for start in range(0, len(grouped), self._batch_rows)]
         last = [batches.pop()] if len(batches[-1]) < self._batch_rows else []  # the short one stays the last
         batches = [batches[index] for index in draw.permutation(len(batches))]
         if batches:
-            longest = max(range(len(batches)), key=lambda index: int(self._lengths[batches[index]].max()))
+            longest = max(range(len(batches)), key=lambda index: int(self.plot_lengths[batches[index]].max()))
             batches.insert(0, batches.pop(longest))
         for batch in batches + last:
             yield from batch.tolist()
@@ -335,8 +335,8 @@ class LengthGroupedSampler(Sampler[int]):
 class Collator:
     """Pads rows on the right to the longest of their batch, and keeps packed questions apart.
 
-    Each question of a packed row sees the passage and itself, and its positions go on from the passage, so that it
-    computes what it would compute in a row of its own:
+    Each question of a packed row sees the passage and itself, and its positions continue those of the passage, so
+    that it computes what it would compute in a row of its own:
 
         passage     p p p p . . . .      positions 0 1 2 3
         question 1  x x x x q . . .                4 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
@@ -14,7 +15,7 @@ from qa_onnx.text.windows import Window, WindowSettings, answer_logprobs, encode
 from training.padding import MAX_BATCH_TOKENS, pad_left, plan_batches
 
 
-def windows_of(
+def encode_examples(
     examples: Sequence[Example],
     tokenizer: GPT2TokenizerFast,
     *,
@@ -65,69 +66,117 @@ def generate_answers(
         PromptTooLongError: A question leaves no room for a part of its passage.
     """
     positions = max_length or model.config.n_positions
-    parted = windows_of(examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens, settings=windows)
-    asked = [(example, window) for example, parts in zip(examples, parted, strict=True) for window in parts]
-    has_windows = {example.id: len(parts) > 1 for example, parts in zip(examples, parted, strict=True)}
-    prompts = [window.prompt for _, window in asked]
-    lengths = [len(prompt) for prompt in prompts]
-    # A row that can run out of positions runs alone, so that it stops where it would stop in any other batch.
-    crowded = [index for index, length in enumerate(lengths) if length + max_new_tokens > positions]
-    roomy = [index for index, length in enumerate(lengths) if length + max_new_tokens <= positions]
-    batches = plan_batches([lengths[index] for index in roomy], max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS)
-    found: dict[str, list[tuple[Window, str, float]]] = {example.id: [] for example in examples}
-    no_answer: dict[str, list[float]] = {example.id: [] for example in examples}
+    parted = encode_examples(
+        examples, tokenizer, max_positions=positions, max_new_tokens=max_new_tokens, settings=windows
+    )
+    asked = [
+        _AskedWindow(example.id, window, is_one_of_several=len(parts) > 1)
+        for example, parts in zip(examples, parted, strict=True)
+        for window in parts
+    ]
+    batches = _plan(asked, positions - max_new_tokens, batch_size)
+    found: dict[str, list[_WindowAnswer]] = {example.id: [] for example in examples}
     was_training = model.training
     model.eval()
-    with tqdm(total=len(prompts), desc="answering", disable=None if progress else True) as bar:
-        for batch in [[roomy[place] for place in places] for places in batches] + [[index] for index in crowded]:
-            input_ids, attention_mask = pad_left([prompts[index].ids for index in batch], tokenizer.eos_token_id)
-            several = torch.tensor([has_windows[asked[index][0].id] for index in batch], device=model.device)
-            is_weighed = bool(several.any())
-            decision = NoAnswerDecision(no_answer_threshold, several, tokenizer.eos_token_id)
-            config = GenerationConfig(
-                do_sample=False,
-                # One more, where answers are weighed: an answer that is cut counts the probability of its end.
-                max_new_tokens=min(max_new_tokens + is_weighed, positions - input_ids.shape[1] + 1),
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
-                output_logits=is_weighed,
-                return_dict_in_generate=True,
+    with tqdm(total=len(asked), desc="answering", disable=None if progress else True) as bar:
+        for batch in batches:
+            answers = _answer_batch(
+                model,
+                tokenizer,
+                batch,
+                max_new_tokens=max_new_tokens,
+                positions=positions,
+                threshold=no_answer_threshold,
             )
-            with torch.inference_mode():
-                generated = model.generate(
-                    torch.from_numpy(input_ids).to(model.device),
-                    attention_mask=torch.from_numpy(attention_mask).to(model.device),
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([decision]),
-                )
-            new_ids = generated.sequences[:, input_ids.shape[1] :].clone()
-            logprobs = torch.zeros(new_ids.shape)
-            if is_weighed:
-                new_ids[:, max_new_tokens:] = tokenizer.eos_token_id
-                scores = torch.stack(generated.logits, dim=1).float().log_softmax(dim=-1)
-                logprobs = scores.gather(2, new_ids[..., None])[..., 0].cpu()
-            for index, row, row_logprobs in zip(batch, new_ids.tolist(), logprobs, strict=True):
-                end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-                text = tokenizer.backend_tokenizer.decode(row[:end]).strip()
-                example, window = asked[index]
-                found[example.id].append((window, text, float(row_logprobs[: end + 1].sum())))
-            for index, probability in zip(batch, decision.probabilities.tolist(), strict=True):
-                no_answer[asked[index][0].id].append(probability)
+            for one, answer in zip(batch, answers, strict=True):
+                found[one.question_id].append(answer)
             bar.update(len(batch))
     model.train(was_training)
-    return {name: _best(parts, no_answer[name], no_answer_threshold) for name, parts in found.items()}
+    return {name: _choose_text(answers, no_answer_threshold) for name, answers in found.items()}
 
 
-def _best(parts: list[tuple[Window, str, float]], no_answer: list[float], threshold: float | None) -> str:
-    """The text that `qa_onnx` chooses, of the texts of all windows."""
-    if len(parts) == 1:
-        return parts[0][1]
-    weights, probability = weigh_windows([window for window, _, _ in parts], no_answer)
+@dataclass(frozen=True)
+class _AskedWindow:
+    """A question about a window of its passage, and whether the passage has more of them."""
+
+    question_id: str
+    window: Window
+    is_one_of_several: bool
+
+
+@dataclass(frozen=True)
+class _WindowAnswer:
+    """The answer in a window, its log-probability, and the probability that the window has no answer."""
+
+    window: Window
+    text: str
+    logprob: float
+    no_answer: float
+
+
+def _plan(asked: Sequence[_AskedWindow], max_prompt: int, batch_size: int) -> list[list[_AskedWindow]]:
+    """Batches of like length; a prompt that can run out of positions is alone, to stop where it would in any batch."""
+    roomy = [one for one in asked if len(one.window.prompt) <= max_prompt]
+    crowded = [one for one in asked if len(one.window.prompt) > max_prompt]
+    lengths = [len(one.window.prompt) for one in roomy]
+    batches = plan_batches(lengths, max_rows=batch_size, max_tokens=MAX_BATCH_TOKENS)
+    return [[roomy[index] for index in batch] for batch in batches] + [[one] for one in crowded]
+
+
+def _answer_batch(
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2TokenizerFast,
+    batch: Sequence[_AskedWindow],
+    *,
+    max_new_tokens: int,
+    positions: int,
+    threshold: float | None,
+) -> list[_WindowAnswer]:
+    eos = tokenizer.eos_token_id
+    input_ids, attention_mask = pad_left([one.window.prompt.ids for one in batch], eos)
+    several = torch.tensor([one.is_one_of_several for one in batch], device=model.device)
+    is_weighed = bool(several.any())
+    decision = NoAnswerDecision(threshold, several, eos)
+    config = GenerationConfig(
+        do_sample=False,
+        # One more where answers are weighed: an answer that is cut counts the probability of its end.
+        max_new_tokens=min(max_new_tokens + is_weighed, positions - input_ids.shape[1] + 1),
+        eos_token_id=eos,
+        pad_token_id=eos,
+        output_logits=is_weighed,
+        return_dict_in_generate=True,
+    )
+    with torch.inference_mode():
+        generated = model.generate(
+            torch.from_numpy(input_ids).to(model.device),
+            attention_mask=torch.from_numpy(attention_mask).to(model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([decision]),
+        )
+    new_ids = generated.sequences[:, input_ids.shape[1] :].clone()
+    logprobs = torch.zeros(new_ids.shape)
+    if is_weighed:
+        new_ids[:, max_new_tokens:] = eos
+        scores = torch.stack(generated.logits, dim=1).float().log_softmax(dim=-1)
+        logprobs = scores.gather(2, new_ids[..., None])[..., 0].cpu()
+    answers = []
+    for one, row, row_logprobs, no_answer in zip(
+        batch, new_ids.tolist(), logprobs, decision.probabilities.tolist(), strict=True
+    ):
+        end = row.index(eos) if eos in row else len(row)
+        text = tokenizer.backend_tokenizer.decode(row[:end]).strip()
+        answers.append(_WindowAnswer(one.window, text, float(row_logprobs[: end + 1].sum()), no_answer))
+    return answers
+
+
+def _choose_text(answers: Sequence[_WindowAnswer], threshold: float | None) -> str:
+    """The text that `qa_onnx` chooses of the texts of all windows."""
+    if len(answers) == 1:
+        return answers[0].text
+    weights, probability = weigh_windows([one.window for one in answers], [one.no_answer for one in answers])
     if threshold is not None and probability > threshold:
         return ""
-    logprobs = answer_logprobs(
-        (text, weight + logprob) for (_, text, logprob), weight in zip(parts, weights, strict=True)
-    )
+    logprobs = answer_logprobs((one.text, weight + one.logprob) for one, weight in zip(answers, weights, strict=True))
     return max(logprobs, key=lambda text: (text != "", logprobs[text]))
 
 

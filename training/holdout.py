@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from qa_onnx.data.example import Example
 from qa_onnx.data.pairs import normalized
 from qa_onnx.errors import InvalidInputError
-from training.sources import Source, sha256_of
+from training.sources import Source, hash_examples
 
 DEFAULT_EVAL = "10%"
 HELDOUT_NAME = "heldout.jsonl"
 PERCENTAGE = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 
 
-def share_of(given: str) -> float | None:
+def parse_share(given: str) -> float | None:
     """The share that `--eval 10%` asks for, from 0 to 1; None where it names a source.
 
     A text that ends with `%` and has no directory in it is a percentage; a file of such a name is `./10%`.
@@ -57,7 +57,7 @@ def hold_out(sources: Sequence[Source], given: str, *, seed: int) -> tuple[list[
     Raises:
         InvalidInputError: All questions are on one passage.
     """
-    share = share_of(given)
+    share = parse_share(given)
     assert share is not None, "the caller has checked it"
     counts = Counter(normalized(example.context) for source in sources for example in source.examples)
     total = counts.total()
@@ -80,14 +80,14 @@ def hold_out(sources: Sequence[Source], given: str, *, seed: int) -> tuple[list[
         examples: list[Example] = []
         for example in source.examples:
             (kept if normalized(example.context) in held else examples).append(example)
-        trained.append(replace(source, examples=tuple(examples), sha256=sha256_of(examples)))
+        trained.append(replace(source, examples=tuple(examples), sha256=hash_examples(examples)))
     heldout = _with_unique_ids(kept)
     return trained, Source(
-        name=f"{given.strip()} of the passages, held out", examples=heldout, sha256=sha256_of(heldout)
+        name=f"{given.strip()} of the passages, held out", examples=heldout, sha256=hash_examples(heldout)
     )
 
 
-def json_lines_of(examples: Sequence[Example]) -> str:
+def to_json_lines(examples: Sequence[Example]) -> str:
     """Examples as flat rows of JSON lines, which `qa_onnx.data.reader.read_examples` reads as the same examples."""
     rows = [
         {
@@ -131,7 +131,7 @@ class Overlap:
         )
 
 
-def overlap_of(trained: Sequence[Example], evaluated: Sequence[Example]) -> Overlap:
+def measure_overlap(trained: Sequence[Example], evaluated: Sequence[Example]) -> Overlap:
     """Compares each question to evaluate with those trained on, and its passage with theirs.
 
     White space and case make no difference.

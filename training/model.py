@@ -63,6 +63,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
                 logits_to_keep=logits_to_keep,
                 **options,
             )
+        assert input_ids is not None, "labels are those of tokens"
         if attention_mask is not None and attention_mask.dtype == torch.bool:  # else each layer would convert it
             dtype = (
                 torch.get_autocast_dtype(input_ids.device.type)
@@ -71,7 +72,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
             )
             added = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
             attention_mask = added.masked_fill_(~attention_mask, torch.finfo(dtype).min)
-        self._allow_rows_of(input_ids.shape[1])
+        self._extend_causal_mask(input_ids.shape[1])
         hidden = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )[0]
@@ -82,7 +83,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
         loss = loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithCrossAttentions(loss=loss)
 
-    def _allow_rows_of(self, tokens: int) -> None:
+    def _extend_causal_mask(self, tokens: int) -> None:
         """Eager attention has a causal mask as large as the model's positions; packed rows have more tokens."""
         attentions = [block.attn for block in self.transformer.h]
         if self.config._attn_implementation == "eager" and tokens > attentions[0].bias.shape[-1]:
@@ -119,7 +120,7 @@ def build_model(
     return GPT2LMHeadModel(config), tokenizer
 
 
-def with_lora(model: GPT2LMHeadModel, *, rank: int, alpha: float, dropout: float) -> PeftModel:
+def add_lora(model: GPT2LMHeadModel, *, rank: int, alpha: float, dropout: float) -> PeftModel:
     """Freezes a model and adds trainable products of two thin matrices to its projections (LoRA, Hu et al., 2021).
 
     Args:
@@ -130,7 +131,7 @@ def with_lora(model: GPT2LMHeadModel, *, rank: int, alpha: float, dropout: float
     """
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with any number
         lora_dropout=dropout,
         target_modules=["c_attn", "c_proj", "c_fc"],
         fan_in_fan_out=True,  # GPT-2's projections are stored [in, out]
@@ -139,12 +140,12 @@ def with_lora(model: GPT2LMHeadModel, *, rank: int, alpha: float, dropout: float
     return get_peft_model(model, config)
 
 
-def merged(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel:
+def merge_lora(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel:
     """The model itself, or a copy in which LoRA's matrices are added to the weights: nothing has to know of LoRA."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def whole(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel | PeftModel:
+def gather_weights(model: GPT2LMHeadModel | PeftModel) -> GPT2LMHeadModel | PeftModel:
     """The model itself; of one whose weights FSDP has split over the processes, a copy with all of them in each.
 
     All processes have to call it.

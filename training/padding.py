@@ -15,8 +15,8 @@ def plan_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> l
 
     Args:
         lengths: Tokens of each prompt.
-        max_rows: The most prompts in a batch.
-        max_tokens: The most tokens in a batch, padding included; a single longer prompt is a batch of its own.
+        max_rows: Maximum number of prompts in a batch.
+        max_tokens: Maximum number of tokens in a batch, padding included; a single longer prompt is a batch of its own.
 
     Returns:
         Batches of indices into `lengths`; every index is in one batch.

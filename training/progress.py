@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class TrainingProgress(TrainerCallback):
     """Shows step, total, loss, learning rate and time left with each log, and the scores of each evaluation.
 
-    On a terminal loss and learning rate stand behind a bar that is drawn again; elsewhere each log is a line.
+    On a terminal loss and learning rate follow a bar that is drawn again; elsewhere each log is a line.
     """
 
     def __init__(self) -> None:
@@ -24,13 +24,13 @@ class TrainingProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remembers where and when training starts, which may be in the middle."""
+        """Notes when training starts and at which step, which may be in the middle."""
         self._started, self._first = time.monotonic(), state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Moves the bar on."""
+        """Updates the bar."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -68,7 +68,8 @@ class TrainingProgress(TrainerCallback):
         """From the steps of this process and their time, evaluations and checkpoints included."""
         done = max(state.global_step - self._first, 1)
         seconds = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
-        return tqdm.format_interval(round(seconds))
+        text: str = tqdm.format_interval(round(seconds))
+        return text
 
     def _say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)

@@ -99,19 +99,19 @@ def load_source(
         examples = read_examples(name, split=split, columns=columns, skipped=bad_rows, unique_ids=part == "eval")
     if not skip_bad_rows:
         check_skipped(bad_rows, len(examples))
-    checked = [_checked(example) for example in examples]
+    checked = [_repair_answers(example) for example in examples]
     kept = tuple(example for example, _, _ in checked)
     return Source(
         name=name,
         examples=kept,
-        sha256=sha256_of(kept),
+        sha256=hash_examples(kept),
         bad_rows=tuple(bad_rows),
         repaired=sum(repaired for _, repaired, _ in checked),
         absent_answers=tuple(problem for _, _, absent in checked for problem in absent),
     )
 
 
-def sha256_of(examples: Iterable[Example]) -> str:
+def hash_examples(examples: Iterable[Example]) -> str:
     """The SHA-256 of examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:
@@ -121,7 +121,7 @@ def sha256_of(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def weighted(source: Source, weight: float, seed: int) -> list[Example]:
+def apply_weight(source: Source, weight: float, seed: int) -> list[Example]:
     """The source's examples `weight` times over; a fraction is a random part, in the source's order."""
     times, fraction = divmod(weight, 1.0)
     part = round(fraction * len(source.examples))
@@ -129,7 +129,7 @@ def weighted(source: Source, weight: float, seed: int) -> list[Example]:
     return [*source.examples * int(times), *(source.examples[index] for index in chosen)]
 
 
-def _checked(example: Example) -> tuple[Example, int, list[str]]:
+def _repair_answers(example: Example) -> tuple[Example, int, list[str]]:
     """The example with its answers where they occur, how many were elsewhere, and what is wrong with absent ones.
 
     Their texts stay as they are, for evaluation.

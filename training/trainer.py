@@ -1,11 +1,12 @@
-"""transformers' Trainer for a reader: it evaluates by answering, keeps the best weights, completes checkpoints."""
+"""transformers' Trainer, which evaluates by answering, saves the best weights and completes checkpoints."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors.torch import save
 from torch.utils.data import Sampler
 from transformers import (
@@ -37,16 +39,17 @@ from training.checkpoints import (
     BEST_PREFIX,
     UNFINISHED_NAME,
     TrainingError,
-    best_of,
+    complete_checkpoints,
     delete_checkpoints,
-    evaluations_of,
+    find_best_evaluation,
     finish_checkpoint,
-    good_checkpoints,
-    writes_checkpoints,
+    list_evaluations,
+    report_disk_errors,
 )
 from training.data import Collator, LengthGroupedSampler
 from training.evaluation import generate_answers
-from training.model import GPT2LMHeadModel, PeftModel, merged, whole
+from training.model import GPT2LMHeadModel, gather_weights, merge_lora
+from training.padding import plan_batches
 from training.progress import TrainingProgress
 from training.settings import FinetuneConfig
 from training.tensorboard import TensorBoardLog
@@ -57,6 +60,9 @@ BAD_BATCH_NAME, PREDICTIONS_NAME, TENSORBOARD_NAME = "bad-batch-{}.safetensors",
 
 class GenerationTrainer(Trainer):
     """transformers' Trainer, whose evaluation answers questions and scores the answers."""
+
+    control: TrainerControl
+    state: TrainerState
 
     def __init__(
         self,
@@ -71,21 +77,24 @@ class GenerationTrainer(Trainer):
         checkpoints: Sequence[Path] = (),
     ) -> None:
         """Takes the rows to train on, the questions to evaluate with, and the good checkpoints of before."""
-        self.stop = StopWhenAsked()
+        self.stop = GracefulStopCallback()
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_examples,
-            data_collator=Collator(pad_token_id=tokenizer.eos_token_id, packing=config.packing, pad_to=config.pad_to),
+            data_collator=Collator(
+                pad_token_id=tokenizer.eos_token_id, packing=config.data.packing, pad_to=config.data.pad_to
+            ),
             processing_class=tokenizer,
             callbacks=[
                 self.stop,
                 TrainingProgress(),
-                *([TensorBoardLog(config.output / TENSORBOARD_NAME)] if config.tensorboard else []),
+                *([TensorBoardLog(config.output / TENSORBOARD_NAME)] if config.evaluation.tensorboard else []),
             ],
         )
         self.remove_callback(PrinterCallback)
+        model.config.use_cache = True  # transformers 5 turns it off, and it would be saved so
         self._tokenizer = tokenizer
         self._eval_examples = eval_examples
         self._windows = windows
@@ -93,12 +102,12 @@ class GenerationTrainer(Trainer):
         self._checkpoints = list(checkpoints)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Every evaluation so far, those before a resume included (see `evaluations_of`)."""
-        return evaluations_of(self.state.log_history)
+        """Every evaluation so far, those before a resume included (see `list_evaluations`)."""
+        return list_evaluations(self.state.log_history)
 
     def best(self) -> dict[str, Any]:
         """The evaluation with the best F1, the last among equals."""
-        best = best_of(self.evaluations())
+        best = find_best_evaluation(self.evaluations())
         assert best is not None, "the last step is always evaluated"
         return best
 
@@ -107,32 +116,35 @@ class GenerationTrainer(Trainer):
         return self._config.output / f"{BEST_PREFIX}-{self.best()['step']}"
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Answers the evaluation questions, each process its part, and keeps the weights where F1 is the best so far.
+        """Answers the evaluation questions, each process its part, and saves the weights if F1 is the best so far.
 
-        After `patience` evaluations without a better F1 it asks to stop. Trainer's own arguments are not used.
+        The answers are those of the weights as they are saved, in fp32, whatever precision the training computes in.
+        After `early_stopping_patience` evaluations without a better F1 it asks to stop. Trainer's own arguments are
+        not used.
 
         Returns:
             Exact match and F1 in percent, the same in all processes.
         """
         part = self._eval_examples[self.args.process_index :: self.args.world_size]
-        model = merged(whole(self.accelerator.unwrap_model(self.model)))
-        answered = generate_answers(
-            model,
-            self._tokenizer,
-            part,
-            max_new_tokens=self._config.max_new_tokens,
-            batch_size=self._config.eval_batch_size,
-            max_length=self._config.max_length,
-            windows=self._windows,
-        )
+        model = merge_lora(gather_weights(self.accelerator.unwrap_model(self.model)))
+        with _without_autocast(model):
+            answered = generate_answers(
+                model,
+                self._tokenizer,
+                part,
+                max_new_tokens=self._config.evaluation.max_new_tokens,
+                batch_size=self._config.evaluation.eval_batch_size,
+                max_length=self._config.data.max_length,
+                windows=self._windows,
+            )
         answers = dict(gather_object(list(answered.items())))
         scores = evaluate(self._eval_examples, answers)
         metrics = {"eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.best()["step"] == self.state.global_step:
-            self._keep(model, answers)
-        if self.is_patience_used_up():
+            self._save_best(model, answers)
+        if self.has_exhausted_patience():
             self.control.should_training_stop = True
         return metrics
 
@@ -147,25 +159,33 @@ class GenerationTrainer(Trainer):
         )
         return [rate * schedule.lr_lambdas[0](step) for step in range(self.state.global_step)]
 
-    def is_at_its_end(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.state.global_step >= self.state.max_steps or self.is_patience_used_up()
+        return self.state.global_step >= self.state.max_steps or self.has_exhausted_patience()
 
-    def is_patience_used_up(self) -> bool:
-        """Whether `patience` evaluations in a row were not better than one before them."""
+    def has_exhausted_patience(self) -> bool:
+        """Whether the last `early_stopping_patience` evaluations were not better than one before them."""
         scores = [row["f1"] for row in self.evaluations()]
-        patience = self._config.patience
+        patience = self._config.evaluation.early_stopping_patience
         return patience is not None and bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One forward and backward pass.
+        """Computes the gradients of a batch, in as many forward and backward passes as `micro_batch_tokens` asks for.
+
+        The loss of each part is divided by the labelled tokens of the whole batch, so that the sums of losses and of
+        gradients are those of one pass.
 
         Raises:
             TrainingError: The loss is not a finite number. The batch was saved to `output`.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        parts = split_batch(inputs, self._config.optimization.micro_batch_tokens)
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts, 1):
+            is_last = number == len(parts)  # processes exchange gradients once per batch
+            with nullcontext() if is_last else self.accelerator.no_sync(model=model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
         if not torch.isfinite(loss):
             path = self._config.output / BAD_BATCH_NAME.format(self.args.process_index)
             write_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()}))
@@ -174,10 +194,10 @@ class GenerationTrainer(Trainer):
         return loss
 
     def _diverged(self, what: str) -> TrainingError:
-        good, _ = good_checkpoints(self._config.output)
+        good, _ = complete_checkpoints(self._config.output)
         return TrainingError(
             f"{what}. The last good checkpoint: {good[-1] if good else 'none was written yet'}. Lower "
-            "--learning-rate, raise --warmup, or train in fp32 or bf16 rather than fp16, in another --output"
+            "--learning-rate, raise --warmup-ratio, or train in fp32 or bf16 rather than fp16, in another --output"
         )
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int]:
@@ -187,12 +207,12 @@ class GenerationTrainer(Trainer):
             seed=self.args.seed,
         )
 
-    def _keep(self, model: GPT2LMHeadModel, answers: dict[str, str]) -> None:
-        """Saves the model and its answers as the best so far; older ones go with the next checkpoint."""
+    def _save_best(self, model: GPT2LMHeadModel, answers: dict[str, str]) -> None:
+        """Saves the model and its answers as the best so far; the next checkpoint deletes older ones."""
         if self.args.should_save:
             name = self.best_directory().name
             unfinished = self._config.output / UNFINISHED_NAME / name
-            with writes_checkpoints(self._config.output):
+            with report_disk_errors(self._config.output):
                 model.save_pretrained(unfinished)
                 self._tokenizer.save_pretrained(unfinished)
                 write_windows(unfinished, self._windows)
@@ -206,18 +226,21 @@ class GenerationTrainer(Trainer):
         if not all(bool(torch.isfinite(parameter).all()) for parameter in weights):
             raise self._diverged(f"weights are no numbers any more after step {self.state.global_step}")
         output = self._config.output
-        with writes_checkpoints(output):
+        with report_disk_errors(output):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                self._checkpoints = [*self._checkpoints, finish_checkpoint(output, name)][-self._config.keep :]
-                delete_checkpoints(output, kept={*self._checkpoints, *map(self._best_at, self._checkpoints)})
+                self._checkpoints = [*self._checkpoints, finish_checkpoint(output, name)][
+                    -self._config.evaluation.save_total_limit :
+                ]
+                best = filter(None, map(self._best_at, self._checkpoints))
+                delete_checkpoints(output, kept={*self._checkpoints, *best})
 
     def _best_at(self, checkpoint: Path) -> Path | None:
-        """The best weights that there were when a checkpoint was written, which a run that goes on from it needs."""
+        """The best weights at the time of a checkpoint, which a run that resumes from it needs."""
         step = int(checkpoint.name.rpartition("-")[2])
-        best = best_of([row for row in self.evaluations() if row["step"] <= step])
+        best = find_best_evaluation([row for row in self.evaluations() if row["step"] <= step])
         return None if best is None else checkpoint.with_name(f"{BEST_PREFIX}-{best['step']}")
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -230,7 +253,44 @@ class GenerationTrainer(Trainer):
         Path(output_dir, TRAINING_ARGS_NAME).unlink()
 
 
-class StopWhenAsked(TrainerCallback):
+def split_batch(batch: dict[str, torch.Tensor], max_tokens: int | None) -> list[dict[str, torch.Tensor]]:
+    """Splits a batch by rows into parts of at most so many tokens, each padded to its own longest row.
+
+    Args:
+        batch: From `training.data.Collator`.
+        max_tokens: Maximum number of tokens of a part, padding included; a single longer row is a part of its own. None
+            leaves the batch as it is.
+    """
+    rows, width = batch["input_ids"].shape
+    if max_tokens is None or rows * width <= max_tokens:
+        return [batch]
+    mask = batch["attention_mask"]
+    if "position_ids" in batch:  # packed: of a row only the first token has position 0, as padding has
+        lengths = ((batch["position_ids"] > 0).sum(dim=-1) + 1).tolist()
+    else:
+        lengths = mask.sum(dim=-1).tolist()
+    parts = []
+    for indices in plan_batches(lengths, max_rows=rows, max_tokens=max_tokens):
+        length = max(lengths[index] for index in indices)
+        part = {name: tensor[indices][..., :length] for name, tensor in batch.items()}
+        if mask.dim() == 4:
+            part["attention_mask"] = part["attention_mask"][..., :length, :]
+        parts.append(part)
+    return parts
+
+
+@contextmanager
+def _without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """Computes in the precision of the weights: accelerate replaces `forward` by one under autocast."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.__dict__["forward"] = wrapped
+
+
+class GracefulStopCallback(TrainerCallback):
     """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once.
 
     A checkpoint at the end of an epoch waits for the evaluation there, which a resumed run would leave out otherwise.
@@ -264,14 +324,14 @@ class StopWhenAsked(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if args.eval_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
             control.should_evaluate = True
-        if args.eval_strategy == IntervalStrategy.EPOCH and _is_at_epochs_end(state):
+        if args.eval_strategy == IntervalStrategy.EPOCH and _is_at_epoch_end(state):
             self._save_after_evaluation, control.should_save = control.should_save, False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leaves the evaluation out where a stop came before the epoch's end."""
-        if self.stopped and not _is_at_epochs_end(state):
+        if self.stopped and not _is_at_epoch_end(state):
             control.should_evaluate = False
         if self._save_after_evaluation:
             self._save_after_evaluation, control.should_save = False, True
@@ -289,5 +349,5 @@ class StopWhenAsked(TrainerCallback):
         sys.stderr.write("\nstopping after this step, with a checkpoint; once more stops at once\n")
 
 
-def _is_at_epochs_end(state: TrainerState) -> bool:
+def _is_at_epoch_end(state: TrainerState) -> bool:
     return float(state.epoch).is_integer() or state.global_step >= state.max_steps

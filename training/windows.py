@@ -20,7 +20,7 @@ QUESTION_ROOM = 96
 """Positions that a chosen window leaves for question and answer. Of SQuAD the longest take 66 tokens together."""
 
 
-def windows_for(
+def select_windows(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     *,
@@ -76,7 +76,7 @@ def choose_window(passages: Sequence[int], least: int, *, max_positions: int) ->
         passages: Tokens of each, those of the prompt's `Context:` included.
         least: Tokens that a window has to hold, too: twice the longest answer, so that it is whole in one of
             overlapping windows, and each passage whose answer does not occur in it.
-        max_positions: See `windows_for`.
+        max_positions: See `select_windows`.
     """
     held = sorted(passages)[math.ceil(HELD_SHARE * len(passages)) - 1]
     wanted = max(held, least, MIN_WINDOW)

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from training.model import load_model, whole
+from training.model import gather_weights, load_model
 
 source, output = sys.argv[1:]
 torch.distributed.init_process_group("gloo")
@@ -17,5 +17,5 @@ for block in model.transformer.h:
     fully_shard(block)
 fully_shard(model)
 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-whole(model).save_pretrained(f"{output}/{torch.distributed.get_rank()}")
+gather_weights(model).save_pretrained(f"{output}/{torch.distributed.get_rank()}")
 torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.data.reader import read_examples
 from training import finetune, report
-from training.report import title_of, wilson_interval, worst_examples
+from training.report import make_title, wilson_interval, worst_examples
 from training.settings import FinetuneConfig
 from training.starter.sample import generate
 
@@ -24,7 +24,7 @@ def run_finetune(*arguments):
 def plots():
     """Drawing them takes longer than the training."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(report, "_png", lambda figure: b"PNG")
+        patched.setattr(report, "to_png", lambda figure: b"PNG")
         yield
 
 
@@ -205,12 +205,14 @@ def test_confidence_intervals_are_wilsons(percent, total, low, high):
     ],
 )
 def test_the_title_names_model_and_data_and_no_directory(tmp_path, model, train, title):
-    assert title_of(FinetuneConfig(model=model, train=train, output=tmp_path)) == title
+    assert make_title(FinetuneConfig.from_options({"model": model, "train": train, "output": tmp_path})) == title
 
 
 def test_the_title_of_random_weights(tmp_path):
-    config = FinetuneConfig(from_scratch="gpt2", tokenizer="x", train=("squad_v2",), output=tmp_path)
-    assert title_of(config) == "GPT-2 from random weights for question answering, fine-tuned on SQuAD v2.0"
+    config = FinetuneConfig.from_options(
+        {"from_scratch": "gpt2", "tokenizer": "x", "train": ("squad_v2",), "output": tmp_path}
+    )
+    assert make_title(config) == "GPT-2 from random weights for question answering, fine-tuned on SQuAD v2.0"
 
 
 def test_questions_without_an_answer_are_made_trained_on_and_counted(options, rows, tmp_path, capsys):

@@ -128,9 +128,9 @@ def model(desk, dry_run):
         status = process.wait(600)
     said = (desk / "training.log").read_text(encoding="utf-8")
     assert status == 130, said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert not (directory / "metrics.json").exists()
-    assert "going on from model/checkpoint-" in run(desk, *TRAINING)
+    assert "resuming from model/checkpoint-" in run(desk, *TRAINING)
     return directory
 
 

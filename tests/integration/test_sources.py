@@ -9,91 +9,14 @@ import time
 
 import datasets
 import pytest
+from source_files import CONTEXT, EXAMPLES, ROWS, write
 
-from qa_onnx.data import text_files
-from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.data.reader import read_examples
 from qa_onnx.errors import InvalidInputError
 from tests.conftest import ROOT
 from training import finetune
-from training.overview import by_length
-from training.sources import Source, load_source, weighted
-
-CONTEXT = "Mara founded Tolvik in 1803. It lies at the sea, and Mara lives there."
-ROWS = [
-    {"id": "a", "question": "Who founded Tolvik?", "text": "Mara", "start": 0},
-    {"id": "b", "question": 'When, said "Mara"?', "text": "1803", "start": 23},
-    {"id": "c", "question": "Who rules Tolvik?", "text": "", "start": None},
-    {"id": "d", "question": "Who lives there?", "text": "Mara", "start": CONTEXT.rindex("Mara")},
-]
-EXAMPLES = tuple(
-    Example(
-        id=row["id"],
-        title="",
-        context=CONTEXT,
-        question=row["question"],
-        answers=(GoldAnswer(text=row["text"], start=row["start"]),) if row["text"] else (),
-    )
-    for row in ROWS
-)
-
-
-def squad_of(rows):
-    qas = [
-        {
-            "id": row["id"],
-            "question": row["question"],
-            "is_impossible": not row["text"],
-            "answers": [{"text": row["text"], "answer_start": row["start"]}] if row["text"] else [],
-        }
-        for row in rows
-    ]
-    return {"version": "v2.0", "data": [{"title": "", "paragraphs": [{"context": CONTEXT, "qas": qas}]}]}
-
-
-def write(path, kind):
-    if kind == "squad.json":
-        path.write_text(json.dumps(squad_of(ROWS)))
-    elif kind == "squad.jsonl":  # as the hub's columns are
-        lines = [
-            {"answers": {"text": [r["text"]] if r["text"] else [], "answer_start": [r["start"]] if r["text"] else []}}
-            for r in ROWS
-        ]
-        merged = [
-            {"id": row["id"], "context": CONTEXT, "question": row["question"], **line}
-            for row, line in zip(ROWS, lines, strict=True)
-        ]
-        path.write_text("\n\n".join(map(json.dumps, merged)))
-    elif kind == "plain.jsonl":
-        lines = [
-            {
-                "id": r["id"],
-                "context": CONTEXT,
-                "question": r["question"],
-                "answer": r["text"],
-                "answer_start": r["start"],
-            }
-            for r in ROWS
-        ]
-        path.write_text("\n".join(map(json.dumps, lines)))
-    elif kind == "objects.jsonl":
-        lines = [
-            {
-                "id": r["id"],
-                "context": CONTEXT,
-                "question": r["question"],
-                "answers": [{"text": r["text"], "answer_start": r["start"]}] if r["text"] else [],
-            }
-            for r in ROWS
-        ]
-        path.write_text("\n".join(map(json.dumps, lines)))
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "context", "question", "answers", "answer_start"])
-            writer.writerows(
-                [r["id"], CONTEXT, r["question"], r["text"], "" if r["start"] is None else r["start"]] for r in ROWS
-            )
+from training.sources import Source, apply_weight, load_source
+from training.stats import count_by_length
 
 
 @pytest.mark.parametrize("kind", ["squad.json", "squad.jsonl", "plain.jsonl", "objects.jsonl", "rows.csv"])
@@ -155,135 +78,6 @@ def test_a_hub_that_does_not_reply_is_asked_once(monkeypatch, name):
         load_source(name, "train")
     assert time.monotonic() - started < 5
     assert is_offline == datasets.config.HF_HUB_OFFLINE
-
-
-BAD_ROWS = {
-    "rows.csv": (
-        f'id,context,question,answers,answer_start\na,"{CONTEXT}",Who founded Tolvik?,Mara,0\nb,,When?,1803,23\n'
-        f'c,"{CONTEXT}",Where?,sea,here\n',
-        ["line 3: context: got an empty string", "line 4: answer_start: got 'here'"],
-    ),
-    "rows.jsonl": (
-        "\n".join(
-            [
-                json.dumps({"context": CONTEXT, "question": "Who?", "answer": "Mara"}),
-                "{cut",
-                json.dumps({"context": CONTEXT, "question": 7, "answer": "Mara"}),
-                json.dumps({"context": CONTEXT, "question": "Who?", "answers": [3]}),
-                json.dumps({"context": CONTEXT, "question": "Who \ud800?", "answer": "Mara"}),
-                json.dumps({"context": CONTEXT, "question": "?", "answers": ["sea"], "answer_start": [1, 2]}),
-            ]
-        ),
-        [
-            "not valid JSON at line 2, column 2",
-            "line 3: question: got 7",
-            "line 4: answers[0]: got 3",
-            "line 5: question: got a lone surrogate",
-            "line 6: answer_start: got 2 of 1 answers",
-        ],
-    ),
-    "squad.json": (
-        json.dumps(
-            {
-                "data": [
-                    {
-                        "paragraphs": [
-                            {
-                                "context": CONTEXT,
-                                "qas": [squad_of(ROWS)["data"][0]["paragraphs"][0]["qas"][0], {"id": "x"}],
-                            },
-                            {"context": 5, "qas": []},
-                        ]
-                    }
-                ]
-            }
-        ),
-        ["data[0].paragraphs[0].qas[1]", "data[0].paragraphs[1].context"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_named_and_skipped_only_when_asked(tmp_path, name):
-    text, places = BAD_ROWS[name]
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InvalidInputError) as raised:
-        load_source(str(tmp_path / name), "train")
-    assert f"{tmp_path / name}: {places[0]}" in str(raised.value)
-    source = load_source(str(tmp_path / name), "train", skip_bad_rows=True)
-    assert [example.question for example in source.examples] in (["Who founded Tolvik?"], ["Who?"])
-    assert len(source.bad_rows) == len(places)
-    for found, place in zip(source.bad_rows, places, strict=True):
-        assert place in found
-    assert len(source.warnings()) == len(places)
-
-
-@pytest.mark.parametrize(
-    ("row", "columns", "message"),
-    [
-        ({"answers": "Mara"}, {"answers": "reply"}, "no column 'reply'"),
-        ({"answers": "Mara"}, {"title": "heading"}, "no column 'heading'"),
-        ({}, {}, "no column 'answers'"),
-        ({"answers": {"txt": ["Mara"]}}, {}, "answers: got a JSON object"),
-        ({"answers": "Ma\ud800ra"}, {}, "lone surrogate"),
-        ({"answers": "Mara", "id": "\ud800"}, {}, "lone surrogate"),
-        ({"answers": "Mara", "answer_start": float("inf")}, {}, "answer_start: got inf"),
-    ],
-)
-def test_what_would_be_trained_on_wrongly_is_refused(tmp_path, row, columns, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"context": CONTEXT, "question": "Who founded Tolvik?", **row}))
-    with pytest.raises(InvalidInputError, match=message):
-        load_source(str(path), "train", columns=columns)
-
-
-def test_rows_of_csv_with_too_many_or_too_few_fields_and_files_that_are_none_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "rows.csv"
-    for row, message in (("a, b,c,d", "line 2: got 4 fields; expected 3"), ("a,b", "line 2: got 2 fields; expected 3")):
-        path.write_text(f"context,question,answers\n{row}\n")
-        with pytest.raises(InvalidInputError, match=message):
-            load_source(str(path), "train")
-    path.write_text(f"context,question,answers\na,b,{'c' * 99}\n")
-    monkeypatch.setattr(text_files, "MAX_CSV_FIELD", 50)
-    with pytest.raises(InvalidInputError, match=r"line 2 is not CSV .*field larger than field limit"):
-        load_source(str(path), "train")
-
-
-def test_a_long_document_fits_into_a_field_and_an_empty_id_is_filled_in(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text(f"id,context,question,answers\n,{'word ' * 40_000},Who?,word\n,Mara did.,Who?,Mara\n")
-    first, second = load_source(str(path), "train").examples
-    assert len(first.context) == 200_000
-    assert (first.id, second.id) == ("line 2", "line 3")
-
-
-def test_json_that_is_nested_too_deeply_is_a_bad_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("[" * 100_000)
-    with pytest.raises(InvalidInputError, match=r"not valid JSON .*line 1 on: nested too deep"):
-        load_source(str(path), "train")
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "squad.json"])
-def test_a_file_of_bad_rows_only_and_an_empty_one_are_refused(tmp_path, name):
-    bad = {
-        "rows.csv": "context,question,answers\n,,\n",
-        "rows.jsonl": "3\n",
-        "squad.json": '{"data": [{"paragraphs": [{"context": ""}]}]}',
-    }
-    empty = {"rows.csv": "", "rows.jsonl": "\n", "squad.json": '{"data": []}'}
-    (tmp_path / name).write_text(bad[name])
-    with pytest.raises(InvalidInputError, match="its only row is bad: "):
-        load_source(str(tmp_path / name), "train", skip_bad_rows=True)
-    (tmp_path / name).write_text(empty[name])
-    with pytest.raises(InvalidInputError, match="no questions"):
-        load_source(str(tmp_path / name), "train", skip_bad_rows=True)
-
-
-@pytest.mark.parametrize("name", ["missing.csv", "missing.jsonl", "missing.json", "missing"])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
-    with pytest.raises(InvalidInputError, match=name):
-        load_source(str(tmp_path / name), "train")
 
 
 def test_answers_that_stand_elsewhere_are_repaired_and_absent_ones_counted(tmp_path):
@@ -353,6 +147,8 @@ HUB_ROWS = [
     }
     for row in ROWS
 ]
+
+
 SAVED = {
     "rows.parquet": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_parquet(path),
     "rows.PARQUET": lambda path: datasets.Dataset.from_list(HUB_ROWS).to_pandas().to_parquet(path),
@@ -447,12 +243,12 @@ def test_answers_that_are_written_otherwise_are_repaired_and_keep_their_text(tmp
 
 def test_weights_repeat_a_source_or_take_a_part_of_it():
     source = Source(name="x", examples=EXAMPLES, sha256="")
-    assert weighted(source, 1.0, 0) == list(EXAMPLES)
-    assert weighted(source, 2.0, 0) == [*EXAMPLES, *EXAMPLES]
-    more = weighted(source, 1.67, 0)
+    assert apply_weight(source, 1.0, 0) == list(EXAMPLES)
+    assert apply_weight(source, 2.0, 0) == [*EXAMPLES, *EXAMPLES]
+    more = apply_weight(source, 1.67, 0)
     assert len(more) == 7
-    assert more == weighted(source, 1.67, 0)
-    assert {tuple(weighted(source, 1 / 4, seed)) for seed in range(40)} == {(example,) for example in EXAMPLES}
+    assert more == apply_weight(source, 1.67, 0)
+    assert {tuple(apply_weight(source, 1 / 4, seed)) for seed in range(40)} == {(example,) for example in EXAMPLES}
 
 
 def test_files_of_several_formats_train_together_with_weights(tiny_model_dir, tmp_path):
@@ -473,8 +269,8 @@ def test_files_of_several_formats_train_together_with_weights(tiny_model_dir, tm
 
 
 def test_lengths_are_counted_in_classes():
-    assert by_length([1, 63, 64, 300], 64) == {0: 2, 64: 1, 128: 0, 192: 0, 256: 1}
-    assert by_length([], 64) == {}
+    assert count_by_length([1, 63, 64, 300], 64) == {0: 2, 64: 1, 128: 0, 192: 0, 256: 1}
+    assert count_by_length([], 64) == {}
 
 
 def test_the_guide_names_every_kind_of_source():

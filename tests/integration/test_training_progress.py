@@ -11,10 +11,10 @@ import sys
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from training import finetune, report, trainer
-from training.overview import Overview, by_length, histogram_step
+from training import finetune, plots, report, trainer
 from training.progress import TrainingProgress
 from training.starter.sample import generate
+from training.stats import DatasetStats, count_by_length, histogram_step
 
 
 class Terminal(io.StringIO):
@@ -86,9 +86,17 @@ def sources(tiny_model_dir, tmp_path_factory):
 def drawn(sources, tmp_path_factory):
     """A run of 12 steps: its figures, and what it wrote to standard output and error."""
     figures, out, err = [], io.StringIO(), io.StringIO()
-    arguments = [*sources, "--max-steps", 12, "--warmup", 0.25, "--output", tmp_path_factory.mktemp("drawn") / "out"]
+    arguments = [
+        *sources,
+        "--max-steps",
+        12,
+        "--warmup-ratio",
+        0.25,
+        "--output",
+        tmp_path_factory.mktemp("drawn") / "out",
+    ]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(report, "_png", lambda figure: figures.append(figure) or b"PNG")
+        patched.setattr(report, "to_png", lambda figure: figures.append(figure) or b"PNG")
         patched.setattr(sys, "stdout", out)
         patched.setattr(sys, "stderr", err)
         assert run_finetune(*arguments) == 0
@@ -124,8 +132,19 @@ def test_the_learning_rates_are_those_that_were_trained_with(sources, tmp_path, 
         return real(self, *arguments)
 
     monkeypatch.setattr(trainer.GenerationTrainer, "training_step", training_step)
-    monkeypatch.setattr(report, "_png", lambda figure: b"PNG")
-    options = ["--schedule", "linear", "--warmup", 0.4, "--learning-rate", 1e-3, "--limit-train", 24, "--epochs", 1]
+    monkeypatch.setattr(report, "to_png", lambda figure: b"PNG")
+    options = [
+        "--lr-scheduler-type",
+        "linear",
+        "--warmup-ratio",
+        0.4,
+        "--learning-rate",
+        1e-3,
+        "--limit-train",
+        24,
+        "--epochs",
+        1,
+    ]
     assert run_finetune(*sources, *options, "--output", tmp_path / "out") == 0
     assert made[0].learning_rates() == pytest.approx(used)
 
@@ -146,13 +165,13 @@ def test_the_learning_rates_are_those_that_were_trained_with(sources, tmp_path, 
 )
 def test_histograms_have_as_many_classes_as_show_something(values, step):
     assert histogram_step(list(values)) == step
-    assert len(by_length(list(values), step)) <= 30
+    assert len(count_by_length(list(values), step)) <= 30
     if max(values) - min(values) >= 30:
-        assert len(by_length(list(values), step)) >= 12
+        assert len(count_by_length(list(values), step)) >= 12
 
 
 def test_a_histogram_of_one_length_is_drawn():
-    overview = Overview(
+    stats = DatasetStats(
         rows=3, questions=3, windows=0, left_out=0, tokens=15, counted=3, padding=0.0, lengths={5: 3}, length_step=1
     )
-    assert len(report._lengths(overview).axes[0].patches) == 1
+    assert len(plots.plot_lengths(stats).axes[0].patches) == 1

@@ -17,7 +17,7 @@ from training import finetune, report
 from training.data import RowSettings, tokenize
 from training.model import load_tokenizer
 from training.starter.sample import generate
-from training.windows import choose_window, windows_for
+from training.windows import choose_window, select_windows
 
 
 def run_finetune(*arguments):
@@ -104,17 +104,17 @@ def test_a_passage_is_trained_on_in_the_windows_of_its_settings(tokenizer):
 
 def test_window_and_stride_are_chosen_where_they_are_not_given(tokenizer):
     bpe, short = tokenizer.backend_tokenizer, document(3, words=5)
-    assert windows_for([short], bpe, window=None, stride=None, max_positions=1024) == WindowSettings(
+    assert select_windows([short], bpe, window=None, stride=None, max_positions=1024) == WindowSettings(
         window=128, stride=min(DEFAULT_STRIDE, 32)
     )
-    assert windows_for([document(3)], bpe, window=None, stride=8, max_positions=256) == WindowSettings(
+    assert select_windows([document(3)], bpe, window=None, stride=8, max_positions=256) == WindowSettings(
         window=160, stride=8
     )
-    assert windows_for([short], bpe, window=None, stride=None, max_positions=1024, least=256).window == 256
-    assert windows_for([short], bpe, window=200, stride=None, max_positions=256) == WindowSettings(
+    assert select_windows([short], bpe, window=None, stride=None, max_positions=1024, least=256).window == 256
+    assert select_windows([short], bpe, window=200, stride=None, max_positions=256) == WindowSettings(
         window=200, stride=min(DEFAULT_STRIDE, 50)
     )
-    assert windows_for([document(3, answers=False)], bpe, window=None, stride=None, max_positions=1024).window == 928
+    assert select_windows([document(3, answers=False)], bpe, window=None, stride=None, max_positions=1024).window == 928
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_window_and_stride_are_chosen_where_they_are_not_given(tokenizer):
 )
 def test_windows_that_cannot_be_are_refused(tokenizer, window, stride, message):
     with pytest.raises(InvalidInputError, match=message):
-        windows_for([], tokenizer.backend_tokenizer, window=window, stride=stride, max_positions=256)
+        select_windows([], tokenizer.backend_tokenizer, window=window, stride=stride, max_positions=256)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_run_with_such_windows_is_refused(sources, tmp_path, capsys, options, 
 
 
 def test_the_choice_is_shown_evaluated_with_and_written(sources, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "_png", lambda figure: b"PNG")
+    monkeypatch.setattr(report, "to_png", lambda figure: b"PNG")
     assert run_finetune(*sources, "--window", 40, "--stride", 8, "--output", tmp_path / "x", "--dry-run") == 0
     shown = re.search(r"windows: of up to 40 tokens of a passage, neighbors share 8; (\d+) ", capsys.readouterr().out)
     assert int(shown[1]) > 0
@@ -214,7 +214,7 @@ def test_a_passage_whose_answer_does_not_occur_in_it_is_read_whole(tokenizer, te
     last = document(40, words=80)
     last = replace(last, answers=(replace(last.answers[0], text=text),))
     bpe = tokenizer.backend_tokenizer
-    window = windows_for(many(last), bpe, window=None, stride=None, max_positions=1024).window
+    window = select_windows(many(last), bpe, window=None, stride=None, max_positions=1024).window
     length = len(bpe.encode(f"Context: {last.context}").ids)
     assert (window >= length) == (text != "Zanzibar")
     tokenize(many(last), tokenizer, RowSettings(max_positions=1024, windows=WindowSettings(window=window)))
@@ -224,7 +224,7 @@ def test_a_long_answer_is_whole_in_a_window(tokenizer):
     last = document(40, words=200)
     text = last.context[200:700]
     last = replace(last, answers=(GoldAnswer(text=text, start=200),))
-    settings = windows_for(many(last), tokenizer.backend_tokenizer, window=None, stride=None, max_positions=1024)
+    settings = select_windows(many(last), tokenizer.backend_tokenizer, window=None, stride=None, max_positions=1024)
     assert settings.window < len(tokenizer.backend_tokenizer.encode(last.context).ids)
     rows = tokenize([last], tokenizer, RowSettings(max_positions=1024, windows=settings))
     assert any(answered(tokenizer, rows))

@@ -8,7 +8,7 @@ import transformers
 
 from qa_onnx.data.squad import parse_squad
 from training.data import Collator, RowSettings, tokenize
-from training.model import load_model, merged, with_lora
+from training.model import add_lora, load_model, merge_lora
 from training.starter.sample import generate
 
 
@@ -70,14 +70,14 @@ def test_a_merged_model_computes_what_the_model_with_lora_does(tiny_model_dir):
     model, _ = load_model(str(tiny_model_dir))
     reference = transformers.GPT2LMHeadModel.from_pretrained(tiny_model_dir).eval()
     torch.manual_seed(0)
-    adapted = with_lora(model, rank=4, alpha=8.0, dropout=0.0).eval()
+    adapted = add_lora(model, rank=4, alpha=8.0, dropout=0.0).eval()
     for name, parameter in adapted.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)
         if "lora_B" in name:  # these begin with zeros
             torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.randint(0, 600, (3, 20))
     with torch.inference_mode():
-        logits, merged_logits = adapted(input_ids=ids).logits, merged(adapted)(input_ids=ids).logits
+        logits, merged_logits = adapted(input_ids=ids).logits, merge_lora(adapted)(input_ids=ids).logits
         torch.testing.assert_close(merged_logits, logits, atol=1e-3, rtol=1e-4)
         assert (merged_logits - reference(input_ids=ids).logits).abs().max() > 0.1
-    assert not any("lora" in name for name in merged(adapted).state_dict())
+    assert not any("lora" in name for name in merge_lora(adapted).state_dict())

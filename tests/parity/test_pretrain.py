@@ -18,14 +18,14 @@ from training.starter.sample import generate
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    paragraphs = pretrain.paragraphs_of(generate("train", questions=1200))
+    paragraphs = pretrain.list_paragraphs(generate("train", questions=1200))
     prompt = {"context": PROMPT_TEMPLATE.format(context="x", question="y"), "qas": []}
     return pretrain.train_tokenizer([*paragraphs, *[prompt] * 300], 2048)
 
 
 @pytest.fixture(scope="module")
 def texts():
-    paragraphs = pretrain.paragraphs_of(generate("train", questions=1200))
+    paragraphs = pretrain.list_paragraphs(generate("train", questions=1200))
     return [f" {paragraph['context']}" for paragraph in paragraphs]
 
 
@@ -40,7 +40,7 @@ def written(tokenizer, texts):
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     examples = parse_squad(generate("heldout", questions=120), source="sample")
-    return pretrain.rows_of(examples, tokenizer.backend_tokenizer, 0.1, random.Random(0))
+    return pretrain.make_rows(examples, tokenizer.backend_tokenizer, 0.1, random.Random(0))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_passage_that_is_too_long_and_an_answer_elsewhere_are_left_out(tokeniz
     paragraph["qas"][0]["answers"] = [{"text": "word", "answer_start": 0}]
     other["qas"][0]["answers"] = [{"text": "Tom", "answer_start": 0}]
     data = {"data": [{"paragraphs": [paragraph, other]}]}
-    (row,) = pretrain.rows_of(parse_squad(data, source="x"), tokenizer.backend_tokenizer, 0.0, random.Random(0))
+    (row,) = pretrain.make_rows(parse_squad(data, source="x"), tokenizer.backend_tokenizer, 0.0, random.Random(0))
     assert (row["votes"], row["points"]) == ([], [])
 
 
@@ -245,7 +245,7 @@ def test_questions_without_an_answer_are_of_other_passages_and_lost_sentences():
 def test_a_question_without_an_answer_is_followed_by_the_end_of_text_and_points_nowhere(tokenizer):
     paragraph = {"context": "Mara founded Tolvik.", "qas": [{"id": "1", "question": "Who left?", "answers": []}]}
     examples = parse_squad({"data": [{"paragraphs": [paragraph]}]}, source="x")
-    (row,) = pretrain.rows_of(examples, tokenizer.backend_tokenizer, 0.0, random.Random(0))
+    (row,) = pretrain.make_rows(examples, tokenizer.backend_tokenizer, 0.0, random.Random(0))
     assert (row["votes"], row["points"]) == ([], [])
     assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
     assert sum(label != -100 for label in row["labels"]) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from qa_onnx.data.squad import parse_squad
-from training.starter.augment import altered, augment, cloze_questions, sentences_of, spans_of
+from training.starter.augment import altered, augment, cloze_questions, find_spans, split_sentences
 from training.starter.sample import generate
 
 CONTEXT = (
@@ -15,7 +15,7 @@ CONTEXT = (
 
 
 def test_spans_are_of_the_kinds_that_are_asked_for():
-    kinds = {CONTEXT[start:end]: kind for kind, start, end in spans_of(CONTEXT)}
+    kinds = {CONTEXT[start:end]: kind for kind, start, end in find_spans(CONTEXT)}
     assert kinds["1803"] == kinds["3 May 1911"] == "date"
     assert kinds["412"] == kinds["twelve"] == "number"
     assert kinds["Mara Velden"] == "name"
@@ -48,7 +48,7 @@ def test_altered_contexts_keep_their_questions_where_their_sentences_are():
     assert len(orders) > 20
     assert asked > 60
     assert any("A stranger came." in order for order in orders)
-    assert len(sentences_of(CONTEXT)) == 3
+    assert len(split_sentences(CONTEXT)) == 3
 
 
 def test_a_data_set_is_made_of_several_the_same_each_time():

@@ -9,8 +9,8 @@ import pytest
 from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.data.reader import read_examples
 from qa_onnx.errors import InvalidInputError
-from training.holdout import hold_out, json_lines_of, overlap_of, share_of
-from training.sources import Source, sha256_of
+from training.holdout import hold_out, measure_overlap, parse_share, to_json_lines
+from training.sources import Source, hash_examples
 
 
 def example(passage, question="Q?", **changes):
@@ -25,7 +25,7 @@ def example(passage, question="Q?", **changes):
 
 
 def source(examples, name="x"):
-    return Source(name=name, examples=tuple(examples), sha256=sha256_of(examples))
+    return Source(name=name, examples=tuple(examples), sha256=hash_examples(examples))
 
 
 MANY = [example(passage, f"question {number}?") for passage in range(50) for number in range(4)]
@@ -35,12 +35,12 @@ MANY = [example(passage, f"question {number}?") for passage in range(50) for num
     ("given", "share"), [("10%", 0.1), (" 10 % ", 0.1), ("0.5%", 0.005), (".5%", 0.005), ("99.9%", 0.999)]
 )
 def test_a_percentage_is_a_share(given, share):
-    assert share_of(given) == pytest.approx(share)
+    assert parse_share(given) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("given", ["squad", "10", "0.1", "a%b.csv", "./10%", "data/10%", "10%.json"])
 def test_anything_else_is_a_source(given):
-    assert share_of(given) is None
+    assert parse_share(given) is None
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_anything_else_is_a_source(given):
 )
 def test_other_percentages_are_refused(given):
     with pytest.raises(InvalidInputError, match=r"got --eval .*above 0 % and below 100 %"):
-        share_of(given)
+        parse_share(given)
 
 
 @pytest.mark.parametrize("given", ["1%", "10%", "50%", "90%"])
@@ -57,7 +57,7 @@ def test_all_questions_on_a_passage_are_on_one_side(given):
     sides = [{made.context for made in part.examples} for part in (trained, heldout)]
     assert not sides[0] & sides[1]
     assert sorted(made.id for part in (trained, heldout) for made in part.examples) == sorted(made.id for made in MANY)
-    wanted = share_of(given) * len(MANY)
+    wanted = parse_share(given) * len(MANY)
     assert wanted <= len(heldout.examples) < wanted + 4
     assert heldout.name == f"{given} of the passages, held out"
 
@@ -70,7 +70,7 @@ def test_passages_that_differ_in_white_space_and_case_are_one():
     ]
     (trained,), heldout = hold_out([source(examples)], "30%", seed=0)
     assert len(heldout.examples) == 12
-    assert not overlap_of(trained.examples, heldout.examples)
+    assert not measure_overlap(trained.examples, heldout.examples)
 
 
 def test_what_is_held_out_follows_from_seed_and_passages_and_not_from_the_order():
@@ -87,7 +87,7 @@ def test_each_source_keeps_what_is_not_held_out_and_fingerprints_follow():
     trained, heldout = hold_out([first, second], "50%", seed=0)
     assert [part.name for part in trained] == ["a", "b"]
     assert all(set(part.examples) < set(whole.examples) for part, whole in zip(trained, (first, second), strict=True))
-    assert all(part.sha256 == sha256_of(part.examples) for part in (*trained, heldout))
+    assert all(part.sha256 == hash_examples(part.examples) for part in (*trained, heldout))
 
 
 @pytest.mark.parametrize("given", ["1%", "99.9%"])
@@ -125,7 +125,7 @@ def test_questions_held_out_are_read_as_they_were(tmp_path, answers):
     )
     path = tmp_path / "heldout.jsonl"
     examples = [made, example(1), example(2, title="t")]
-    path.write_text(json_lines_of(examples), encoding="utf-8", newline="")
+    path.write_text(to_json_lines(examples), encoding="utf-8", newline="")
     assert read_examples(str(path)) == examples
 
 
@@ -147,7 +147,7 @@ TRAINED = [example(1, "Who?"), example(2, "When?")]
     ],
 )
 def test_overlap_is_found_example_by_example(evaluated, same_question, same_passage):
-    found = overlap_of(TRAINED, evaluated)
+    found = measure_overlap(TRAINED, evaluated)
     assert (found.total, found.same_question, found.same_passage) == (len(evaluated), same_question, same_passage)
     assert bool(found) == bool(same_question or same_passage)
     if found:

@@ -68,12 +68,12 @@ SHORTENED_SHARE, DROPPED_SHARE = 0.35, 0.15
 """Of the questions, and of the words of one, that are left out, so that no word can be relied on alone."""
 
 
-def sentences_of(context: str) -> list[str]:
+def split_sentences(context: str) -> list[str]:
     """Splits a passage into sentences, roughly."""
     return [sentence for sentence in SENTENCE_END.split(context) if sentence.strip()]
 
 
-def spans_of(sentence: str) -> list[tuple[str, int, int]]:
+def find_spans(sentence: str) -> list[tuple[str, int, int]]:
     """Kind, start and end of each span that could be an answer."""
     spans: list[tuple[str, int, int]] = []
     taken: list[tuple[int, int]] = []
@@ -137,11 +137,11 @@ def cloze_questions(context: str, count: int, draw: random.Random) -> list[dict[
     """Up to `count` cloze questions on a passage, in SQuAD's format without ids."""
     found: list[tuple[str, str, int, int, int]] = []
     place = 0
-    for sentence in sentences_of(context):
+    for sentence in split_sentences(context):
         place = context.index(sentence, place)
         if len(sentence.split()) >= MIN_SENTENCE_WORDS:
-            found += [(sentence, kind, start, end, place) for kind, start, end in spans_of(sentence)]
-    qas = []
+            found += [(sentence, kind, start, end, place) for kind, start, end in find_spans(sentence)]
+    qas: list[dict[str, Any]] = []
     while found and len(qas) < count:
         index = draw.choices(range(len(found)), [SPAN_SHARES[span[1]] for span in found])[0]
         sentence, kind, start, end, place = found.pop(index)
@@ -161,7 +161,7 @@ def altered(
     some of the others stay, too, without an answer.
     """
     context = paragraph["context"]
-    sentences, starts, place = sentences_of(context), [], 0
+    sentences, starts, place = split_sentences(context), [], 0
     for sentence in sentences:
         place = context.index(sentence, place)
         starts.append(place)
@@ -232,7 +232,8 @@ def joined(passage: dict[str, Any], contexts: list[str], draw: random.Random) ->
     Questions without an answer that one of the others answers are left out.
     """
     room = MAX_JOINED_CHARACTERS - len(passage["context"])
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     for context in draw.sample(contexts, min(draw.randint(1, 3), len(contexts))):
         room -= len(context)
         if room > 0:
@@ -273,11 +274,11 @@ def augment(
     paragraphs = [paragraph for article in articles for paragraph in article]
     article_of = [article for article in articles for _ in article]
     asked = [paragraph for paragraph in paragraphs if paragraph["qas"]]
-    strangers = [sentence for paragraph in paragraphs for sentence in sentences_of(paragraph["context"])]
+    strangers = [sentence for paragraph in paragraphs for sentence in split_sentences(paragraph["context"])]
     made = []
     for copy in range(copies):
         for number, paragraph in enumerate(paragraphs):
-            is_whole = copy == 0 and len(sentences_of(paragraph["context"])) > 1
+            is_whole = copy == 0 and len(split_sentences(paragraph["context"])) > 1
             passage = paragraph if is_whole else altered(paragraph, strangers, draw, keeps_lost=no_answer_share > 0)
             qas = [*passage["qas"], *cloze_questions(passage["context"], cloze, draw)]
             if no_answer_share:

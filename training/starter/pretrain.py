@@ -43,11 +43,11 @@ MAX_PASSAGE_TOKENS = 640
 PROMPTS_FOR_TOKENIZER = 2000
 """So often the tokenizer's training text has the prompt's own words, so that these are tokens."""
 POINTING_WEIGHT = 0.3
-"""Of each head's `pointing_loss` beside the loss on tokens."""
+"""Weight of each head's `pointing_loss`, next to the loss on tokens."""
 WARM_UP_STEPS = 60
 
 
-def paragraphs_of(data: dict[str, Any]) -> list[dict[str, Any]]:
+def list_paragraphs(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Lists the paragraphs of a SQuAD data set."""
     return [paragraph for article in data["data"] for paragraph in article["paragraphs"] if paragraph["qas"]]
 
@@ -72,7 +72,7 @@ def train_tokenizer(paragraphs: list[dict[str, Any]], vocab_size: int) -> GPT2To
     return tokenizer
 
 
-def rows_of(
+def make_rows(
     examples: Sequence[Example], bpe: Tokenizer, text_loss_share: float, draw: random.Random
 ) -> list[dict[str, Any]]:
     """Makes packed rows as `training.data` does, which also say where the heads of `POINT_HEADS` should look.
@@ -152,7 +152,7 @@ def pointing_loss(projected: torch.Tensor, head: int, rows: Sequence[dict[str, A
     Args:
         projected: What the layer's `c_attn` computes, [B, T, 3E].
         head: Its number.
-        rows: The batch, of `rows_of`.
+        rows: The batch, of `make_rows`.
         name: `votes` or `points`.
     """
     looks = [(index, *look, row["passage_tokens"]) for index, row in enumerate(rows) for look in row[name]]
@@ -168,7 +168,7 @@ def pointing_loss(projected: torch.Tensor, head: int, rows: Sequence[dict[str, A
     return (logits.logsumexp(1) - looked_at.logsumexp(1)).mean()
 
 
-def batches_of(
+def make_batches(
     data: Sequence[dict[str, Any]], bpe: Tokenizer, arguments: argparse.Namespace
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields batches of rows without an end, each epoch with other altered passages and other questions."""
@@ -192,7 +192,7 @@ def batches_of(
         rows = [
             row
             for made in sets
-            for row in rows_of(parse_squad(made, source="made"), bpe, arguments.text_loss_share, draw)
+            for row in make_rows(parse_squad(made, source="made"), bpe, arguments.text_loss_share, draw)
         ]
         order = list(LengthGroupedSampler([row["length"] for row in rows], batch_rows=arguments.batch_size, seed=epoch))
         for start in range(0, len(order) - arguments.batch_size + 1, arguments.batch_size):
@@ -204,7 +204,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     set_seed(arguments.seed)
     data = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.text]
     if arguments.model is None:
-        model, tokenizer = _from_nothing([paragraph for part in data for paragraph in paragraphs_of(part)], arguments)
+        model, tokenizer = _from_nothing([paragraph for part in data for paragraph in list_paragraphs(part)], arguments)
     else:
         model, tokenizer = load_model(str(arguments.model))
     bpe = tokenizer.backend_tokenizer
@@ -215,23 +215,12 @@ def pretrain(arguments: argparse.Namespace) -> None:
         "real": draw.sample(questions, min(arguments.eval_questions, len(questions))),
         "sample": parse_squad(generate("heldout", questions=arguments.eval_questions), source="sample"),
     }
-    factors, projections = writable(model), Projections(model)
+    masks, projections = writable(model), Projections(model)
     model.transformer.wpe.weight.requires_grad_(False)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": 0.05},
-        {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2)
-        ),
-    )
+    optimizer, schedule = _make_optimizer(model, arguments)
     collator = Collator(pad_token_id=tokenizer.eos_token_id, packing=True)
     started, sums = time.monotonic(), torch.zeros(1 + len(POINT_HEADS))
-    for step, rows in zip(range(1, arguments.steps + 1), batches_of(data, bpe, arguments), strict=False):
+    for step, rows in zip(range(1, arguments.steps + 1), make_batches(data, bpe, arguments), strict=False):
         model.train()
         loss = model(**collator(rows)).loss
         pointing = [
@@ -239,13 +228,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
             for number, (layer, head) in enumerate(POINT_HEADS)
         ]
         (loss + POINTING_WEIGHT * sum(pointing)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_([one for one in model.parameters() if one.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         with torch.no_grad():
-            for parameter, factor in factors.items():
-                parameter.mul_(factor)
+            for parameter, mask in masks.items():
+                parameter.mul_(mask)
         sums += torch.stack([loss, *pointing]).detach()
         if step % arguments.log_every == 0:
             means = [round(value, 3) for value in (sums / arguments.log_every).tolist()]
@@ -253,21 +242,44 @@ def pretrain(arguments: argparse.Namespace) -> None:
             print(json.dumps({**line, "seconds": round(time.monotonic() - started)}), flush=True)
             sums.zero_()
         if step % arguments.eval_every == 0 or step == arguments.steps:
-            copy.deepcopy(model).half().save_pretrained(arguments.output)
-            tokenizer.save_pretrained(arguments.output)
-            for name, examples in heldout.items():
-                answers = generate_answers(model, tokenizer, examples, max_new_tokens=16, progress=False)
-                scores = evaluate(examples, answers)
-                print(
-                    json.dumps({"step": step, "set": name, "exact_match": scores.exact_match, "f1": scores.f1}),
-                    flush=True,
-                )
+            _save_and_evaluate(model, tokenizer, heldout, arguments.output, step)
+
+
+def _make_optimizer(
+    model: GPT2LMHeadModel, arguments: argparse.Namespace
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with weight decay of matrices, and a cosine schedule with a short warm-up."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": 0.05},
+        {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
+
+    def share_of_peak(step: int) -> float:
+        warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+        return warm_up * (0.02 + 0.98 * (1 + math.cos(math.pi * step / arguments.steps)) / 2)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+
+
+def _save_and_evaluate(
+    model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, heldout: dict[str, list[Example]], output: Path, step: int
+) -> None:
+    """Saves the model in float16, and prints its scores on the held-out sets."""
+    copy.deepcopy(model).half().save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    for name, examples in heldout.items():
+        answers = generate_answers(model, tokenizer, examples, max_new_tokens=16, progress=False)
+        scores = evaluate(examples, answers)
+        line = {"step": step, "set": name, "exact_match": scores.exact_match, "f1": scores.f1}
+        print(json.dumps(line), flush=True)
 
 
 def _from_nothing(
     real: list[dict[str, Any]], arguments: argparse.Namespace
 ) -> tuple[GPT2LMHeadModel, GPT2TokenizerFast]:
-    generated = paragraphs_of(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
+    generated = list_paragraphs(generate("train", questions=arguments.sample_questions, seed=arguments.seed + 1))
     prompt = {"context": PROMPT_TEMPLATE.format(context="x", question="y"), "qas": []}
     tokenizer = train_tokenizer([*generated, *real, *[prompt] * PROMPTS_FOR_TOKENIZER], arguments.vocab_size)
     texts = [
@@ -293,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval", type=Path, required=True, help="SQuAD JSON file; some of it is answered now and then")
     parser.add_argument("--eval-questions", type=int, default=200, help="of it, and of the held-out sample")
     parser.add_argument("--eval-every", type=int, default=1000, metavar="STEPS")
-    parser.add_argument("--model", type=Path, help="go on from this model instead of beginning anew")
+    parser.add_argument("--model", type=Path, help="start with this model instead of with nothing")
     parser.add_argument(
         "--word-vectors",
         type=Path,

@@ -1,4 +1,4 @@
-"""What the starter's token embeddings begin with: how tokens are spelled, what stands beside them, how rare they are.
+"""The starter's first token embeddings: how tokens are spelled, what is next to them, how rare they are.
 
 A model of this size has no time to find out that "founder" and "founded" are alike, or that years are of one kind.
 Spelling: the sum of random vectors of a token's character n-grams (Bojanowski et al., 2017, "Enriching Word Vectors
@@ -10,7 +10,7 @@ Factorization").
 from __future__ import annotations
 
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,8 +80,8 @@ def add_word_vectors(model: GPT2LMHeadModel, bpe: Tokenizer, path: Path) -> None
 def token_rarity(bpe: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
     """How rare each token is in the texts, float32 [V]: 0 for the mean of all text, from -3 to 2."""
     counts = np.bincount(np.concatenate([encoding.ids for encoding in bpe.encode_batch(texts)]))
-    counts = np.concatenate([counts, np.zeros(bpe.get_vocab_size() - len(counts))]) + 1.0
-    rarity = -np.log(counts)
+    smoothed = np.concatenate([counts, np.zeros(bpe.get_vocab_size() - len(counts))]) + 1.0
+    rarity = -np.log(smoothed)
     rarity = np.clip((rarity - np.average(rarity, weights=counts)) / 1.5, -2.0, 2.0)
     for text in NOT_ASKED_FOR:
         rarity[bpe.encode(text).ids[0]] = -3.0
@@ -108,7 +108,7 @@ def _spelling(bpe: Tokenizer, width: int) -> torch.Tensor:
 
 def _neighbours(texts: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
     """Unit vectors by what stands before and behind, [V, NEIGHBOUR_DIMENSIONS]."""
-    pairs: Counter[tuple[int, int]] = Counter()
+    pairs: defaultdict[tuple[int, int], float] = defaultdict(float)
     for distance in range(1, WINDOW + 1):
         for ids in texts:
             for pair in zip(ids, ids[distance:], strict=False):
