@@ -9,7 +9,10 @@ OLDEST = .venv-oldest
 OLDEST_RUN = $(OLDEST)/bin/python
 HELDOUT = runs/oldest/heldout.json
 
-.PHONY: demo test check browser test-oldest test-sanitizers test-distributed coverage bench-peers docs lint licenses format clean
+TRANSFORMERS5 = .venv-transformers5
+TRANSFORMERS5_RUN = $(TRANSFORMERS5)/bin/python
+
+.PHONY: demo test check browser test-oldest test-transformers5 test-sanitizers test-distributed coverage bench-peers docs lint licenses format clean
 
 demo: $(INSTALLED)  ## fine-tune, export, answer: the whole path in five to ten minutes
 	$(RUN) -m bench.demo
@@ -43,6 +46,17 @@ test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the oldest ONNX Runtime that 
 	$(RUN) -m qa_onnx predict --model runs/oldest/bundle --data $(HELDOUT) --output runs/oldest/newest.json
 	$(OLDEST_RUN) -m qa_onnx predict --model runs/oldest/bundle --data $(HELDOUT) --output runs/oldest/oldest.json
 	cmp runs/oldest/newest.json runs/oldest/oldest.json
+
+# Both versions train the same model, to the last bit; the export, which needs transformers 4, reads the one of version 5.
+TRAINING = -m training.finetune --model starter --train sample --limit-train 64 --limit-eval 8 --max-steps 2 --batch-size 8
+test-transformers5: $(INSTALLED) $(TRANSFORMERS5)/.installed  ## training on transformers 5
+	$(TRANSFORMERS5_RUN) -m pytest -p no:cacheprovider tests/parity/test_loss.py tests/integration/test_training_runs.py
+	rm -rf runs/transformers5
+	$(RUN) $(TRAINING) --output runs/transformers5/model-4
+	$(TRANSFORMERS5_RUN) $(TRAINING) --output runs/transformers5/model-5
+	cmp runs/transformers5/model-4/model.safetensors runs/transformers5/model-5/model.safetensors
+	cmp runs/transformers5/model-4/predictions.json runs/transformers5/model-5/predictions.json
+	$(RUN) -m export.to_onnx --model runs/transformers5/model-5 --output runs/transformers5/bundle
 
 SANITIZED = runs/sanitized
 test-sanitizers: $(INSTALLED)  ## the kernels' tests with AddressSanitizer and UBSan: nothing outside of an array, nothing undefined
@@ -105,5 +119,13 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(OLDEST_RUN) -m pip install --quiet --constraint $(OLDEST)/constraints.txt $(EDITABLE) ".[cpu,plot]" pytest pytest-xdist filelock hypothesis
 	touch $@
 
+$(TRANSFORMERS5)/.installed: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(TRANSFORMERS5)
+	sed -e 's/^transformers==.*/transformers==5.24.0/' -e 's/^tokenizers==.*/tokenizers==0.23.3/' \
+		-e 's/^huggingface_hub==.*/huggingface_hub==1.33.0/' constraints.txt > $(TRANSFORMERS5)/constraints.txt
+	$(TRANSFORMERS5_RUN) -m pip install --quiet --constraint $(TRANSFORMERS5)/constraints.txt \
+		$(EDITABLE) ".[cpu,train,tensorboard]" pytest hypothesis
+	touch $@
+
 clean:  ## the environment and what tools left; runs/ stays, models are in it
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info qa_onnx/kernels/*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(TRANSFORMERS5) build dist *.egg-info qa_onnx/kernels/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -179,7 +179,11 @@ def build(
     """
     import torch
     import transformers
-    from transformers.modeling_utils import no_init_weights
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
 
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
