@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 import transformers
 from training_runs import run_finetune, without_plots
 
-from training import finetune, model
+from qa_onnx.errors import InvalidInputError
+from training import finetune, model, settings
 from training.data import Collator
 from training.starter import pretrain
 from training.starter.sample import generate
@@ -190,3 +192,21 @@ def test_a_dry_run_shows_what_there_is_and_touches_nothing(tiny_run, tmp_path, c
     assert len(re.findall(r"\n +\d+-\d+ +\d+ =*(?=\n)", output)) >= 12
     assert output.count("in the loss: '") == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_is_an_option_with_its_default_and_its_range(tiny_run, tmp_path):
+    text = " ".join(finetune.make_parser().format_help().split())
+    for declared in (
+        field for group in [*settings.GROUPS.values(), settings.FinetuneConfig] for field in fields(group)
+    ):
+        if declared.name not in settings.GROUPS:
+            assert f"--{declared.name.replace('_', '-')} " in text
+            if isinstance(declared.default, int | float | str) and not isinstance(declared.default, bool):
+                assert f"(default: {declared.default})" in text
+    given = finetune.make_parser().parse_args([str(one) for one in [*tiny_run, "--output", tmp_path / "out"]])
+    config = finetune.resolve_config(given)
+    assert config.to_dict()["batch_size"] == config.optimization.batch_size == 16
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batch'"):
+        settings.FinetuneConfig.from_options({"model": "gpt2", "train": ("x",), "output": tmp_path, "batch": 3})
+    with pytest.raises(InvalidInputError, match=r"got recipe 'mine'; expected one of gpt2-squad"):
+        settings.FinetuneConfig.from_options({"model": "gpt2", "train": ("x",), "output": tmp_path, "recipe": "mine"})

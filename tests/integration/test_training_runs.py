@@ -169,7 +169,7 @@ def test_out_of_memory_names_the_settings_to_lower(tiny_run, tmp_path, capsys, m
     assert run_finetune(*arguments, "--limit-train", 64, "--limit-eval", 2) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--batch-size 16" in error
-    assert "--gradient-accumulation" in error
+    assert "a smaller --micro-batch-tokens, which trains the same" in error
 
 
 def test_settings_of_training_reach_the_optimizer(tiny_run, tmp_path, monkeypatch):
