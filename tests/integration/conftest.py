@@ -10,13 +10,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_model_dir, tmp_path_factory):
-    """Arguments that train the tiny model on 320 questions and evaluate it with 12."""
+    """Arguments that train the tiny model on 320 questions and evaluate it with 12, whose answers are short."""
     from training.starter.sample import generate
 
     directory = tmp_path_factory.mktemp("sample")
     for part, questions in (("train", 320), ("heldout", 12)):
         (directory / f"{part}.json").write_text(json.dumps(generate(part, questions=questions)))
-    return ["--model", tiny_model_dir, "--train", directory / "train.json", "--eval", directory / "heldout.json"]
+    sources = ["--train", directory / "train.json", "--eval", directory / "heldout.json"]
+    return ["--model", tiny_model_dir, *sources, "--max-new-tokens", 4]
 
 
 @pytest.fixture(scope="session")

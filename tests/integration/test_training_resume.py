@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from training_runs import Killed, has_equal_weights, read_metrics, run_finetune, without_plots
+from training_runs import Killed, die, has_equal_weights, read_metrics, run_finetune, without_plots
 
 from tests.conftest import ROOT
-from training import finetune, report, run_directory, trainer
+from training import finetune, report, trainer
 from training.checkpoints import complete_checkpoints
 
 
@@ -180,39 +180,24 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_can_start_again(tiny_
     assert run_finetune(*arguments, "--max-steps", 1, "--limit-train", 16, "--limit-eval", 2) == 0
 
 
-def test_a_kill_anywhere_in_the_end_of_a_run_leaves_nothing_behind(two_epochs, tmp_path, monkeypatch):
-    """Killed before each file that is written or deleted there; the same command, started again, cleans up."""
+def test_kills_in_the_end_of_a_run_leave_nothing_behind(two_epochs, tmp_path, monkeypatch):
+    """Killed before the model is copied, before the report, before the metrics, and before checkpoints are deleted."""
     arguments, expected = two_epochs
-    output, calls = tmp_path / "out", []
-
-    def killing(real, at):
-        def call(*given, **options):
-            calls.append(real.__name__)
-            if len(calls) == at:
-                raise Killed
-            return real(*given, **options)
-
-        return call
-
-    def run(at):
-        calls.clear()
+    output = tmp_path / "out"
+    for module, name in (
+        (finetune, "copy_model"),
+        (finetune, "write_report"),
+        (report, "write_json"),
+        (finetune, "delete_checkpoints"),
+    ):
+        assert not (output / "metrics.json").exists()
         with monkeypatch.context() as patched:
-            for module in (run_directory, report, finetune):
-                for name in ("write_file", "delete_checkpoints"):
-                    if hasattr(module, name):
-                        patched.setattr(module, name, killing(getattr(module, name), at))
-            return run_finetune(*arguments, "--output", output)
-
-    at = 2  # the first file is the settings, at the start
-    with pytest.raises(Killed):
-        run(at)
-    while not (output / "metrics.json").exists():
-        at += 1
-        with pytest.raises(Killed):
-            run(at)
-    assert at > 10
-    assert list(output.glob("checkpoint-*"))
-    assert run(0) == 2  # it is finished, and now clean
+            patched.setattr(module, name, die)
+            with pytest.raises(Killed):
+                run_finetune(*arguments, "--output", output)
+        assert list(output.glob("checkpoint-*"))
+    assert (output / "metrics.json").exists()
+    assert run_finetune(*arguments, "--output", output) == 2  # it is finished, and now clean
     assert {path.name for path in output.iterdir()} == {path.name for path in expected.iterdir()}
     assert has_equal_weights(output, expected)
     assert read_metrics(output)["evaluations"] == read_metrics(expected)["evaluations"]
