@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,26 +129,56 @@ def plan_file(
     """
     schema = read_schema(path)
     try:
-        if len(set(schema.names)) < len(schema.names):
-            raise InvalidInputError(f"two of the columns {', '.join(map(repr, schema.names))} have one name")
-        found = find_columns(schema.names, columns=columns, required=REQUIRED, fields=REQUIRED)
-        taken = [name for name in results if name in schema.names]
-        if taken:
-            raise InvalidInputError(
-                f"has a column {' and '.join(map(repr, taken))} already, where an answer would go; expected another "
-                "name. Pass --prefix, such as --prefix qa_"
-            )
-        for name in found.values():
-            _check_type(name, schema.field(name).type)
+        found = _find_columns(schema, columns, results)
         check_output(schema, output_format)
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {error}") from error
-    shards: list[int] = []
-    row, size, total = 0, 0, 0
-    for batch in read_batches(path, schema):
+
+    def check(batch: pa.RecordBatch, row: int) -> None:
         check_values(path, batch, output_format)
         if needs_texts:
             _check_texts(path, batch, found, row)
+
+    return InputFile(
+        path=path,
+        schema=schema,
+        question=found["question"],
+        context=found["context"],
+        sha256=sha256_of(path),
+        shards=_split_into_shards(read_batches(path, schema), check, shard_rows),
+    )
+
+
+def _find_columns(schema: pa.Schema, columns: Mapping[str, str], results: Sequence[str]) -> dict[str, str]:
+    """The columns of question and context, by field; those of results must be free."""
+    if len(set(schema.names)) < len(schema.names):
+        raise InvalidInputError(f"two of the columns {', '.join(map(repr, schema.names))} have one name")
+    found = find_columns(schema.names, columns=columns, required=REQUIRED, fields=REQUIRED)
+    taken = [name for name in results if name in schema.names]
+    if taken:
+        raise InvalidInputError(
+            f"has a column {' and '.join(map(repr, taken))} already, where an answer would go; expected another "
+            "name. Pass --prefix, such as --prefix qa_"
+        )
+    for name in found.values():
+        _check_type(name, schema.field(name).type)
+    return found
+
+
+def _split_into_shards(
+    batches: Iterable[pa.RecordBatch], check: Callable[[pa.RecordBatch, int], None], shard_rows: int
+) -> tuple[int, ...]:
+    """Numbers of rows of the shards: at most `shard_rows`, or about `MAX_SHARD_BYTES`.
+
+    Args:
+        batches: All rows.
+        check: Called with each batch, and the number of rows before it.
+        shard_rows: Maximum number of rows of a shard.
+    """
+    shards: list[int] = []
+    row, size, total = 0, 0, 0
+    for batch in batches:
+        check(batch, row)
         row += batch.num_rows
         left = batch.num_rows
         while size + left >= shard_rows:
@@ -160,16 +190,7 @@ def plan_file(
         if size and total > MAX_SHARD_BYTES:
             shards.append(size)
             size, total = 0, 0
-    if size:
-        shards.append(size)
-    return InputFile(
-        path=path,
-        schema=schema,
-        question=found["question"],
-        context=found["context"],
-        sha256=sha256_of(path),
-        shards=tuple(shards),
-    )
+    return (*shards, size) if size else tuple(shards)
 
 
 def _check_type(name: str, kind: pa.DataType) -> None:

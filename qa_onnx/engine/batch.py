@@ -84,9 +84,8 @@ def make_batch(groups: SequenceOf[Group], carried: Batch | None, *, pool: KVCach
     prefix_ids = [group.prefix_ids for group in groups]
     rows = max(len(group.sequences) for group in groups)
     columns = suffix_end + step
-    survivors: list[int] = []
+    survivors: list[int] = [] if carried is None else np.unique(carried.groups).tolist()
     if carried is not None:
-        survivors = np.unique(carried.groups).tolist()
         prefix_ids += [carried.prefix_ids[group] for group in survivors]
         rows = max(rows, int(carried.rows.max()) + 1)
         columns = max(columns, int(carried.write_columns.max()) + 1)

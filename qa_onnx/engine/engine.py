@@ -157,9 +157,7 @@ class Engine:
                 elif group.prefix_ids:
                     self._pool.copy(batch.prefix, [place_of[group.prefix_ids]], batch.prefix, place)
             predictions = self._prefill_suffixes(batch, groups)
-            taken: Counter[tuple[int, ...]] = Counter()
-            for group in groups:
-                taken[group.prefix_ids] += len(group.sequences)
+            taken = Counter(group.prefix_ids for group in groups for _ in group.sequences)
             for prefix_ids, place in place_of.items():
                 if self.prefix_cache.wants(prefix_ids, taken=taken[prefix_ids]):
                     self._insert_prefix(batch, place, prefix_ids)
@@ -236,8 +234,6 @@ class Engine:
         self.prefix_cache.evict(0)
         self._pool.release()
 
-    # -- batches -------------------------------------------------------------------------------------------------------
-
     def _grow(self, batch: Batch) -> None:
         """Gives every row `column_step` more columns."""
         columns = batch.suffix.columns + self.limits.column_step
@@ -251,8 +247,6 @@ class Engine:
         entry = self._pool.make(groups=1, rows=1, columns=aligned(len(prefix_ids)))
         self._pool.copy(batch.prefix, [place], entry, 0)
         self.prefix_cache.insert(prefix_ids, entry)
-
-    # -- runs ----------------------------------------------------------------------------------------------------------
 
     def _prefill_prefixes(self, batch: Batch, count: int) -> None:
         """Computes the keys and values of the first `count` prefixes of a batch."""

@@ -179,3 +179,17 @@ def test_reliability_is_measured_with_pairs_that_have_no_answer(starter_bundle, 
     assert result["no_answer_percent"] > result["answerable_without_answer_percent"] + 10
     assert result["threshold"] == Bundle.open(starter_bundle).manifest.no_answer_threshold
     assert 0 <= result["ece_of_score"] <= 1
+
+
+def test_bulk_counts_equal_answers_and_memory(tiny_bundle, heldout_file, tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    from bench.bulk import main as measure
+
+    result = tmp_path / "bulk.json"
+    options = ["--questions", "40", "--rounds", "1", "--memory-rows", "60", "--max-new-tokens", "4"]
+    assert measure(["--model", str(tiny_bundle), "--data", str(heldout_file), *options, "--output", str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert found["speed"]["equal"] == found["speed"]["questions"] == 40
+    assert found["memory"][0]["rows"] == 60
+    assert 20 < found["memory"][0]["peak_mib"] < 2_000
+    assert "40 of 40 answers and scores are equal" in capsys.readouterr().out

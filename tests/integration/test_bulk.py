@@ -371,19 +371,6 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path):
     assert done.stderr == "error: answer-file needs the package pyarrow; pip install pyarrow, or qa_onnx[bulk]\n"
 
 
-def test_the_measurement_counts_equal_answers_and_memory(tiny_bundle, heldout_file, tmp_path, capsys):
-    from bench.bulk import main as measure
-
-    result = tmp_path / "bulk.json"
-    options = ["--questions", "40", "--rounds", "1", "--memory-rows", "60", "--max-new-tokens", "4"]
-    assert measure(["--model", str(tiny_bundle), "--data", str(heldout_file), *options, "--output", str(result)]) == 0
-    found = json.loads(result.read_text())
-    assert found["speed"]["equal"] == found["speed"]["questions"] == 40
-    assert found["memory"][0]["rows"] == 60
-    assert 20 < found["memory"][0]["peak_mib"] < 2_000
-    assert "40 of 40 answers and scores are equal" in capsys.readouterr().out
-
-
 def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tmp_path, capsys):
     output = copy_run(undisturbed, tmp_path / "out")
     assert run(*command(tiny_bundle, source, output)) == 0

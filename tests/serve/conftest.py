@@ -16,6 +16,7 @@ from qa_onnx.serve.app import make_app
 from qa_onnx.serve.config import Limits, ServeConfig
 from qa_onnx.serve.server import Server, bind
 from qa_onnx.serve.service import Service
+from tests.serve.pages import browser, open_page, page, service  # noqa: F401 - fixtures
 from tests.unit.fakes import Gate, echo_answerer
 
 CONTEXT = "The Normans were led by Rollo, and settled in Normandy."
