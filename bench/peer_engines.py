@@ -110,7 +110,7 @@ def vllm(settings: Settings, precision: str) -> Loaded:
     os.environ |= {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{settings.threads - 1}",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,17 @@ if IN_WORKER:
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qa-onnx-tests-")  # before anything imports datasets
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    """PyTorch's threads, which some programs set: another number of them gives other last digits to later tests."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads or (1 if IN_WORKER else os.cpu_count()))
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from bench.settings import Settings
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
 from qa_onnx.kernels import find_kernels
+from tests.conftest import ROOT
 from training.starter.sample import generate
 
 
@@ -36,7 +37,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(runner, "SETTLE_SECONDS", 0)
 
 
-def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_dir, tmp_path, work, quick, capsys):
+def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(
+    tiny_model_dir, tmp_path, work, quick, capsys, monkeypatch
+):
+    monkeypatch.setattr(runner, "PEERS_DIRECTORY", tmp_path)  # those in environments of their own have another test
     data, output = tmp_path / "data.json", tmp_path / "result.json"
     data.write_text(json.dumps(generate("heldout", questions=12)))
     arguments = ["--workload", "documents", "--data", data, "--model", tiny_model_dir, "--work", work]
@@ -44,7 +48,7 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_
     result = json.loads(output.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == runner.PEERS == [name for name in RUNNERS if name != "qa_onnx int8 extractive"]
-    absent = {name for name in rows if name.startswith("OpenVINO") and not runner.peer_python(name).is_file()}
+    absent = {name for name in rows if name.startswith(("OpenVINO", "vLLM", "llama.cpp"))}
     if find_kernels("bf16").library is None:
         absent.add("qa_onnx bf16")
     assert {name for name, row in rows.items() if row["status"].startswith("not installed")} == absent
@@ -60,6 +64,19 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(tiny_model_
     assert all(f"| {name} |" in table for name in runner.PEERS)
     assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["OpenVINO fp32", "vLLM fp32", "llama.cpp bf16"])
+def test_an_engine_in_an_environment_of_its_own_gives_pytorchs_tokens(name, tmp_path, quick):
+    if not runner.peer_python(name).is_file():
+        pytest.skip("make bench-peers installs it")
+    data, output = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps(generate("heldout", questions=12)))
+    arguments = ["--workload", "documents", "--data", data, "--model", ROOT / "training" / "starter" / "model"]
+    arguments += ["--work", tmp_path / "work", "--output", output, "--rounds", "1", "--only", "transformers fp32", name]
+    assert throughput.main([*map(str, arguments)]) == 0
+    (row,) = [row for row in json.loads(output.read_text())["rows"] if row["name"] == name]
+    assert row["equal_tokens_percent"] == 100 if "fp32" in name else row["equal_tokens_percent"] > 80
 
 
 def test_latency_asks_two_questions_a_passage(tiny_model_dir, tmp_path, work, quick, capsys):

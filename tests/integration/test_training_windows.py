@@ -165,7 +165,7 @@ def test_the_choice_is_shown_evaluated_with_and_written(sources, tmp_path, capsy
     assert read_windows(tmp_path / "out") == WindowSettings(window=40, stride=8)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["window"], metrics["stride"]) == (40, 8)
-    assert "windows of up to 40 tokens, of which neighbors share 8" in (tmp_path / "out" / "report.md").read_text()
+    assert "windows of up to 40 tokens; neighboring windows share 8" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_by_default_a_window_is_chosen(sources, tmp_path, capsys):
