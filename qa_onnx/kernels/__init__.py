@@ -114,8 +114,9 @@ def load_kernels(path: Path | None = None) -> KernelLibrary:
     path = path or LIBRARY
     if not path.is_file():
         raise ProviderError(
-            f"the kernels were not compiled when qa_onnx was installed (on {platform.machine()}): they need Linux, "
-            "x86-64 and a C++17 compiler. Install g++ or clang++ and install qa_onnx again"
+            f"there are no compiled kernels at {path} (on {platform.machine()}). Either qa_onnx was installed without "
+            "them, which need Linux, x86-64 and a C++17 compiler: install g++ or clang++ and install qa_onnx again. Or "
+            "Python imported the source in the current folder: run elsewhere, or install with pip install -e"
         )
     try:
         library = ctypes.CDLL(str(path))

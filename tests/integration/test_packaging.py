@@ -76,5 +76,5 @@ def test_without_a_compiler_the_wheel_is_built_without_kernels_and_they_say_so(t
     found = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )
-    assert "were not compiled when qa_onnx was installed" in found.stdout
-    assert "Install g++ or clang++ and install qa_onnx again" in found.stdout
+    assert f"no compiled kernels at {tmp_path / 'installed'}" in found.stdout
+    assert "install g++ or clang++ and install qa_onnx again" in found.stdout
