@@ -50,7 +50,7 @@ def answer_file(arguments: argparse.Namespace, *, generation: GenerationConfig, 
         if error.name != "pyarrow":
             raise
         raise InvalidInputError(
-            "answer-file needs the package pyarrow; pip install pyarrow, or qa_onnx[bulk]"
+            "answer-file needs the package pyarrow; pip install pyarrow, or, in the checkout, '.[bulk]'"
         ) from error
     if engine.threads is None and arguments.processes > 1:
         engine = replace(engine, threads=max(1, (os.cpu_count() or 1) // arguments.processes))

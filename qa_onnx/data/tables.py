@@ -91,7 +91,8 @@ def _read_with(package: str, problem: str, expected: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise InvalidInputError(
-            f"{problem}: the package {error.name} is not installed; pip install {package}, or qa_onnx[train]"
+            f"{problem}: the package {error.name} is not installed; pip install {package}, or, in the checkout, "
+            "'.[train]'"
         ) from error
     except Exception as error:
         if not isinstance(error, ARROW_ERRORS) and not type(error).__module__.startswith(("datasets.", "pyarrow.")):

@@ -73,7 +73,7 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ProviderError(
-            "ONNX Runtime is not installed. Install qa_onnx with one of its extras: qa_onnx[cpu] or qa_onnx[gpu]"
+            "ONNX Runtime is not installed. In the checkout: pip install '.[cpu]', or '.[gpu]'"
         ) from error
     return onnxruntime
 
@@ -101,14 +101,14 @@ def resolve_provider(provider: str, precision: str = "fp32") -> Literal["cpu", "
     if ONNX_RUNTIME_NAMES[provider] not in available:
         raise ProviderError(
             f"provider {provider!r} was asked for, and this ONNX Runtime has {', '.join(available)}. "
-            "For CUDA, uninstall onnxruntime and install qa_onnx[gpu]; or pass provider='cpu'"
+            "For CUDA, uninstall onnxruntime and, in the checkout, pip install '.[gpu]'; or pass provider='cpu'"
         )
     if _version(ort) < _OLDEST_VERSION[provider]:
         oldest = ".".join(map(str, _OLDEST_VERSION[provider]))
         package, extra = ("onnxruntime-gpu", "gpu") if provider == "cuda" else ("onnxruntime", "cpu")
         raise ProviderError(
             f"ONNX Runtime {ort.__version__} lacks operators that the graph needs on provider {provider!r}; expected "
-            f"{package} {oldest} or later. Install qa_onnx[{extra}] again"
+            f"{package} {oldest} or later. In the checkout: pip install --upgrade '.[{extra}]'"
         )
     if precision not in _PRECISIONS[provider]:
         other = "cuda" if provider == "cpu" else "cpu"

@@ -153,7 +153,7 @@ class Session:
             raise ProviderError(
                 f"{name} was asked for, and ONNX Runtime started with {', '.join(self._session.get_providers())}. "
                 f"{preloaded}Check that the machine has a GPU and its driver (nvidia-smi), install the CUDA libraries "
-                "with qa_onnx[gpu], or pass provider='cpu'"
+                "(in the checkout: pip install '.[gpu]'), or pass provider='cpu'"
             )
 
     def _session_options(self, config: EngineConfig, kernels: KernelLibrary | None) -> Any:

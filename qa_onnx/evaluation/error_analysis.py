@@ -96,7 +96,7 @@ def plot(examples: Sequence[Example], answers: Mapping[str, dict[str, Any]], out
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InvalidInputError("--plot needs matplotlib; install qa_onnx[plot]") from error
+        raise InvalidInputError("--plot needs matplotlib; in the checkout: pip install '.[plot]'") from error
     scored = sorted(
         (answers[example.id]["score"], *score_example(example, answers[example.id]["text"]))
         for example in examples

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, *, engine: EngineConfig) -> None:
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise InvalidInputError(f"serve needs {', '.join(missing)}; install the extra: pip install 'qa_onnx[serve]'")
+        raise InvalidInputError(f"serve needs {', '.join(missing)}; in the checkout: pip install '.[serve]'")
     from qa_onnx.serve.app import make_app
     from qa_onnx.serve.server import bind, serve, url_of
     from qa_onnx.serve.service import Service

@@ -87,7 +87,9 @@ async def extract_text(data: bytes, *, limits: PdfLimits | None = None) -> PdfTe
     """
     limits = limits or PdfLimits()
     if not reads_pdf():
-        raise InvalidInputError('got a PDF, and pypdf is not installed; expected it. pip install "qa_onnx[pdf]"')
+        raise InvalidInputError(
+            "got a PDF, and pypdf is not installed; expected it. In the checkout: pip install '.[pdf]'"
+        )
     if len(data) > limits.file_bytes:
         raise InvalidInputError(f"got a PDF of {len(data):,} bytes; expected at most {limits.file_bytes:,}. Split it")
     if b"%PDF-" not in data[:SIGNATURE_BYTES]:
@@ -127,7 +129,7 @@ async def _run_worker(data: bytes, limits: PdfLimits) -> dict[str, Any]:
     if status > 0:
         raise QAOnnxError(
             f"the process that parses PDF files failed with status {status}; expected pypdf to be "
-            'importable. pip install --force-reinstall "qa_onnx[pdf]"'
+            "importable. In the checkout: pip install --force-reinstall '.[pdf]'"
         )
     found: dict[str, Any] = json.loads(output)
     return found

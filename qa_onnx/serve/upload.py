@@ -34,7 +34,7 @@ async def text(request: Request) -> TextResponse:
     if not reads_pdf():
         raise Problem(
             "unsupported_media_type",
-            'This service reads no PDF files. Send the text, or install the extra: pip install "qa_onnx[pdf]"',
+            "This service reads no PDF files. Send the text, or, in the checkout: pip install '.[pdf]'",
         )
     service: Service = request.app.state.service
     if service.is_draining:

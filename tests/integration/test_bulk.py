@@ -368,7 +368,10 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path):
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "error: answer-file needs the package pyarrow; pip install pyarrow, or qa_onnx[bulk]\n"
+    assert (
+        done.stderr
+        == "error: answer-file needs the package pyarrow; pip install pyarrow, or, in the checkout, '.[bulk]'\n"
+    )
 
 
 def test_a_finished_run_is_said_to_be_there(tiny_bundle, source, undisturbed, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_canceled_task_ends_the_process():
 
 def test_says_what_to_install_where_there_is_no_parser(monkeypatch):
     monkeypatch.setattr(pdf, "find_spec", lambda name: None)
-    with pytest.raises(InvalidInputError, match=r"qa_onnx\[pdf\]"):
+    with pytest.raises(InvalidInputError, match=r"pip install '\.\[pdf\]'"):
         read(make_pdf(["A page."]))
 
 

@@ -74,7 +74,7 @@ def test_without_the_extra_it_says_what_to_install(starter_bundle, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert "pip install 'qa_onnx[serve]'" in done.stderr
+    assert "in the checkout: pip install '.[serve]'" in done.stderr
 
 
 def test_sigterm_lets_answers_end(starter_bundle, tmp_path, heldout_file):

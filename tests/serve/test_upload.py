@@ -48,7 +48,7 @@ def test_refuses_what_is_no_pdf_or_cannot_be_read(url, monkeypatch):
     problem(httpx.get(url), 405, "method_not_allowed")
     monkeypatch.setattr(upload, "reads_pdf", lambda: False)
     response = httpx.post(url, content=make_pdf(["One."]), headers=PDF)
-    assert "qa_onnx[pdf]" in problem(response, 415, "unsupported_media_type")
+    assert "in the checkout: pip install '.[pdf]'" in problem(response, 415, "unsupported_media_type")
 
 
 def test_asks_for_the_key():

@@ -182,10 +182,10 @@ def test_the_copier_has_one_thread_and_no_cuda_graphs(use, tmp_path, provider):
 @pytest.mark.parametrize(
     ("provider", "version", "words"),
     [
-        ("cpu", "1.24.4", r"onnxruntime 1\.25 or later. Install qa_onnx\[cpu\] again"),
+        ("cpu", "1.24.4", r"onnxruntime 1\.25 or later. In the checkout: pip install --upgrade '\.\[cpu\]'"),
         ("cpu", "0.99.0", r"onnxruntime 1\.25 or later"),
-        ("cuda", "1.26.0", r"onnxruntime-gpu 1\.27 or later. Install qa_onnx\[gpu\] again"),
-        ("auto", "1.26.0", r"onnxruntime-gpu 1\.27 or later. Install qa_onnx\[gpu\] again"),
+        ("cuda", "1.26.0", r"onnxruntime-gpu 1\.27 or later. In the checkout: pip install --upgrade '\.\[gpu\]'"),
+        ("auto", "1.26.0", r"onnxruntime-gpu 1\.27 or later. In the checkout: pip install --upgrade '\.\[gpu\]'"),
     ],
 )
 def test_a_runtime_that_is_too_old_is_refused_with_the_extra_to_install(use, tmp_path, provider, version, words):
@@ -226,7 +226,7 @@ def test_the_cpu_preloads_nothing(use, tmp_path):
 
 def test_a_library_that_was_not_preloaded_is_in_the_error(use, tmp_path, capfd):
     use(CUDA, CPU, working=[CPU], printed="Failed to load libcublas.so.13: no such file\nLoaded libcudart")
-    words = rf"{CUDA} was asked for.*Failed to load libcublas\.so\.13: no such file\. Check that.*qa_onnx\[gpu\]"
+    words = rf"{CUDA} was asked for.*Failed to load libcublas\.so\.13: no such file\. Check that.*'\.\[gpu\]'"
     with pytest.raises(ProviderError, match=words) as caught:
         Session(tmp_path / "model.onnx", provider="cuda")
     assert "libcudart" not in str(caught.value)
@@ -309,7 +309,9 @@ def session_that_runs(run):
 
 def test_cuda_that_is_not_built_in_is_an_error_and_nothing_is_loaded(use, tmp_path):
     runtime = use(CPU)
-    with pytest.raises(ProviderError, match=rf"'cuda' was asked for.*has {CPU}.*qa_onnx\[gpu\].*provider='cpu'"):
+    with pytest.raises(
+        ProviderError, match=rf"'cuda' was asked for.*has {CPU}.*pip install '\.\[gpu\]'.*provider='cpu'"
+    ):
         Session(tmp_path / "model.onnx", provider="cuda")
     assert runtime.asked_for is None
 
@@ -365,7 +367,7 @@ def test_cuda_has_no_optimizations_of_the_cpu(use, tmp_path, monkeypatch):
 
 def test_without_onnxruntime_the_extras_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ProviderError, match=r"qa_onnx\[cpu\] or qa_onnx\[gpu\]"):
+    with pytest.raises(ProviderError, match=r"In the checkout: pip install '\.\[cpu\]', or '\.\[gpu\]'"):
         import_onnxruntime()
 
 
