@@ -44,6 +44,7 @@ def check_replaceable(path: Path, *, force: bool, marker: str) -> None:
 def stage(*outputs: Path, weight_bytes: int) -> Iterator[list[Path]]:
     """Makes a staging directory, a hidden sibling of the first output, and deletes it at the end in any case.
 
+    The directory that both are in is made where it is missing, as a training does.
     A lock allows one export at a time to each output. What a killed export left is cleared first.
 
     Args:
@@ -57,8 +58,12 @@ def stage(*outputs: Path, weight_bytes: int) -> Iterator[list[Path]]:
         InvalidInputError: The staging directory cannot be made, or the disk is full, before or during the export.
     """
     output = outputs[0]
-    if not output.parent.is_dir():
-        raise InvalidInputError(f"{output.parent} is not a directory; create it, or choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{output.parent} cannot be made ({error.strerror}); choose another --output"
+        ) from error
     free = shutil.disk_usage(output.parent).free
     if free < weight_bytes * DISK_SPACE_FACTOR:
         raise InvalidInputError(

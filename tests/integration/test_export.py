@@ -165,13 +165,22 @@ def test_too_little_disk_is_said_before_anything_is_written(tiny_model_dir, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_directories_above_a_bundle_are_made(tmp_path):
+    output = tmp_path / "runs" / "starter" / "bundle"
+    with staging_files.stage(output, weight_bytes=1) as (part,):
+        part.mkdir()
+        part.rename(output)
+    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--precision", "int8", "--max-f1-drop", "-1"], "max_f1_drop -1"),
         (["--precision", "int8", "--max-f1-drop", "nan"], "max_f1_drop nan"),
         (["--model", "{nowhere}"], "no model could be loaded"),
-        (["--output", "{nowhere}/bundle"], "is not a directory; create it"),
+        (["--output", "{pickled}/config.json/bundle"], "config.json cannot be made (File exists); choose another"),
+        (["--output", "{pickled}/config.json/one/bundle"], "/one cannot be made (Not a directory); choose another"),
         (["--output", "/"], "got --output /; expected a directory to create"),
         (["--model", "{pickled}"], "safetensors"),
         (["--model", "{remote}"], "no model could be loaded"),
