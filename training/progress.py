@@ -18,16 +18,23 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._started = 0.0
+        self._started: float | None = None
         self._first = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes when training starts and at which step, which may be in the middle."""
-        self._started, self._first = time.monotonic(), state.global_step
+        """Notes at which step training starts, which may be in the middle."""
+        self._started, self._first = None, state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes when the first step starts: an evaluation before it takes no step's time."""
+        if self._started is None:
+            self._started = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Updates the bar."""
@@ -65,7 +72,8 @@ class TrainingProgress(TrainerCallback):
             self._bar = None
 
     def _time_left(self, state: TrainerState) -> str:
-        """From the steps of this process and their time, evaluations and checkpoints included."""
+        """From the steps of this process and their time, with evaluations and checkpoints between them."""
+        assert self._started is not None, "a loss is logged after a step"
         done = max(state.global_step - self._first, 1)
         seconds = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
         text: str = tqdm.format_interval(round(seconds))

@@ -34,6 +34,7 @@ def shown(monkeypatch, stream, *, first=0, is_main=True):
     progress = TrainingProgress()
     progress.on_train_begin(arguments, state, control)
     for step in range(first + 1, 41):
+        progress.on_step_begin(arguments, state, control)
         state.global_step = step
         progress.on_step_end(arguments, state, control)
         if step % 20 == 0:
@@ -59,6 +60,22 @@ def test_time_left_is_that_of_the_steps_of_this_process(monkeypatch):
     monkeypatch.setattr("training.progress.time.monotonic", lambda: next(now))
     lines = shown(monkeypatch, io.StringIO(), first=10).splitlines()
     assert [re.search(r"([\d:]+) left", line)[1] for line in lines[:2]] == ["01:00", "00:00"]
+
+
+def test_an_evaluation_before_the_first_step_is_no_time_of_a_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    arguments, control = TrainingArguments(report_to=[]), TrainerControl()
+    state = TrainerState(max_steps=11, is_world_process_zero=True)
+    progress = TrainingProgress()
+    progress.on_train_begin(arguments, state, control)
+    now[0] += 3600
+    progress.on_step_begin(arguments, state, control)
+    now[0] += 2
+    state.global_step = 1
+    progress.on_log(arguments, state, control, logs={"loss": 1.25, "learning_rate": 0.0})
+    assert stream.getvalue().endswith("  00:20 left\n")
 
 
 def test_on_a_terminal_it_is_a_bar_and_no_lines(monkeypatch):
