@@ -33,7 +33,7 @@ def parse_share(given: str) -> float | None:
     share = float(number) / 100 if PERCENTAGE.fullmatch(number) else 0.0
     if not 0 < share < 1:
         raise InvalidInputError(
-            f"got --eval {given}; expected a percentage of the passages above 0 % and below 100 %, such as "
+            f"got --eval {given}; expected a percentage of the questions above 0 % and below 100 %, such as "
             f"{DEFAULT_EVAL}, or a source; a file of that name is ./{given.strip()}"
         )
     return share
@@ -83,7 +83,7 @@ def hold_out(sources: Sequence[Source], given: str, *, seed: int) -> tuple[list[
         trained.append(replace(source, examples=tuple(examples), sha256=hash_examples(examples)))
     heldout = _with_unique_ids(kept)
     return trained, Source(
-        name=f"{given.strip()} of the passages, held out", examples=heldout, sha256=hash_examples(heldout)
+        name=f"{given.strip()} of the questions, held out by passage", examples=heldout, sha256=hash_examples(heldout)
     )
 
 

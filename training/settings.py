@@ -110,8 +110,8 @@ class DataConfig:
         metavar="SOURCE",
     )
     eval: str = option(
-        "scored at the end of each epoch: a percentage of the training passages, whose questions are held out, or a "
-        f"source as of --train; a file of such a name is ./{DEFAULT_EVAL}",
+        "scored at the end of each epoch: a percentage of the training questions, held out with all others about the "
+        f"same passages, or a source as of --train; a file of such a name is ./{DEFAULT_EVAL}",
         DEFAULT_EVAL,
         metavar="SHARE|SOURCE",
     )
@@ -197,7 +197,9 @@ class OptimizationConfig:
         limits="positive",
     )
     lr_scheduler_type: Scheduler = option("how the learning rate falls to 0 after the warm-up, or stays", "cosine")
-    warmup_ratio: float = option("share of the steps in which the learning rate rises", 0.06, limits="share")
+    warmup_ratio: float = option(
+        "share of the steps in which the learning rate rises from 0, which the first step has", 0.06, limits="share"
+    )
     weight_decay: float = option("weight decay of matrices; biases and norms have none", 0.01)
     label_smoothing: float = option("share of each target that is spread over all tokens", 0.0, limits="share")
     precision: Precision = option(

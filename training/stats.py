@@ -77,7 +77,8 @@ def padding_share(lengths: Sequence[int], *, config: FinetuneConfig) -> float:
 
 def describe(data: TrainingData, stats: DatasetStats, tokenizer: GPT2TokenizerFast) -> str:
     """The text of `--dry-run`."""
-    lines = [_describe_source(source) for source in (*data.sources, data.eval_source)]
+    part = ", without those held out" if data.is_held_out else ""
+    lines = [_describe_source(source, part) for source in data.sources] + [_describe_source(data.eval_source)]
     lines += [
         f"rows: {stats.rows} with {stats.questions} questions ({stats.windows} of them about a part of a long passage)"
         f", {stats.tokens} tokens, {stats.counted} of them in the loss; padding: {stats.padding:.1%} of a batch",
@@ -99,10 +100,10 @@ def describe(data: TrainingData, stats: DatasetStats, tokenizer: GPT2TokenizerFa
     return "\n".join(lines)
 
 
-def _describe_source(source: Source) -> str:
+def _describe_source(source: Source, part: str = "") -> str:
     figures = source.to_dict()
     return (
-        f"{source.name}: {figures['questions']} questions on {figures['passages']} passages, "
+        f"{source.name}{part}: {figures['questions']} questions on {figures['passages']} passages, "
         f"{figures['without_answer']} without an answer; bad rows skipped: {figures['bad_rows']}, answers "
         f"repaired: {figures['answers_repaired']}, answers not in their passage: {figures['answers_absent']}"
     )

@@ -66,21 +66,25 @@ def test_report_and_card_say_what_the_figures_stand_on(held, rows):
     for name in ("report.md", "README.md"):
         text = (held / name).read_text()
         counts = f"{metrics['eval_questions']} questions about {metrics['eval_passages']} passages"
-        assert f"on {counts} of 10% of the passages, held out" in text
+        assert f"on {counts} of 10% of the questions, held out by passage" in text
         assert "95 % confidence" in text
         assert "Wilson" in text
         assert f"None of the {metrics['eval_questions']} questions to evaluate is about a passage" in text
         assert f"for question answering, fine-tuned on {rows.name}" in text
     card = ModelCard((held / "README.md").read_text())
-    assert card.data.eval_results[0].dataset_name == "10% of the passages, held out"
+    assert card.data.eval_results[0].dataset_name == "10% of the questions, held out by passage"
     assert "`heldout.jsonl`" in card.text
 
 
 def test_the_console_says_what_is_held_out(options, rows, tmp_path, capsys):
     assert run_finetune(*options, "--train", rows, "--eval", "40%", "--output", tmp_path / "out", "--dry-run") == 0
     captured = capsys.readouterr()
-    assert re.search(r"evaluating on 40% of the passages, held out: 1\d questions about \d passages\n", captured.err)
+    assert re.search(
+        r"evaluating on 40% of the questions, held out by passage: 1\d questions about \d passages\n", captured.err
+    )
     assert "warning" not in captured.err
+    assert f"{rows.name}, without those held out: " in captured.out
+    assert re.search(r"^40% of the questions, held out by passage: 1\d questions on \d passages", captured.out, re.M)
     assert "None of the 1" in captured.out
 
 
@@ -114,7 +118,7 @@ def test_overlap_is_warned_of_whatever_the_format(options, rows, tmp_path, capsy
 def test_a_share_that_cannot_be_is_refused(options, rows, tmp_path, capsys, given):
     share = [given] if given.startswith("--") else ["--eval", given]
     assert run_finetune(*options, "--train", rows, *share, "--output", tmp_path / "out") == 2
-    assert "expected a percentage of the passages above 0 % and below 100 %" in capsys.readouterr().err
+    assert "expected a percentage of the questions above 0 % and below 100 %" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
