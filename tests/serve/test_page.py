@@ -132,10 +132,24 @@ def test_says_where_there_is_no_answer(page):
     expect(page.locator("#answer-note")).to_contain_text("not in the passage")
     expect(page.locator("mark")).to_have_count(0)
     ask(page, "Why?")
-    expect(page.locator("#answer-text")).to_have_text("The passage has no answer to this question.")
+    expect(page.locator("#answer-text")).to_have_text("No answer was found.")
     expect(page.locator("#no-answer")).to_have_text("91%")
     expect(page.locator("#score")).to_be_hidden()
     expect(page.locator("mark")).to_have_count(0)
+
+
+def test_lists_what_would_have_been_answered_where_there_is_no_answer(page, service):
+    ask(page, "Why?")
+    expect(page.locator("#more")).to_have_text("Show possible answers")
+    page.click("#more")
+    expect(page.locator("#others button")).to_have_count(3)
+    asked = service.answerer.asked[-1][2]
+    assert (asked.no_answer_threshold, asked.num_answers) == (1.0, 3)
+    ask(page, "find Ariane 6")
+    expect(page.locator("#more")).to_have_text("Show other answers")
+    page.click("#more")
+    expect(page.locator("#others button")).to_have_count(3)
+    assert service.answerer.asked[-1][2].no_answer_threshold is None
 
 
 def test_asks_for_words_of_the_passage_only(page, service):
