@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from html import escape
 from importlib import resources
@@ -58,13 +59,13 @@ def write_docs(document: dict[str, Any]) -> str:
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qa_onnx API</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><main>'
-        f"<h1>qa_onnx {escape(document['info']['version'])}</h1><p>{escape(document['info']['description'])}</p>"
+        f"<h1>qa_onnx {escape(document['info']['version'])}</h1><p>{_text(document['info']['description'])}</p>"
         '<p>For programs: <a href="/openapi.json">/openapi.json</a>.</p>'
     ]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>")
-            parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
+            parts.append(f"<p>{_text(operation.get('description', ''))}</p>")
             body = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if body:
                 parts.append(_table("Request", body["schema"], schemas))
@@ -81,9 +82,14 @@ def _table(title: str, schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     rows = ""
     for field, given in schemas[name]["properties"].items():
         kind = _kind(given) + ("" if field in required else ", optional")
-        cells = [f"<code>{escape(field)}</code>", escape(kind), escape(given.get("description", ""))]
+        cells = [f"<code>{escape(field)}</code>", escape(kind), _text(given.get("description", ""))]
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return f"<h3>{title}</h3><table><tr><th>Field</th><th>Type</th><th>What it is</th></tr>{rows}</table>"
+
+
+def _text(markdown: str) -> str:
+    """A description as HTML: what is in backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(markdown))
 
 
 def _kind(schema: dict[str, Any]) -> str:

@@ -81,11 +81,16 @@ class Options(Strict):
         return _make_config(*(getattr(self, name) for name in Options.model_fields))
 
 
-class AnswerRequest(Options):
-    """One question about one context, and how to answer it."""
+class Asked(Strict):
+    """What has to be given: a base of its own, whose fields come first in the description of the API."""
 
     question: Text = Field(description="The question.")
     context: Text = Field(description="The text that has the answer. Longer ones are read in windows.")
+
+
+class AnswerRequest(Options, Asked):
+    """One question about one context, and how to answer it."""
+
     stream: bool = Field(
         default=False, description="Answer with server-sent events: `text` as it grows, then `answer`."
     )

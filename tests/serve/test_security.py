@@ -183,6 +183,12 @@ def test_the_docs_load_nothing(running):
     response = running.client.get("/docs")
     assert "/v1/answers" in response.text
     assert "num_answers" in response.text
+    request = response.text.split("<h2><code>POST /v1/answer<")[1].split("<h3>Response")[0]
+    fields = re.findall(r"<tr><td><code>(\w+)</code></td><td>([^<]*)</td>", request)
+    assert [name for name, _ in fields[:3]] == ["question", "context", "max_new_tokens"]
+    assert ["optional" in kind for _, kind in fields] == [False, False] + [True] * (len(fields) - 2)
+    assert "<code>text</code> as it grows" in request
+    assert "`" not in response.text
     assert not re.findall(r"(?:src|href)=\"(?:https?:)?//", response.text)
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
