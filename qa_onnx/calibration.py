@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ MIN_THRESHOLD = 0.05
 """Where questions without one are made: less doubt is no reason to give no answer, however clear the questions are."""
 CURVE_POINTS = 21
 MIN_SCORED = 20
-"""Fewer questions tell nothing of scores."""
+"""Fewer questions tell nothing of scores, and too little of a threshold: there is a warning."""
 DOCUMENT_PASSAGES, DOCUMENTS = 12, 8
 WINDOW_SIZES = (256, 512, 1024)
 """Windows that are tried, besides the model's own."""
@@ -96,6 +96,23 @@ def calibrate(
     asked = [pair for pair in zip(chosen, answers, strict=True) if pair[0].answers]
     scores = _calibrate_scores(asked, about)
     return {"no_answer": no_answer} | ({"scores": scores} if scores else {})
+
+
+def warn_of_few_questions(no_answer: Mapping[str, Any]) -> str:
+    """A warning of a threshold that few questions decided, those made of others not counted; empty without one.
+
+    Args:
+        no_answer: The manifest's field, from `calibrate`.
+    """
+    if "threshold" not in no_answer:
+        return ""
+    questions = no_answer["questions"] - (no_answer["without_answer"] if no_answer["pairs_made"] else 0)
+    if questions >= MIN_SCORED:
+        return ""
+    return (
+        f"warning: the no-answer threshold, {no_answer['threshold']:.3g}, is from {questions} questions; expected at "
+        f"least {MIN_SCORED}. Calibrate with more, or ask with a threshold of 1, which always gives an answer"
+    )
 
 
 def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, made: bool) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def test_evaluate_reads_whole_answers_and_writes_the_worst_and_a_plot(files, loa
 
 def test_calibrate_keeps_the_best_threshold_in_the_bundle(files, loaded, capsys):
     status, out, err = run(capsys, "calibrate --model bundle --data data.json")
-    assert (status, err) == (0, "")
+    assert (status, err.count("\n")) == (0, 1)
+    assert "is from 3 questions; expected at least 20" in err
     kept = json.loads(out)["no_answer"]
     assert (kept["questions"], kept["without_answer"], kept["source"]) == (3, 1, "data.json")
     assert kept["pairs_made"] is False
