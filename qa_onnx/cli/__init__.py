@@ -1,4 +1,4 @@
-"""The command line: `python -m qa_onnx answer | predict | calibrate | serve | answer-file | evaluate | info`.
+"""The command line: `python -m qa_onnx answer | serve | predict | evaluate | calibrate | info | answer-file`.
 
 One module for each command, and what they share: `options`, `output` and `program`, of which other commands of this
 project take theirs from here, too.
@@ -18,6 +18,7 @@ from qa_onnx.cli.options import (
     add_batch_size_option,
     add_bundle_option,
     add_columns_option,
+    add_command,
     add_data_options,
     add_generation_options,
     add_max_new_tokens_option,
@@ -46,6 +47,11 @@ __all__ = [
     "run_command",
 ]
 
+EXAMPLE = """\
+example:
+  python -m qa_onnx answer --model runs/demo/bundle --context @passage.txt --question "Who made the first sketch?"
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status (see `run_command`)."""
@@ -56,21 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m qa_onnx", description="Answer questions about contexts with a GPT-2 exported to ONNX."
+        prog="python -m qa_onnx",
+        description="Answer questions about contexts with a GPT-2 exported to ONNX.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_answer(commands)
-    add_predict(commands)
-    add_calibrate(commands)
     _add_serve(commands)
-    _add_answer_file(commands)
+    add_predict(commands)
     add_evaluate(commands)
+    add_calibrate(commands)
     _add_info(commands)
+    _add_answer_file(commands)
     return parser
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    serve = commands.add_parser("serve", help="answer over HTTP, until Ctrl-C or SIGTERM; needs the extra serve")
+    serve = add_command(
+        commands, "serve", "run an HTTP service with a page for the browser, until Ctrl-C; needs the extra serve"
+    )
     serve_command.add_options(serve)
     add_batch_size_option(serve)
     add_model_options(serve)
@@ -82,7 +93,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _add_answer_file(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bulk = commands.add_parser("answer-file", help="answer files of any size, row by row, into a folder of files")
+    bulk = add_command(commands, "answer-file", "answer files of any size, row by row, into a folder of files")
     add_bulk_options(bulk)
     add_columns_option(bulk)
     add_batch_size_option(bulk)
@@ -97,7 +108,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
 
 
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    info = commands.add_parser("info", help="check a bundle and describe it")
+    info = add_command(commands, "info", "check a bundle and describe it")
     add_bundle_option(info)
     info.add_argument("--json", action="store_true", help="print the whole manifest as a JSON object")
     info.set_defaults(run=_info)

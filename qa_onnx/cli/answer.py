@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qa_onnx.answer import Answer
 from qa_onnx.cli.options import (
+    add_command,
     add_generation_options,
     add_max_new_tokens_option,
     add_model_options,
@@ -27,7 +28,7 @@ _PATH = re.compile(r"[\w./\\~-]+\.(txt|text|md|rst|csv|tsv|json|jsonl|html?|pdf|
 
 def add_answer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    answer = commands.add_parser("answer", help="answer questions about one context")
+    answer = add_command(commands, "answer", "answer questions about one context")
     asked = answer.add_mutually_exclusive_group(required=True)
     asked.add_argument("--question", action="append", metavar="TEXT", help="a question; may be given several times")
     asked.add_argument(

@@ -9,6 +9,7 @@ from qa_onnx.bundle import Bundle
 from qa_onnx.calibration import calibrate, warn_of_few_questions
 from qa_onnx.cli.options import (
     add_batch_size_option,
+    add_command,
     add_data_options,
     add_limit_option,
     add_max_new_tokens_option,
@@ -23,8 +24,10 @@ from qa_onnx.errors import InvalidInputError
 
 def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    command = commands.add_parser(
-        "calibrate", help="find the no-answer threshold and calibrate scores on data files, and keep both in the bundle"
+    command = add_command(
+        commands,
+        "calibrate",
+        "find the no-answer threshold and calibrate scores on data files, and keep both in the bundle",
     )
     command.add_argument("--extractive", action="store_true", help="with answers that are spans of the context")
     add_data_options(command)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from qa_onnx.cli.options import add_data_options, positive, read_data, source_names
+from qa_onnx.cli.options import add_command, add_data_options, positive, read_data, source_names
 from qa_onnx.cli.output import to_json_lines, write_line
 from qa_onnx.data.example import Example
 from qa_onnx.data.json_text import shown
@@ -20,7 +20,7 @@ from qa_onnx.files import check_outputs, write_file
 
 def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    scores = commands.add_parser("evaluate", help="score predictions with the official exact match and F1")
+    scores = add_command(commands, "evaluate", "score predictions with the official exact match and F1")
     add_data_options(scores)
     given = scores.add_mutually_exclusive_group(required=True)
     given.add_argument("--predictions", type=Path, metavar="FILE", help="JSON object {id: answer}")

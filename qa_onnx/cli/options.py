@@ -22,6 +22,13 @@ DATA_HELP = (
 )
 
 
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
+) -> argparse.ArgumentParser:
+    """Adds a command, with what it does in the list of commands and in its own help."""
+    return commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text) if text.isdecimal() else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from qa_onnx.answer import Answer
 from qa_onnx.cli.options import (
     add_batch_size_option,
+    add_command,
     add_data_options,
     add_generation_options,
     add_limit_option,
@@ -24,7 +25,7 @@ from qa_onnx.files import check_outputs, keep_lines, partial_of, write_file
 
 def add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    predict = commands.add_parser("predict", help="answer every question of data files")
+    predict = add_command(commands, "predict", "answer every question of data files")
     predict.add_argument("--output", required=True, type=Path, metavar="FILE", help="where to write {id: answer}")
     predict.add_argument(
         "--answers",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from command_line import ANSWER, PREDICT, run
 from fakes import write_json
 
 from qa_onnx import cli
+
+COMMANDS = ["answer", "serve", "predict", "evaluate", "calibrate", "info", "answer-file"]
 
 
 def test_info_prints_a_page_or_the_manifest(files, capsys):
@@ -158,6 +162,18 @@ def test_every_command_has_help(capsys, command, words):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert [word for word in words if word not in out] == []
+
+
+def test_the_help_begins_with_what_is_used_first_and_has_an_example(capsys):
+    parser = cli.make_parser()
+    text = parser.format_help()
+    assert re.findall(r"^    ([a-z-]+)(?:  |$)", text, re.M) == COMMANDS
+    (example,) = [line for line in text.splitlines() if line.startswith("  python -m qa_onnx ")]
+    assert parser.parse_args(shlex.split(example)[3:]).question == ["Who made the first sketch?"]
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert re.search(r"\n\n[A-Z][^:]+\.\n\noptions:", capsys.readouterr().out), command
 
 
 @pytest.mark.parametrize(("redirect", "status"), [(">&-", 2), ("> /dev/full", 2), ("2>&- >&-", 2), ("> /dev/null", 0)])
