@@ -139,7 +139,7 @@ def describe_option(parser: argparse.ArgumentParser, action: argparse.Action) ->
     if action.option_strings and action.nargs != 0:
         name += f" {formatter._format_args(action, formatter._get_default_metavar_for_optional(action))}"
     required = " (required)" if action.required and action.option_strings else ""
-    meaning = formatter._expand_help(action) if action.help else ""
+    meaning = formatter._expand_help(action).removesuffix(required) if action.help else ""
     return f"| `{name}`{required} | {escape(meaning)} |"
 
 

@@ -56,6 +56,10 @@ from training.settings import (
 from training.stats import DatasetStats, compute_stats, describe
 from training.trainer import PREDICTIONS_NAME, GenerationTrainer
 
+EXAMPLE = """\
+example:
+  python -m training.finetune --model starter --train own.csv --eval 20% --output runs/own/model
+"""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -247,16 +251,20 @@ def make_parser() -> argparse.ArgumentParser:
     """Describes the command line. Options that are not given are left out of the result, for recipes and defaults."""
     parser = argparse.ArgumentParser(
         prog="python -m training.finetune",
-        description="Fine-tune a GPT-2 to answer questions about passages. The same command, started again, resumes "
-        "from the last checkpoint. Under `torchrun` or `accelerate launch` it runs in several processes.",
+        description="Fine-tune a GPT-2 to answer questions about passages. The same command, started again,\n"
+        "resumes from the last checkpoint. Under `torchrun` or `accelerate launch` it runs in several processes.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add_options(parser.add_argument_group("model (give --model or --from-scratch)"), ModelConfig)
     data = parser.add_argument_group("data")
     add_options(data, DataConfig)
     data.add_argument("--dry-run", action="store_true", help="check and tokenize, show what was found, train nothing")
-    add_options(parser.add_argument_group("output"), FinetuneConfig)
-    add_options(parser.add_argument_group("optimization"), OptimizationConfig)
+    add_options(parser.add_argument_group("output"), FinetuneConfig, ["output"])
+    optimization = parser.add_argument_group("optimization")
+    add_options(optimization, FinetuneConfig, ["recipe"])
+    add_options(optimization, OptimizationConfig)
     add_options(parser.add_argument_group("evaluation and checkpoints"), EvaluationConfig)
     return parser
 

@@ -62,6 +62,8 @@ def add_options(group: argparse._ActionsContainer, config_class: type, names: Se
 def _describe(declared: Field[Any]) -> str:
     """The help of a field with its default, escaped for argparse."""
     words: str = declared.metadata["help"]
+    if declared.default is MISSING:
+        words += " (required)"
     if declared.default is not False and declared.default not in (MISSING, None, ()):
         words += f" (default: {declared.default})"
     return words.replace("%", "%%")

@@ -75,7 +75,9 @@ RESUMABLE_CHANGES = (
 class ModelConfig:
     """Which weights a run starts from, and which of them it trains."""
 
-    model: str | None = option("hub id, the built-in small model, or a directory", None, metavar="gpt2|starter|DIR")
+    model: str | None = option(
+        "hub id such as gpt2, the embedded small model, or a directory", None, metavar="HUB_ID|starter|DIR"
+    )
     from_scratch: str | None = option(
         f"random weights of an architecture ({', '.join(ARCHITECTURES)}); needs --tokenizer", None, metavar="NAME"
     )

@@ -195,7 +195,12 @@ def test_a_dry_run_shows_what_there_is_and_touches_nothing(tiny_run, tmp_path, c
 
 
 def test_every_setting_is_an_option_with_its_default_and_its_range(tiny_run, tmp_path):
-    text = " ".join(finetune.make_parser().format_help().split())
+    lines = finetune.make_parser().format_help().splitlines()
+    (example,) = [line for line in lines if line.startswith("  python -m training.finetune ")]
+    assert finetune.resolve_config(finetune.make_parser().parse_args(example.split()[3:])).data.eval == "20%"
+    text = " ".join(" ".join(lines).split())
+    assert text.count("(required)") == 2  # --train and --output
+    assert "optimization: --recipe NAME" in text
     for declared in (
         field for group in [*settings.GROUPS.values(), settings.FinetuneConfig] for field in fields(group)
     ):
