@@ -63,6 +63,10 @@ PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokeniz
 CALIBRATION_PROMPTS = 32
 VERIFY_CACHE_BYTES = 64 * 2**20
 MAX_F1_DROP = 0.5
+PRECISION_HELP = (
+    "fp32 runs everywhere, int8 on every CPU, bf16 on CPUs that multiply in it, fp16 on NVIDIA GPUs; default: "
+    "%(default)s"
+)
 
 
 def export(
@@ -264,18 +268,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="starter|DIR",
-        help="the embedded model, what training.finetune wrote, or a hub id",
+        metavar="HUB_ID|starter|DIR",
+        help="a hub id of a GPT-2, the embedded model, or what training.finetune wrote",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="BUNDLE", help="directory to create")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="BUNDLE", help="directory to create, with those above it"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     parser.add_argument(
         "--verify",
         nargs="+",
         default=(),
         metavar="SOURCE",
-        help="questions that the model was not trained on, for more prompts of the parity gate, and to calibrate "
-        "threshold, scores and windows; as `predict --data`",
+        help="questions that the model was not trained on, in the formats of `predict --data`: more prompts for the "
+        "parity gate, and what threshold, scores and windows are calibrated on; they also measure what another "
+        "precision loses, and reduce the loss of int8",
     )
     add_columns_option(parser)
     parser.add_argument(
