@@ -134,11 +134,12 @@ def program_of(command):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, starter_bundle, heldout_file):
-    """A directory that looks as `make demo` leaves the checkout."""
+    """A directory that looks as `make demo` leaves the checkout, and README's export of the starter."""
     directory = tmp_path_factory.mktemp("workplace")
     demo = directory / "runs" / "demo"
     demo.mkdir(parents=True)
     shutil.copytree(starter_bundle, demo / "bundle")
+    shutil.copytree(starter_bundle, directory / "runs" / "starter" / "bundle")
     shutil.copytree(ROOT / "training" / "starter" / "model", demo / "model")
     shutil.copyfile(heldout_file, demo / "heldout.json")
     return directory
@@ -203,7 +204,9 @@ def test_every_command_is_one_that_its_program_takes(entry):
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(command[1:]) <= set(targets)
     else:
-        assert (program and program[0] in ("pytest", "http.server")) or name in SYSTEM, f"unknown command {command}"
+        assert (program and program[0] in ("pytest", "http.server", "venv")) or name in SYSTEM, (
+            f"unknown command {command}"
+        )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if SNIPPETS[page]])
@@ -276,6 +279,7 @@ def test_the_block_for_gpt2_and_squad_runs_with_the_embedded_model(workplace, he
         "--model gpt2": "--model starter",
         "--train squad --eval squad": f"--train sample --limit-train 200 --eval {heldout_file} --limit-eval 8 "
         "--max-steps 4 --batch-size 2",
+        "--verify squad": f"--verify {heldout_file}",
     }
     body = block.body
     for given, instead in replaced.items():
