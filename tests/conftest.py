@@ -39,14 +39,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def restore_threads():
-    """PyTorch's threads, which some programs set: another number of them gives other last digits to later tests."""
-    torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch is not None else None
+def keep_one_thread():
+    """A worker's PyTorch is back at one thread after a program that sets another number: it changes last digits."""
     yield
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(threads or (1 if IN_WORKER else os.cpu_count()))
+    if IN_WORKER and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

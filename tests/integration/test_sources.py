@@ -206,9 +206,8 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, name, p
     if name in SAVED:
         SAVED[name](name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        InvalidInputError, match=rf"the package {package} is not installed; pip install {package}, or qa_"
-    ):
+    advice = rf"the package {package} is not installed; pip install {package}, or, in the checkout, '\.\[train\]'"
+    with pytest.raises(InvalidInputError, match=advice):
         read_examples(name)
 
 

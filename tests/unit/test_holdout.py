@@ -59,7 +59,7 @@ def test_all_questions_on_a_passage_are_on_one_side(given):
     assert sorted(made.id for part in (trained, heldout) for made in part.examples) == sorted(made.id for made in MANY)
     wanted = parse_share(given) * len(MANY)
     assert wanted <= len(heldout.examples) < wanted + 4
-    assert heldout.name == f"{given} of the passages, held out"
+    assert heldout.name == f"{given} of the questions, held out by passage"
 
 
 def test_passages_that_differ_in_white_space_and_case_are_one():
