@@ -32,7 +32,9 @@ class OneThread(onnxruntime.SessionOptions):
 
 if IN_WORKER:
     onnxruntime.SessionOptions = OneThread
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, and of torch where it is imported later
+    if "torch" in sys.modules:  # pytest imports it for the filters of warnings in pyproject.toml
+        sys.modules["torch"].set_num_threads(1)
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qa-onnx-tests-")  # before anything imports datasets
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
