@@ -13,24 +13,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from bench.prompts import END_OF_TEXT, cut_at_end, group_by_prefix, load_model_tokenizer
 from bench.settings import Answer, Loaded, Settings, Tokens
 from qa_onnx.engine.sequence import Prompt
 
 MAX_SEQUENCES = 64
-END_OF_TEXT = "<|endoftext|>"
 LLAMA_CELLS, LLAMA_CONTEXTS = 8192, 4
 """Tokens in the caches of llama.cpp, and contexts in a batch."""
-
-
-def _load_tokenizer(settings: Settings) -> Tokenizer:
-    from qa_onnx.text.prompt import load_tokenizer
-
-    return load_tokenizer(str(Path(settings.directory) / "model" / "tokenizer.json"))
-
-
-def _cut(row: list[int], end: int, settings: Settings) -> list[int]:
-    """New tokens up to the end-of-text, if that ends an answer."""
-    return row[: row.index(end)] if settings.stops and end in row else row
 
 
 def _answering(settings: Settings, tokenizer: Tokenizer, generate: Callable[[list[list[int]]], Tokens]) -> Answer:
@@ -44,13 +33,12 @@ def _answering(settings: Settings, tokenizer: Tokenizer, generate: Callable[[lis
 
     def answer(questions: Sequence[str], contexts: Sequence[str], _: int) -> Tokens:
         prompts = encode_prompts(tokenizer, questions, contexts)
-        first = {tuple(prompt.prefix_ids): index for index, prompt in reversed(list(enumerate(prompts)))}
-        leading = sorted(first.values())
-        others = [index for index in range(len(prompts)) if index not in set(leading)]
+        groups = group_by_prefix(prompts)
+        leading, others = [group[0] for group in groups], sorted(index for group in groups for index in group[1:])
         rows: dict[int, list[int]] = {}
         for indices in filter(None, (leading, others)):
             for index, row in zip(indices, generate([prompts[index].ids for index in indices]), strict=True):
-                rows[index] = _cut(row, end, settings)
+                rows[index] = cut_at_end(row, end, settings)
         tokens = [rows[index] for index in range(len(prompts))]
         tokenizer.decode_batch(tokens)
         return tokens
@@ -68,7 +56,7 @@ def openvino(settings: Settings, precision: str) -> Loaded:
     import openvino as ov
     import openvino_genai as genai
 
-    directory, tokenizer = Path(settings.directory), _load_tokenizer(settings)
+    directory, tokenizer = Path(settings.directory), load_model_tokenizer(settings)
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching = 2, True
     scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.dynamic_split_fuse = 2048, MAX_SEQUENCES, True
@@ -117,7 +105,7 @@ def vllm(settings: Settings, precision: str) -> Loaded:
     }
     from vllm import LLM, SamplingParams
 
-    directory, tokenizer = Path(settings.directory), _load_tokenizer(settings)
+    directory, tokenizer = Path(settings.directory), load_model_tokenizer(settings)
     engine = LLM(
         model=str(directory / ("vllm-int8" if precision == "int8" else "model")),
         dtype="float32" if precision == "fp32" else "bfloat16",
@@ -196,7 +184,7 @@ def llama_cpp(settings: Settings, precision: str) -> Loaded:
     """
     from qa_onnx.text.prompt import encode_prompts
 
-    tokenizer = _load_tokenizer(settings)
+    tokenizer = load_model_tokenizer(settings)
     end, path = tokenizer.token_to_id(END_OF_TEXT), Path(settings.directory) / f"llama-cpp-{precision}.gguf"
     context = _LlamaContext(path, settings.threads, tokenizer.get_vocab_size())
 
@@ -232,7 +220,7 @@ def llama_cpp(settings: Settings, precision: str) -> Loaded:
         rows: dict[int, list[int]] = {}
         for groups in _fit_groups(prompts, settings.max_new_tokens):
             rows |= generate(prompts, groups)
-        tokens = [_cut(rows[index], end, settings) for index in range(len(prompts))]
+        tokens = [cut_at_end(rows[index], end, settings) for index in range(len(prompts))]
         tokenizer.decode_batch(tokens)
         return tokens
 
@@ -241,13 +229,12 @@ def llama_cpp(settings: Settings, precision: str) -> Loaded:
 
 def _fit_groups(prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[list[int]]]:
     """Indices of prompts by context, as many contexts at once as llama.cpp is given."""
-    by_context: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_context.setdefault(tuple(prompt.prefix_ids), []).append(index)
     batch: list[list[int]] = []
     cells = 0
-    for prefix, group in sorted(by_context.items(), key=lambda item: len(item[0])):
-        needed = len(prefix) + sum(len(prompts[index].suffix_ids) + max_new_tokens for index in group)
+    for group in sorted(group_by_prefix(prompts), key=lambda group: len(prompts[group[0]].prefix_ids)):
+        needed = len(prompts[group[0]].prefix_ids) + sum(
+            len(prompts[index].suffix_ids) + max_new_tokens for index in group
+        )
         sequences = sum(map(len, batch)) + len(group)
         if batch and (len(batch) == LLAMA_CONTEXTS or sequences > MAX_SEQUENCES or cells + needed > LLAMA_CELLS):
             yield batch

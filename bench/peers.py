@@ -16,8 +16,8 @@ from typing import Any, TextIO
 
 from bench.machine import peak_rss_mib
 from bench.peer_engines import llama_cpp, openvino, vllm
+from bench.prompts import END_OF_TEXT, cut_at_end, group_by_prefix, load_model_tokenizer
 from bench.settings import Loaded, Settings, Tokens
-from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import ProviderError
 
 
@@ -61,12 +61,12 @@ def _generating(model: Any, settings: Settings) -> Loaded:
     import torch
     from transformers import GenerationConfig
 
-    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
+    from qa_onnx.text.prompt import encode_prompts
     from training.padding import pad_left, plan_batches
 
     torch.set_num_threads(settings.threads)
-    tokenizer = load_tokenizer(str(Path(settings.directory) / "model" / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer = load_model_tokenizer(settings)
+    end = tokenizer.token_to_id(END_OF_TEXT)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=settings.max_new_tokens,
@@ -88,20 +88,12 @@ def _generating(model: Any, settings: Settings) -> Loaded:
                     generation_config=config,
                 )
             for index, row in zip(batch, generated[:, input_ids.shape[1] :].tolist(), strict=True):
-                rows[index] = row[: row.index(end)] if settings.stops and end in row else row
+                rows[index] = cut_at_end(row, end, settings)
         tokens = [rows[index] for index in range(len(prompts))]
         tokenizer.decode_batch(tokens)
         return tokens
 
     return answer, lambda tokens: tokens
-
-
-def group_by_prefix(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Indices of prompts with the same context, group after group."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt.prefix_ids), []).append(index)
-    return list(groups.values())
 
 
 def _load_transformers(settings: Settings, precision: str) -> Any:
@@ -127,13 +119,13 @@ def transformers_prefix(settings: Settings, precision: str) -> Loaded:
     import torch
     from transformers import DynamicCache
 
-    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
+    from qa_onnx.text.prompt import encode_prompts
     from training.padding import pad_left
 
     model = _load_transformers(settings, precision)
     plain, tokens_of = _generating(model, settings)
-    tokenizer = load_tokenizer(str(Path(settings.directory) / "model" / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer = load_model_tokenizer(settings)
+    end = tokenizer.token_to_id(END_OF_TEXT)
 
     def answer_group(prefix: Sequence[int], suffixes: Sequence[Sequence[int]]) -> Tokens:
         suffix_ids, suffix_mask = (torch.from_numpy(array) for array in pad_left(suffixes, end))
@@ -149,7 +141,7 @@ def transformers_prefix(settings: Settings, precision: str) -> Loaded:
                 generation_config=model.generation_config,
             )
         new = generated[:, len(prefix) + suffix_ids.shape[1] :].tolist()
-        return [row[: row.index(end)] if settings.stops and end in row else row for row in new]
+        return [cut_at_end(row, end, settings) for row in new]
 
     def answer(questions: Sequence[str], contexts: Sequence[str], batch_size: int) -> Tokens:
         prompts = encode_prompts(tokenizer, questions, contexts)
@@ -193,10 +185,10 @@ def ctranslate2_prefix(settings: Settings, precision: str) -> Loaded:
 def _ctranslate2(settings: Settings, precision: str, *, shares: bool) -> Loaded:
     import ctranslate2 as library
 
-    from qa_onnx.text.prompt import encode_prompts, load_tokenizer
+    from qa_onnx.text.prompt import encode_prompts
 
     directory = Path(settings.directory)
-    tokenizer = load_tokenizer(str(directory / "model" / "tokenizer.json"))
+    tokenizer = load_model_tokenizer(settings)
     generator = library.Generator(
         str(directory / f"ctranslate2-{precision}"), inter_threads=1, intra_threads=settings.threads
     )
