@@ -25,7 +25,7 @@ test: $(INSTALLED)  ## every test that this machine can run; skipped ones say wh
 	$(RUN) -m pytest $(PARALLEL) --durations=40
 	$(RUN) -m pytest -m serial
 
-check: lint  ## what to run before each commit: lint, types and unit tests, in less than a minute on two cores
+check: lint  ## what to run before each commit: lint, types and unit tests, in about a minute on two cores
 	$(RUN) -m pytest tests/unit -q -r fE --durations=3 $(PARALLEL)
 
 coverage: $(INSTALLED)  ## the lines of the runtime that the unit tests do not run
