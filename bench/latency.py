@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from bench.harness import describe_run, publish, start_runners
-from bench.report import OURS, render
 from bench.runner import RANDOM, add_model_options, prepare_models
 from bench.settings import Settings
+from bench.tables import OURS, render
 from qa_onnx import Answer, Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.data.example import Example

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.harness import describe_run, publish
 from bench.latency import two_questions
-from bench.report import render
+from bench.tables import render
 from qa_onnx import Answerer, EngineConfig, GenerationConfig
 from qa_onnx.bundle import Bundle
 from qa_onnx.data.example import Example

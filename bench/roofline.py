@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bench.harness import describe_run, median_seconds, publish
-from bench.report import render
+from bench.tables import render
 from export.graph import CONTRIB, CONTRIB_OPSET, IR_VERSION, OPSET
 from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig, GenerationConfig

@@ -18,9 +18,9 @@ from typing import Any
 
 from bench.harness import describe_run, publish, start_runners, take_turns
 from bench.peers import PLANS_ITS_BATCHES
-from bench.report import render
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from bench.settings import Settings
+from bench.tables import render
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
 

@@ -27,7 +27,7 @@ from transformers import set_seed
 
 from bench.harness import describe_run, publish, take_turns
 from bench.machine import peak_rss_mib
-from bench.report import render
+from bench.tables import render
 from qa_onnx.data.reader import read_examples
 from training.data import Collator, LengthGroupedSampler, RowSettings, tokenize
 from training.model import build_model, load_model

@@ -14,6 +14,7 @@ from bench import (
     report,
     runner,
     scaling,
+    tables,
     throughput,
     training,
 )
@@ -59,7 +60,7 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(
         assert row["peak_rss_mib"] > 10
         assert row["equal_tokens_percent"] == 100 or "fp32" not in name
     assert result["versions"]["onnxruntime"]
-    table = report.table(result)
+    table = tables.throughput_table(result)
     assert table in capsys.readouterr().out
     assert all(f"| {name} |" in table for name in runner.PEERS)
     assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
@@ -200,8 +201,8 @@ def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
         "rounds": 1,
         "machine": {"processor": "p"},
     }
-    assert "| CTranslate2 int8 | not installed" in report.table(result)
-    assert report.ratio(result, "qa_onnx int8", "CTranslate2 int8") is None
+    assert "| CTranslate2 int8 | not installed" in tables.throughput_table(result)
+    assert tables.ratio(result, "qa_onnx int8", "CTranslate2 int8") is None
 
 
 def test_runners_take_turns_and_one_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
@@ -243,7 +244,7 @@ def test_a_ratio_is_the_median_over_rounds():
         {"name": "a", "status": "measured", "seconds": [1.0, 2.0, 4.0]},
         {"name": "b", "status": "measured", "seconds": [3.0, 4.0, 40.0]},
     ]
-    assert report.ratio({"rows": rows}, "a", "b") == 3.0
+    assert tables.ratio({"rows": rows}, "a", "b") == 3.0
 
 
 def test_the_workloads_are_those_of_the_issue(real_data):
@@ -277,7 +278,7 @@ def test_training_is_measured_against_the_notebooks_way(tmp_path, capsys):
     assert notebook["tokens_computed"] == 512 * result["questions"]
     assert packed["tokens_computed"] < result["tokens"]
     assert packed["peak_mib"] > 100
-    table = report.render(result)
+    table = tables.render(result)
     assert table in capsys.readouterr().out
     assert "| notebook |" in table
     assert "| 1.0x |" in table

@@ -34,7 +34,7 @@ import httpx
 import pytest
 import yaml
 
-from bench import report
+from bench import tables
 from qa_onnx import cli
 from tests.conftest import ROOT
 
@@ -327,14 +327,14 @@ def test_no_figure_is_left_to_fill_in():
 @pytest.mark.parametrize("result", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_the_tables_are_those_of_the_results(result):
     """`bench.report` makes them; a result that no page shows is one that they need not show."""
-    _, table, where = report.render(json.loads(result.read_text())).split("\n\n")
+    _, table, where = tables.render(json.loads(result.read_text())).split("\n\n")
     if f"bench.report bench/results/{result.name}" in TEXT:
         assert table in TEXT
         assert where in TEXT
 
 
 def test_readme_has_the_table_of_documents():
-    _, table, where = report.render(json.loads((ROOT / "bench" / "results" / "documents-cpu.json").read_text())).split(
+    _, table, where = tables.render(json.loads((ROOT / "bench" / "results" / "documents-cpu.json").read_text())).split(
         "\n\n"
     )
     assert table in TEXTS["README.md"]

@@ -68,13 +68,11 @@ def test_clients(running, name):
     command = {"ask.sh": "sh", "ask.mjs": "node", "ask.py": "python3"}[name]
     if shutil.which(command) is None:
         pytest.skip(f"{command} is not installed")
-    done = subprocess.run(
-        [command, ROOT / "examples" / "http" / name, running.url],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ask([command, ROOT / "examples" / "http" / name, running.url])
+
+
+def ask(command, env=None):
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "Who led the Normans?" in done.stdout
 
@@ -87,15 +85,9 @@ def test_the_shell_client_keeps_its_key_off_the_command_line(start, tmp_path):
     wrapper, commands = tmp_path / "curl", tmp_path / "commands"
     wrapper.write_text(f'#!/bin/sh\necho "$*" >> {commands}\nexec {curl} "$@"\n')
     wrapper.chmod(0o755)
-    done = subprocess.run(
+    ask(
         ["sh", ROOT / "examples" / "http" / "ask.sh", running.url],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "QA_ONNX_API_KEY": KEY},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "Who led the Normans?" in done.stdout
     assert running.url in commands.read_text()
     assert KEY not in commands.read_text()
