@@ -82,9 +82,10 @@ def describe_run(benchmark: str, **values: Any) -> dict[str, Any]:
 
 
 def publish(result: dict[str, Any], table: str, output: Path | None) -> None:
-    """Prints the table of a result and, on the last line, its JSON; writes the JSON to a file, if one is given."""
+    """Prints the table of a result, and writes its JSON to a file; where none is given, it is the last line."""
     print(table)
-    print(json.dumps(result, ensure_ascii=False))
-    if output is not None:
+    if output is None:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_file(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")

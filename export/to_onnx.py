@@ -7,7 +7,6 @@ PyTorch; only then is the bundle renamed to its final name. An export that fails
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -304,6 +303,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _export_and_report(arguments), interrupted="interrupted; nothing was written")
 
 
+def _describe_loss(precision: str, loss: Mapping[str, Any]) -> str:
+    """What a precision loses compared with fp32, in one line. The manifest has all of it."""
+    line = (
+        f"{precision} compared with fp32: {loss['equal_tokens_percent']:.1f} % of tokens and "
+        f"{loss['equal_answers_percent']:.1f} % of answers equal on {loss['prompts']} prompts"
+    )
+    if "questions" in loss:
+        before, after = loss["fp32"]["f1"], loss["quantized"]["f1"]
+        line += f"; F1 {before:.2f} before and {after:.2f} after on {loss['questions']} questions"
+    if kept := loss.get("matmuls_kept_in_fp32"):
+        line += f"; kept in fp32: {', '.join(kept)}"
+    return line
+
+
 def _export_and_report(arguments: argparse.Namespace) -> None:
     manifest = export(
         arguments.model,
@@ -316,12 +329,14 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
         keep_optimum=arguments.keep_optimum,
     )
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
-    print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision}); parity with PyTorch:")
-    print(json.dumps(manifest.parity))
-    if manifest.precision_loss:
-        questions = manifest.precision_loss.get("questions")
-        print(f"{manifest.precision} compared with fp32" + (f", on {questions} questions:" if questions else ":"))
-        print(json.dumps({name: value for name, value in manifest.precision_loss.items() if name != "smoothing"}))
+    print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision})")
+    parity = manifest.parity
+    print(
+        f"parity with PyTorch: {parity['prompts']} prompts, {parity['new_tokens_each']} tokens each, all equal; "
+        f"log-probabilities differ by at most {max(parity['max_logprob_difference'].values()):.1e}"
+    )
+    if loss := manifest.precision_loss:
+        print(_describe_loss(manifest.precision, loss))
     if not arguments.verify:
         print("not calibrated, and no loss of F1 measured: pass --verify with questions and their answers")
     elif "threshold" not in manifest.no_answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -67,6 +68,10 @@ def test_optimums_own_export_can_be_kept_and_loads_in_optimum(tiny_model_dir, tm
 def test_an_existing_bundle_is_replaced_only_by_force(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "bundle"
     assert run_export("--model", tiny_model_dir, "--output", output) == 0
+    assert re.search(
+        r"fp32\)\nparity with PyTorch: \d+ prompts, \d tokens each, all equal; .* differ by at most \d\.\de-0\d\n",
+        capsys.readouterr().out,
+    )
     (output / "mark").write_text("first")
     assert run_export("--model", tiny_model_dir, "--output", output) == 2
     assert "--force" in capsys.readouterr().err

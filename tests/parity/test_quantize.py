@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,11 +166,16 @@ def test_a_loss_beyond_the_limit_fails_the_export(tiny_model_dir, tmp_path, monk
     to_onnx.export(str(tiny_model_dir), tmp_path / "bundle", precision="int8", verify=[data], max_f1_drop=0.7)
 
 
-def test_an_fp16_bundle_is_measured_and_asks_for_cuda(tiny_model_dir, tmp_path):
+def test_an_fp16_bundle_is_measured_and_asks_for_cuda(tiny_model_dir, tmp_path, capsys):
     data = write_sample(tmp_path / "data.json", 8)
-    manifest = to_onnx.export(
-        str(tiny_model_dir), tmp_path / "bundle", precision="fp16", verify=[data], max_f1_drop=100
+    options = ("--model", tiny_model_dir, "--output", tmp_path / "bundle", "--precision", "fp16", "--verify", data)
+    assert to_onnx.main([*map(str, options), "--max-f1-drop", "100"]) == 0
+    line = re.search(
+        r"^fp16 compared with fp32: (\S+) % of tokens and \S+ % of answers equal on 8 prompts; "
+        r"F1 \S+ before and \S+ after on 8 questions$",
+        capsys.readouterr().out,
+        re.MULTILINE,
     )
-    assert manifest.precision_loss["equal_tokens_percent"] > 90
+    assert float(line[1]) > 90
     with pytest.raises(ProviderError, match="fp16 does not run on provider 'cpu'"):
         Answerer.from_pretrained(tmp_path / "bundle", provider="cpu")
