@@ -19,24 +19,30 @@ def ratio(result: dict[str, Any], ours: str, peer: str) -> float | None:
 def throughput_table(result: dict[str, Any]) -> str:
     """A result as a table."""
     ours = [name for name in OURS if any(row["name"] == name for row in result["rows"])]
+    optional = {"equal_tokens_percent": "tokens equal", "exact_match": "exact match", "f1": "F1"}
+    shown = {key: title for key, title in optional.items() if any(key in row for row in result["rows"])}
+    titles = ["answers/s", "batch", *(f"{name} is" for name in ours), *shown.values(), "peak RSS", "load"]
     lines = [
         f"{result['workload']}: {result['questions']} questions on {result['passages']} passages, at most "
         f"{result['max_new_tokens']} new tokens; {result['model']}",
         "",
-        "| | answers/s | batch | " + " | ".join(f"{name} is" for name in ours) + " | tokens equal | peak RSS | load |",
-        "| --- |" + " ---: |" * (5 + len(ours)),
+        f"| | {' | '.join(titles)} |",
+        "| --- |" + " ---: |" * len(titles),
     ]
     for row in result["rows"]:
         if row["status"] != "measured":
-            lines.append(f"| {row['name']} | {row['status']} |" + " |" * (4 + len(ours)))
+            lines.append(f"| {row['name']} | {row['status']} |" + " |" * (len(titles) - 1))
             continue
         factors = [ratio(result, name, row["name"]) for name in ours]
-        lines.append(
-            f"| {row['name']} | {row['answers_per_second']:.2f} | {row['batch_size']} | "
-            + " | ".join("" if factor is None else f"{factor:.1f}x" for factor in factors)
-            + f" | {row.get('equal_tokens_percent', float('nan')):.1f} % | {row['peak_rss_mib']:,.0f} MiB "
-            f"| {row['load_seconds']:.1f} s |"
-        )
+        cells = [
+            f"{row['answers_per_second']:.2f}",
+            str(row["batch_size"]),
+            *("" if factor is None else f"{factor:.1f}x" for factor in factors),
+            *(f"{row[key]:.1f}" + " %" * (key == "equal_tokens_percent") for key in shown),
+            f"{row['peak_rss_mib']:,.0f} MiB",
+            f"{row['load_seconds']:.1f} s",
+        ]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Median of {result['rounds']} rounds; {_where(result)}"])
 
 

@@ -18,11 +18,13 @@ from typing import Any
 
 from bench.harness import describe_run, publish, start_runners, take_turns
 from bench.peers import PLANS_ITS_BATCHES
+from bench.prompts import load_model_tokenizer
 from bench.runner import RANDOM, Runner, add_model_options, prepare_models
 from bench.settings import Settings
 from bench.tables import render
 from qa_onnx.data.example import Example
 from qa_onnx.data.reader import read_examples
+from qa_onnx.evaluation.metrics import evaluate
 
 BATCH_SIZES = (8, 16, 32)
 TUNING_QUESTIONS = 64
@@ -88,8 +90,20 @@ def best_batch_size(name: str, settings: Settings, directory: Path) -> int:
     return min(seconds, key=lambda size: seconds[size])
 
 
-def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
-    """Runs all runners in turns; returns a row per runner."""
+def measure(
+    settings: Settings, names: Sequence[str], *, rounds: int, examples: Sequence[Example] = ()
+) -> list[dict[str, Any]]:
+    """Runs all runners in turns.
+
+    Args:
+        settings: What all of them get.
+        names: Of `bench.peers.RUNNERS`.
+        rounds: How often each answers all questions.
+        examples: The questions with their gold answers, where a trained model's answers are to be evaluated.
+
+    Returns:
+        A row per runner.
+    """
     with start_runners(names, settings) as (rows, runners), tempfile.TemporaryDirectory() as directory:
         measured = [row for row in rows if row["name"] in runners]
         for row in measured:
@@ -112,7 +126,16 @@ def measure(settings: Settings, names: Sequence[str], *, rounds: int) -> list[di
         row["peak_rss_mib"] = found[-1]["peak_rss_mib"]
         row["answers_per_second"] = statistics.median(len(settings.questions) / value for value in row["seconds"])
         row |= agreement(found[0]["tokens"], reference) if reference is not None else {}
+        row |= quality(found[0]["tokens"], examples, settings) if examples else {}
     return rows
+
+
+def quality(tokens: Sequence[Sequence[int]], examples: Sequence[Example], settings: Settings) -> dict[str, float]:
+    """Exact match and F1 of the answers to `examples`, in percent."""
+    tokenizer = load_model_tokenizer(settings)
+    texts = {example.id: tokenizer.decode(ids).strip() for example, ids in zip(examples, tokens, strict=True)}
+    scores = evaluate(examples, texts)
+    return {"exact_match": scores.exact_match, "f1": scores.f1}
 
 
 def agreement(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -161,7 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=arguments.threads,
         rounds=arguments.rounds,
     )
-    result["rows"] = measure(settings, arguments.only, rounds=arguments.rounds)
+    result["rows"] = measure(
+        settings, arguments.only, rounds=arguments.rounds, examples=examples if settings.stops else ()
+    )
     publish(result, render(result), arguments.output)
     return 0
 

@@ -19,6 +19,7 @@ from bench import (
     training,
 )
 from bench.peers import RUNNERS, serve
+from bench.prompts import load_model_tokenizer
 from bench.settings import Settings
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
@@ -245,6 +246,25 @@ def test_a_ratio_is_the_median_over_rounds():
         {"name": "b", "status": "measured", "seconds": [3.0, 4.0, 40.0]},
     ]
     assert tables.ratio({"rows": rows}, "a", "b") == 3.0
+
+
+def test_a_trained_models_answers_are_evaluated(tiny_model_dir, tmp_path):
+    (tmp_path / "model").symlink_to(tiny_model_dir)
+    settings = settings_of(tmp_path)
+    examples = parse_squad(generate("heldout", questions=8), source="sample")
+    encode = load_model_tokenizer(settings).encode
+    tokens = [encode(" " + example.answers[0].text).ids if example.answers else [] for example in examples]
+    assert throughput.quality(tokens, examples, settings) == {"exact_match": 100, "f1": 100}
+    tokens[0] = tokens[0] + encode(" and three more").ids
+    scores = throughput.quality(tokens, examples, settings)
+    assert scores["exact_match"] == 87.5
+    assert 87.5 < scores["f1"] < 100
+    row = {"name": "qa_onnx fp32", "status": "measured", "seconds": [1.0], "answers_per_second": 2.0, "batch_size": 1}
+    result = {"workload": "natural", "questions": 8, "passages": 1, "max_new_tokens": 8, "model": "m", "rounds": 1}
+    result |= {"rows": [row | {"peak_rss_mib": 10, "load_seconds": 1.0} | scores], "versions": {}, "threads": 1}
+    table = tables.throughput_table(result | {"machine": {"processor": "p"}})
+    assert "| qa_onnx fp32 is | exact match | F1 | peak RSS |" in table
+    assert f"| 1.0x | 87.5 | {scores['f1']:.1f} | 10 MiB |" in table
 
 
 def test_the_workloads_are_those_of_the_issue(real_data):
