@@ -157,7 +157,7 @@ def _guesses(names: Collection[str], fields: Collection[str], columns: Mapping[s
 
 
 def _likeness(name: str, field: str) -> float:
-    """From 0 to 1 how much a column's name resembles a field's; the last of its words says the most."""
+    """From 0 to 1 how much a column's name resembles a field's; the last of its words counts more than the others."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     expected = WORDS.get(field, "").split()
     if not words or not OTHER_WORDS.isdisjoint(words):

@@ -37,7 +37,7 @@ def read_examples(
     title (`qa_onnx.data.columns` lists their other names). Answers are a text, a list of texts, objects with `text`
     and `answer_start`, or SQuAD's `{"text": [...], "answer_start": [...]}`; null or nothing in it is no answer, as is
     `is_impossible`. A cell of a CSV file may write these out, as pandas does, and `nan`, `None` or `null` is no answer
-    there; but a cell that stands in its passage as it is, is an answer. A question without an id gets its place.
+    there; but a cell that its passage contains as it is, is an answer. A question without an id gets its place.
 
     Args:
         name: A file of SQuAD JSON (v1.1, v2.0 and its relatives), JSON lines, CSV, TSV or Parquet; a folder that

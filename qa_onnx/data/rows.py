@@ -250,7 +250,7 @@ def _gold_answer(context: str, value: object, start: object, place: str, start_p
 def _written_out(value: Any, context: str, place: str, *, is_text: bool) -> Any:
     """A value, or what a text writes out: a list, a dict or a quoted text; None for a word that says there is nothing.
 
-    What stands in the passage as it is, such as the answer `[1]` or `None`, stays text; so does, where texts have a
+    What the passage contains as it is, such as the answer `[1]` or `None`, stays text; so does, where texts have a
     type of their own, what writes out no answers. In a cell of CSV that is an error.
     """
     if not isinstance(value, str):
@@ -265,7 +265,7 @@ def _written_out(value: Any, context: str, place: str, *, is_text: bool) -> Any:
     except ValueError as error:
         if not is_text:
             return value
-        fail(place, shown(value), f"a text that stands in the passage, or a whole list or dict ({error})")
+        fail(place, shown(value), f"a text of the passage, or a whole list or dict ({error})")
     if not written or written == [None]:
         return None
     return written if is_text or _is_answers(written) else value

@@ -33,7 +33,7 @@ def rows_of_json(data: Any, *, place: str = "", columns: Mapping[str, str] | Non
 
     Args:
         data: As of `json.load`.
-        place: Where it stands in its file, such as `line 3`; empty where it is the file.
+        place: Where it is in its file, such as `line 3`; empty where it is the file.
         columns: What fields are called in flat rows (see `Row`).
     """
     columns = columns or {}

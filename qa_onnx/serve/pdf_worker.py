@@ -18,7 +18,7 @@ FULL_LINE = 0.6
 
 
 def join_lines(page: str) -> str:
-    """Joins the lines that a page's width broke, so that an answer of two words stands in one line.
+    """Joins the lines that a page's width broke, so that an answer of two words is on one line.
 
     Short lines end where they are: headings, items of lists, the last line of a paragraph. A word that was hyphenated
     at the end of a line becomes one word again where it goes on with a small letter.

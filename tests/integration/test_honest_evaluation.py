@@ -142,7 +142,7 @@ def test_weights_and_limits_come_after_holding_out(options, rows, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands in for a kill: nothing but the files is left."""
+    """What a kill does: nothing but the files is left."""
 
 
 def test_a_run_that_goes_on_holds_out_the_same_questions(options, rows, held, tmp_path, monkeypatch, capsys):

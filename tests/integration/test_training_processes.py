@@ -65,7 +65,7 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(
 
 
 def test_weights_split_by_fsdp_are_gathered_for_evaluation_in_every_process(tiny_model_dir, tmp_path):
-    """accelerate starts FSDP on GPUs only: PyTorch's own call stands in for it."""
+    """accelerate starts FSDP on GPUs only: PyTorch's own call replaces it."""
     script = [*TORCHRUN, str(ROOT / "tests" / "integration" / "split_weights.py"), str(tiny_model_dir), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *script], cwd=ROOT, env=environment, check=True, capture_output=True)

@@ -247,7 +247,7 @@ def test_the_report_and_the_card_say_what_was_done(finetuned):
 
 
 def test_a_hub_id_is_loaded_from_the_hubs_cache(tiny_model_dir, tmp_path):
-    """The hub cannot be reached here: a cache as the hub's own client lays it out stands in for it."""
+    """The hub cannot be reached here: a cache as the hub's own client lays it out replaces it."""
     repository = tmp_path / "hub" / "models--gpt2"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)

@@ -4,7 +4,7 @@ A GPT-2 that reads the passage first cannot know there what will be asked. What 
 words of the question in the passage, gather where they stand, and look there for an answer of the right kind.
 
     layer 0   previous, near, before   what stands one, some three and two tokens before
-              side                     whether this token stands in the passage or behind its "Question:"
+              side                     whether this token is in the passage or after its "Question:"
     layer 1   match (two heads)        from a token to the same word in the passage; writes where that is
               repeat                   to the token behind an earlier one of the same kind, as it may come next again
     layer 2   gather                   the mean of what the question's words found: their votes for a place

@@ -1,7 +1,7 @@
 """Pretrains `starter`, the small GPT-2 that the repository ships: `python -m training.starter.pretrain --help`.
 
 Its first weights hold rough circuits (`circuits.py`). It then learns from questions on real passages, altered and with
-cloze questions beside them (`augment.py`), and on passages of `sample`, packed as in fine-tuning. Three losses: of the
+cloze questions about them (`augment.py`), and on passages of `sample`, packed as in fine-tuning. Three losses: of the
 answers' tokens and of a few of the passages'; and of the attention of the heads that point (`pointing_loss`), which are
 told where the answer stands, as no other signal taught the model where to look on two cores (guided attention as of Mi
 et al., 2016, "Supervised Attentions for Neural Machine Translation").

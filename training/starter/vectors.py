@@ -117,8 +117,8 @@ def _neighbours(texts: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor
     rows, columns = torch.tensor(list(pairs)).T
     behind[rows, columns] = torch.tensor(list(pairs.values()), dtype=torch.float32)
     counts = torch.cat([behind, behind.T], dim=1)
-    beside = counts.sum(0) ** 0.75  # smoothed, so that rare neighbours do not outweigh all others
-    expected = counts.sum(1, keepdim=True) * (beside / beside.sum())
+    context_counts = counts.sum(0) ** 0.75  # smoothed, so that rare neighbors do not outweigh all others
+    expected = counts.sum(1, keepdim=True) * (context_counts / context_counts.sum())
     information = (counts / expected.clamp(min=1e-9)).clamp(min=1e-9).log().clamp(min=0.0)
     left, values, _ = torch.svd_lowrank(information, q=NEIGHBOUR_DIMENSIONS + 8, niter=4)
     vectors = (left * values.sqrt())[:, :NEIGHBOUR_DIMENSIONS]
