@@ -106,7 +106,7 @@ def _roofs(result: dict[str, Any], figure: Figure) -> None:
             color=_color(name),
             label=f"limit, {precision}",
         )
-    for precision in result["gemm_rates"]:
+    for precision in dict.fromkeys(point["precision"] for point in result["points"]):
         for phase, marker in (("decode", "o"), ("prefill", "D")):
             points = sorted(
                 (point["operations"] / point["bytes"], point["operations"] / point["seconds"] / 1e9, point["rows"])

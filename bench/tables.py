@@ -96,9 +96,11 @@ def roofline_table(result: dict[str, Any]) -> str:
     ]
     for point in result["points"]:
         rate, intensity = point["operations"] / point["seconds"], point["operations"] / point["bytes"]
+        peak = rates.get(point["precision"])  # ONNX Runtime multiplies no bfloat16 on the CPU
+        share = "" if peak is None else f"{rate / peak:.0%}"
         where = f"{point['precision']} {point['phase']}, {point['rows']} {'row' if point['rows'] == 1 else 'rows'}"
         lines.append(
-            f"| {where} | {rate / 1e9:.1f} | {rate / rates[point['precision']]:.0%} | {intensity:.1f} "
+            f"| {where} | {rate / 1e9:.1f} | {share} | {intensity:.1f} "
             f"| {rate / (intensity * result['memory_rate']):.0%} |"
         )
     return "\n".join([*lines, "", _where(result)])
