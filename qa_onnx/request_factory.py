@@ -13,8 +13,11 @@ from qa_onnx.errors import InvalidInputError
 from qa_onnx.manifest import Manifest
 from qa_onnx.request import Request
 from qa_onnx.text.constraint import Spans, TokenBytes, check_byte_level
+from qa_onnx.text.document import Documents
 from qa_onnx.text.windows import WindowSettings, encode_windows, estimate_windows
 
+CACHED_CHARACTERS = 1_000_000
+"""Of contexts whose tokens are kept for the next question on them: with their tokens, some 15 MB."""
 CACHED_SPANS = 256
 """Contexts (or windows of them) whose words are kept, for extractive answers to the next question on them."""
 
@@ -29,6 +32,7 @@ class RequestFactory:
         self._eos_token_id = eos_token_id
         self._max_positions = max_positions
         self._token_bytes: TokenBytes | None = None
+        self._documents = Documents(tokenizer, max_characters=CACHED_CHARACTERS)
         self._find_spans = lru_cache(maxsize=CACHED_SPANS)(self._compute_spans)
 
     def resolve(self, config: GenerationConfig | None, max_new_tokens: int | None = None) -> GenerationConfig:
@@ -72,6 +76,7 @@ class RequestFactory:
             max_positions=self._max_positions,
             max_new_tokens=config.max_new_tokens,
             settings=self._window_settings(config),
+            documents=self._documents,
         )
         if config.extractive and config.num_answers > 1:
             for index, context in enumerate(contexts):

@@ -91,7 +91,7 @@ def errors_of_tokenizers(what: str) -> Iterator[None]:
 
 
 def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Sequence[str]) -> list[Prompt]:
-    """Tokenises prompts; each distinct passage once.
+    """Tokenizes prompts; each distinct passage once.
 
     Args:
         tokenizer: From `load_tokenizer`, or any that went through `prepare_tokenizer`.
@@ -102,6 +102,21 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
         InvalidInputError: The two differ in length, an entry is not a string or has no text in it, or the tokenizer
             fails.
     """
+    check_texts(questions, contexts)
+    distinct = list(dict.fromkeys(contexts))
+    passage_of = dict(zip(distinct, encode_passages(tokenizer, distinct), strict=True))
+    return [
+        Prompt(prefix_ids=passage_of[context], suffix_ids=suffix_ids)
+        for context, suffix_ids in zip(contexts, encode_questions(tokenizer, questions), strict=True)
+    ]
+
+
+def check_texts(questions: Sequence[str], contexts: Sequence[str]) -> None:
+    """Checks what prompts are to be made of.
+
+    Raises:
+        InvalidInputError: The two differ in length, or an entry is not a string or has no text in it.
+    """
     if len(questions) != len(contexts):
         raise InvalidInputError(
             f"got {len(questions)} questions and {len(contexts)} contexts; expected one context for each question"
@@ -109,23 +124,44 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str], contexts: Seq
     for kind, texts in (("question", questions), ("context", contexts)):
         for index, text in enumerate(texts):
             _check_text(text, kind, index)
-    distinct = list(dict.fromkeys(contexts))
-    passages = _encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context) for context in distinct])
-    (label,) = _encode(tokenizer, [QUESTION_LABEL])
-    passage_of = {context: ids + label for context, ids in zip(distinct, passages, strict=True)}
+
+
+def encode_passages(tokenizer: Tokenizer, contexts: Sequence[str]) -> list[list[int]]:
+    """Tokenizes contexts as prompts begin with them, up to the label of the question.
+
+    Raises:
+        InvalidInputError: The tokenizer fails, or makes no tokens of one.
+    """
+    label = encode_label(tokenizer)
+    passages = _encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context) for context in contexts])
+    return [ids + label for ids in _check_tokens(passages)]
+
+
+def encode_label(tokenizer: Tokenizer) -> list[int]:
+    """The tokens between a context and its question."""
+    return _encode(tokenizer, [QUESTION_LABEL])[0]
+
+
+def encode_questions(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[int]]:
+    """Tokenizes questions as prompts end with them, without the label.
+
+    Raises:
+        InvalidInputError: The tokenizer fails, or makes no tokens of one.
+    """
     asked = _encode(tokenizer, [QUESTION_TEMPLATE.format(question=question.strip()) for question in questions])
-    if not all(asked) or not all(passages):
+    return _check_tokens(asked)
+
+
+def _check_tokens(encoded: list[list[int]]) -> list[list[int]]:
+    if not all(encoded):
         raise InvalidInputError(
             "the tokenizer makes no tokens of a text; expected one like GPT-2's, which drops nothing"
         )
-    return [
-        Prompt(prefix_ids=passage_of[context], suffix_ids=suffix_ids)
-        for context, suffix_ids in zip(contexts, asked, strict=True)
-    ]
+    return encoded
 
 
 def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[int]]:
-    """Tokenises answers as they follow `Answer:` (without the end-of-text); an empty answer has no tokens."""
+    """Tokenizes answers as they follow `Answer:` (without the end-of-text); an empty answer has no tokens."""
     return _encode(
         tokenizer, [ANSWER_TEMPLATE.format(answer=answer.strip()) if answer.strip() else "" for answer in answers]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +11,9 @@ from tokenizers import Tokenizer
 from qa_onnx.config import DEFAULT_STRIDE, MIN_WINDOW_TOKENS
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import InvalidInputError, PromptTooLongError, short_repr
-from qa_onnx.text.prompt import PASSAGE_TEMPLATE, QUESTION_LABEL, encode, encode_prompts
+from qa_onnx.text.document import Documents, words_of
+from qa_onnx.text.prompt import check_texts, encode_label, encode_questions
 
-WORD, SENTENCE, PARAGRAPH = 1, 2, 3
-SENTENCE_ENDS = tuple(".!?\u3002\uff01\uff1f")
-WORD_LETTERS = 6
 MIN_NO_ANSWER = 0.01
 BYTES_PER_TOKEN = 4
 """Of ordinary English text in UTF-8; no text has less than one."""
@@ -93,6 +90,7 @@ def encode_windows(
     max_positions: int,
     max_new_tokens: int,
     settings: WindowSettings | None = None,
+    documents: Documents | None = None,
 ) -> list[list[Window]]:
     """Tokenizes prompts, and cuts documents that are too long into windows. Questions and answers are never cut.
 
@@ -106,6 +104,7 @@ def encode_windows(
         max_positions: How many tokens prompt and answer may have together.
         max_new_tokens: Maximum number of tokens of an answer.
         settings: Size and overlap of windows; None is `WindowSettings()`.
+        documents: Contexts of earlier calls, with the same tokenizer, which are not tokenized again.
 
     Returns:
         The windows of each question, in the document's order.
@@ -116,28 +115,32 @@ def encode_windows(
     """
     settings = settings or WindowSettings()
     settings.check_fit(max_positions)
-    prompts = encode_prompts(tokenizer, questions, contexts)
+    check_texts(questions, contexts)
+    found = (documents or Documents(tokenizer, max_characters=0)).get(contexts)
+    suffixes = encode_questions(tokenizer, questions)
+    label_tokens = len(encode_label(tokenizer))
     room = min(max_new_tokens, max_positions // 4)
-    (label,) = encode(tokenizer, [QUESTION_LABEL])
-    parts_of: dict[tuple[str, int], tuple[list[tuple[int, str]], list[set[str]]]] = {}
     windows: list[list[Window]] = []
-    for index, (question, context, prompt) in enumerate(zip(questions, contexts, prompts, strict=True)):
-        size = len(prompt.prefix_ids) - len(label.ids)
+    for index, (question, context, suffix_ids) in enumerate(zip(questions, contexts, suffixes, strict=True)):
+        document = found[context]
+        prompt = Prompt(prefix_ids=document.prefix_ids, suffix_ids=suffix_ids)
+        size = len(prompt.prefix_ids) - label_tokens
         if len(prompt) + room <= max_positions and (settings.window is None or size <= settings.window):
             windows.append([Window(start=0, text=context, prompt=prompt)])
             continue
-        budget = _window_budget(index, prompt, label_tokens=len(label.ids), room=room, max_positions=max_positions)
+        budget = _window_budget(index, prompt, label_tokens=label_tokens, room=room, max_positions=max_positions)
         budget = min(budget, settings.window or budget)
-        if (context, budget) not in parts_of:
-            parts = _cut(tokenizer, context, budget, min(settings.stride, budget // 2))
-            parts_of[context, budget] = parts, [_words(text) for _, text in parts]
-        parts, words = parts_of[context, budget]
-        encoded = encode_prompts(tokenizer, [question] * len(parts), [text for _, text in parts])
-        priors = _log_priors(_words(question), words)
+        parts = document.cut(budget, min(settings.stride, budget // 2))
+        priors = _log_priors(words_of(question), [part.words for part in parts])
         windows.append(
             [
-                Window(start=start, text=text, prompt=part, log_prior=prior)
-                for (start, text), part, prior in zip(parts, encoded, priors, strict=True)
+                Window(
+                    start=part.start,
+                    text=part.text,
+                    prompt=Prompt(prefix_ids=part.prefix_ids, suffix_ids=suffix_ids),
+                    log_prior=prior,
+                )
+                for part, prior in zip(parts, priors, strict=True)
             ]
         )
     return windows
@@ -202,7 +205,7 @@ def log_priors(question: str, texts: Sequence[str]) -> list[float]:
     Returns:
         Logarithms of probabilities that add up to 1.
     """
-    return _log_priors(_words(question), [_words(text) for text in texts])
+    return _log_priors(words_of(question), [words_of(text) for text in texts])
 
 
 def _log_priors(asked: set[str], words: Sequence[set[str]]) -> list[float]:
@@ -214,10 +217,6 @@ def _log_priors(asked: set[str], words: Sequence[set[str]]) -> list[float]:
     best = max(scores)
     total = best + math.log(sum(math.exp(score - best) for score in scores))
     return [score - total for score in scores]
-
-
-def _words(text: str) -> set[str]:
-    return {word[:WORD_LETTERS] for word in re.findall(r"\w+", text.lower())}
 
 
 def weigh_windows(windows: Sequence[Window], no_answer: Sequence[float]) -> tuple[list[float], float]:
@@ -256,63 +255,3 @@ def answer_logprobs(found: Iterable[tuple[str, float]]) -> dict[str, float]:
         higher, lower = max(known, logprob), min(known, logprob)
         logprobs[text] = higher + math.log1p(math.exp(lower - higher))
     return logprobs
-
-
-def _cut(tokenizer: Tokenizer, context: str, max_tokens: int, stride: int) -> list[tuple[int, str]]:
-    """Cuts a document into parts of at most `max_tokens` tokens (with the template's) that share about `stride`.
-
-    Cuts are at the end of paragraphs, of sentences or of words, so that a part is read as it was written and has the
-    document's own tokens.
-    """
-    label = PASSAGE_TEMPLATE.index("{")
-    (encoding,) = encode(tokenizer, [PASSAGE_TEMPLATE.format(context=context)])
-    total, offsets = len(encoding.ids), encoding.offsets  # each access makes a new list
-    first_characters = [max(first - label, 0) for first, _ in offsets] + [len(context)]
-    ranks = [
-        SENTENCE if index in (0, total) else _rank_of_cut(context, first)
-        for index, first in enumerate(first_characters)
-    ]
-    template = next((index for index, (_, last) in enumerate(offsets) if last > label), 0)
-    parts: list[tuple[int, str]] = []
-    begin = template
-    while True:
-        size = max_tokens - template
-        while True:
-            end = min(begin + size, total)
-            end = total if end == total else _back_to_cut(ranks, begin + (end - begin) * 3 // 4, end)
-            start, stop = first_characters[begin], first_characters[end]
-            while start < stop and context[start].isspace():
-                start += 1
-            text = context[start:stop].rstrip() if stop < len(context) else context[start:stop]
-            (encoded,) = encode(tokenizer, [PASSAGE_TEMPLATE.format(context=text)])
-            tokens = len(encoded.ids)
-            if tokens <= max_tokens:
-                break
-            size -= tokens - max_tokens  # a word that was cut has other tokens than whole
-        if text.strip():
-            parts.append((start, text))
-        if end == total:
-            return parts
-        shared = end - stride
-        begin = max(_back_to_cut(ranks, max(shared - stride, begin + (shared - begin) * 3 // 4), shared), begin + 1)
-
-
-def _rank_of_cut(context: str, place: int) -> int:
-    """How good a character is to cut before: `PARAGRAPH`, `SENTENCE`, `WORD`, or 0 inside of a word."""
-    # A token with a space before its word may count the space or not; a part starts behind it in both cases.
-    start = place
-    while start < len(context) and context[start].isspace():
-        start += 1
-    end = place
-    while end > 0 and context[end - 1].isspace():
-        end -= 1
-    if start == end:
-        return 0
-    if "\n" in context[end:start]:
-        return PARAGRAPH
-    return SENTENCE if context[end - 1 : end] in SENTENCE_ENDS else WORD
-
-
-def _back_to_cut(ranks: Sequence[int], begin: int, end: int) -> int:
-    """The best place to cut at, behind `begin` and up to `end`, the last among equals; `end` where all are in words."""
-    return max(range(end, begin, -1), key=ranks.__getitem__, default=end)
