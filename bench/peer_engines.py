@@ -75,7 +75,6 @@ def openvino(settings: Settings, precision: str) -> Loaded:
     prepare()
     config = genai.GenerationConfig()
     config.max_new_tokens, config.do_sample = settings.max_new_tokens, False
-    config.min_new_tokens = 0 if settings.stops else settings.max_new_tokens
     config.ignore_eos = not settings.stops
     config.eos_token_id = tokenizer.token_to_id(END_OF_TEXT)
 
