@@ -289,7 +289,7 @@ def test_replicas_of_ray_serve_answer_alike_and_refuse_what_is_none(cluster, bun
             ask({"question": " ", "context": "Rollo."})
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
 
 
 def spark(bundle, source, output):
