@@ -78,6 +78,7 @@ def export(
     max_f1_drop: float = MAX_F1_DROP,
     force: bool = False,
     keep_optimum: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Writes the bundle of a model.
 
@@ -93,6 +94,7 @@ def export(
         max_f1_drop: Maximum loss of F1 of the precision on these questions, in points.
         force: Replace an existing bundle.
         keep_optimum: Keep Optimum's plain export in a directory `{output}-optimum`.
+        tell: Called with a line at the start of each part of the work.
 
     Raises:
         InvalidInputError: The model, the precision or the output is invalid, or the disk is full.
@@ -106,7 +108,9 @@ def export(
         raise InvalidInputError(f"got --output {output}; expected a directory to create")
     optimum_output = output.with_name(output.name + "-optimum")
     _check_targets(output, optimum_output if keep_optimum else None, force=force)
+    tell(f"loading {model_name}")
     source = load_source(model_name, verify, columns)
+    tell("exporting it with Optimum")
     with stage(output, optimum_output, weight_bytes=source.weight_bytes) as (bundle, plain):
         bundle.mkdir()
         weights = _export_with_optimum(source, plain, bundle)
@@ -114,14 +118,18 @@ def export(
             shutil.rmtree(plain)
         graphs = _Graphs(source, weights)
         checks = choose_checks(source, load_tokenizer(str(bundle / TOKENIZER_NAME)))
+        tell(f"comparing {len(checks.gate_prompts)} prompts with PyTorch, alone and in batches")
         reference_directory = bundle if precision == "fp32" else bundle.parent
         engine, parity = _verify(graphs, reference_directory, checks)
         loss: dict[str, Any] = {}
         if precision != "fp32":
+            tell(f"measuring what {precision} loses")
             engine, loss = _write_precision(graphs, precision, bundle, reference=engine, checks=checks)
             _check_loss(loss, precision, max_f1_drop, source)
         measured = {"precision": precision, "parity": parity, "precision_loss": loss, "package_versions": versions}
         manifest = write_manifest(bundle, source.manifest_values() | measured)
+        if source.examples:
+            tell(f"calibrating on {len(source.examples)} questions")
         manifest = _check_and_calibrate(source, bundle, manifest, engine, checks)
         _check_targets(output, optimum_output if keep_optimum else None, force=force)  # again: they may exist by now
         for directory, target in [(plain, optimum_output)] * keep_optimum + [(bundle, output)]:
@@ -327,6 +335,7 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
         max_f1_drop=arguments.max_f1_drop,
         force=arguments.force,
         keep_optimum=arguments.keep_optimum,
+        tell=lambda line: print(line, flush=True),
     )
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
     print(f"wrote {arguments.output} ({megabytes:.0f} MB, {manifest.precision})")

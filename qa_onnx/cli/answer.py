@@ -69,6 +69,8 @@ def _answer_lines(answer: Answer) -> list[str]:
         f"{on_one_line(found.text) or '(no answer)'}  (score {found.score:.2f})"
         for found in (answer, *answer.alternatives)
     ]
+    if not answer.text:
+        lines[0] += ", the probability that there is none; --no-answer-threshold 1 gets one"
     return lines if len(lines) == 1 else [f"{number}. {line}" for number, line in enumerate(lines, 1)]
 
 

@@ -68,9 +68,11 @@ def test_optimums_own_export_can_be_kept_and_loads_in_optimum(tiny_model_dir, tm
 def test_an_existing_bundle_is_replaced_only_by_force(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "bundle"
     assert run_export("--model", tiny_model_dir, "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"loading {tiny_model_dir}\nexporting it with Optimum\ncomparing ")
     assert re.search(
         r"fp32\)\nparity with PyTorch: \d+ prompts, \d tokens each, all equal; .* differ by at most \d\.\de-0\d\n",
-        capsys.readouterr().out,
+        printed,
     )
     (output / "mark").write_text("first")
     assert run_export("--model", tiny_model_dir, "--output", output) == 2

@@ -131,7 +131,8 @@ def test_where_there_is_no_answer_the_output_says_so(files, loaded, capsys):
     options = ["--extractive", "--no-answer-threshold", "0"]
     status, out, _ = answer(capsys, "--question", "Rollo", "--context", CONTEXT, *options)
     assert status == 0
-    assert re.fullmatch(rf"\(no answer\){SCORE}", out)
+    hint = r", the probability that there is none; --no-answer-threshold 1 gets one\n"
+    assert re.fullmatch(rf"\(no answer\){SCORE[:-2]}{hint}", out)
 
 
 @pytest.mark.parametrize(
