@@ -102,15 +102,10 @@ def export(
         ProviderError: The precision is bf16, and this machine cannot run it.
     """
     _check_options(precision, max_f1_drop)
-    versions = _package_versions()
-    output = Path(os.path.realpath(output))  # the target, where it is a link
-    if not output.name:
-        raise InvalidInputError(f"got --output {output}; expected a directory to create")
-    optimum_output = output.with_name(output.name + "-optimum")
+    output, optimum_output = _resolve_outputs(output)
     _check_targets(output, optimum_output if keep_optimum else None, force=force)
-    tell(f"loading {model_name}")
+    tell(f"loading {model_name}, and exporting it with Optimum")
     source = load_source(model_name, verify, columns)
-    tell("exporting it with Optimum")
     with stage(output, optimum_output, weight_bytes=source.weight_bytes) as (bundle, plain):
         bundle.mkdir()
         weights = _export_with_optimum(source, plain, bundle)
@@ -119,17 +114,14 @@ def export(
         graphs = _Graphs(source, weights)
         checks = choose_checks(source, load_tokenizer(str(bundle / TOKENIZER_NAME)))
         tell(f"comparing {len(checks.gate_prompts)} prompts with PyTorch, alone and in batches")
-        reference_directory = bundle if precision == "fp32" else bundle.parent
-        engine, parity = _verify(graphs, reference_directory, checks)
+        engine, parity = _verify(graphs, bundle if precision == "fp32" else bundle.parent, checks)
         loss: dict[str, Any] = {}
         if precision != "fp32":
             tell(f"measuring what {precision} loses")
-            engine, loss = _write_precision(graphs, precision, bundle, reference=engine, checks=checks)
-            _check_loss(loss, precision, max_f1_drop, source)
-        measured = {"precision": precision, "parity": parity, "precision_loss": loss, "package_versions": versions}
-        manifest = write_manifest(bundle, source.manifest_values() | measured)
-        if source.examples:
-            tell(f"calibrating on {len(source.examples)} questions")
+            engine, loss = _write_precision(graphs, precision, bundle, engine, checks, max_f1_drop=max_f1_drop)
+        measured = {"precision": precision, "parity": parity, "precision_loss": loss}
+        manifest = write_manifest(bundle, source.manifest_values() | measured | _package_versions())
+        tell("reading the bundle back" + (", and calibrating it" if source.examples else ""))
         manifest = _check_and_calibrate(source, bundle, manifest, engine, checks)
         _check_targets(output, optimum_output if keep_optimum else None, force=force)  # again: they may exist by now
         for directory, target in [(plain, optimum_output)] * keep_optimum + [(bundle, output)]:
@@ -147,15 +139,23 @@ def _check_options(precision: str, max_f1_drop: float) -> None:
         choose_kernels("auto", provider="cpu", precision=precision)  # an error now, not after minutes
 
 
+def _resolve_outputs(output: Path) -> tuple[Path, Path]:
+    """Where the bundle goes, and where Optimum's export may go: next to it."""
+    output = Path(os.path.realpath(output))  # the target, where it is a link
+    if not output.name:
+        raise InvalidInputError(f"got --output {output}; expected a directory to create")
+    return output, output.with_name(output.name + "-optimum")
+
+
 def _check_targets(output: Path, optimum_output: Path | None, *, force: bool) -> None:
     if optimum_output is not None:
         check_replaceable(optimum_output, force=force, marker=MODEL_NAME)
     check_replaceable(output, force=force, marker=MANIFEST_NAME)
 
 
-def _package_versions() -> dict[str, str]:
+def _package_versions() -> dict[str, dict[str, str]]:
     own = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
-    return own | {name: version(name) for name in PACKAGES}
+    return {"package_versions": own | {name: version(name) for name in PACKAGES}}
 
 
 def _export_with_optimum(source: Source, plain: Path, bundle: Path) -> dict[str, np.ndarray]:
@@ -214,12 +214,15 @@ def _verify(graphs: _Graphs, directory: Path, checks: Checks) -> tuple[Engine, d
 
 
 def _write_precision(
-    graphs: _Graphs, precision: str, bundle: Path, *, reference: Engine, checks: Checks
+    graphs: _Graphs, precision: str, bundle: Path, reference: Engine, checks: Checks, *, max_f1_drop: float
 ) -> tuple[Engine, dict[str, Any]]:
     """Writes the graphs of another precision than fp32, and compares their answers with those of `reference`.
 
     Returns:
         Their engine, and what the precision loses, for the manifest.
+
+    Raises:
+        ParityError: It loses more F1 than allowed.
     """
     prompts = checks.prompts or checks.gate_prompts
     quantized = None
@@ -234,6 +237,7 @@ def _write_precision(
     loss["kernels"] = None if kernels is None else kernels.instruction_set
     if quantized is not None:
         loss |= {"matmuls_kept_in_fp32": quantized.kept, "smoothing": quantized.alphas}
+    _check_loss(loss, precision, max_f1_drop, graphs.source)
     return engine, loss
 
 

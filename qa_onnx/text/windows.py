@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from qa_onnx.config import DEFAULT_STRIDE, MIN_WINDOW_TOKENS
 from qa_onnx.engine.sequence import Prompt
 from qa_onnx.errors import InvalidInputError, PromptTooLongError, short_repr
-from qa_onnx.text.document import Documents, words_of
+from qa_onnx.text.document import Documents, Part, words_of
 from qa_onnx.text.prompt import check_texts, encode_label, encode_questions
 
 MIN_NO_ANSWER = 0.01
@@ -131,19 +131,22 @@ def encode_windows(
         budget = _window_budget(index, prompt, label_tokens=label_tokens, room=room, max_positions=max_positions)
         budget = min(budget, settings.window or budget)
         parts = document.cut(budget, min(settings.stride, budget // 2))
-        priors = _log_priors(words_of(question), [part.words for part in parts])
-        windows.append(
-            [
-                Window(
-                    start=part.start,
-                    text=part.text,
-                    prompt=Prompt(prefix_ids=part.prefix_ids, suffix_ids=suffix_ids),
-                    log_prior=prior,
-                )
-                for part, prior in zip(parts, priors, strict=True)
-            ]
-        )
+        windows.append(_ask_parts(parts, question, suffix_ids))
     return windows
+
+
+def _ask_parts(parts: Sequence[Part], question: str, suffix_ids: list[int]) -> list[Window]:
+    """The parts of a document with a question and its tokens."""
+    priors = _log_priors(words_of(question), [part.words for part in parts])
+    return [
+        Window(
+            start=part.start,
+            text=part.text,
+            prompt=Prompt(prefix_ids=part.prefix_ids, suffix_ids=suffix_ids),
+            log_prior=prior,
+        )
+        for part, prior in zip(parts, priors, strict=True)
+    ]
 
 
 def _window_budget(index: int, prompt: Prompt, *, label_tokens: int, room: int, max_positions: int) -> int:

@@ -69,7 +69,7 @@ def test_an_existing_bundle_is_replaced_only_by_force(tiny_model_dir, tmp_path, 
     output = tmp_path / "bundle"
     assert run_export("--model", tiny_model_dir, "--output", output) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"loading {tiny_model_dir}\nexporting it with Optimum\ncomparing ")
+    assert printed.startswith(f"loading {tiny_model_dir}, and exporting it with Optimum\ncomparing ")
     assert re.search(
         r"fp32\)\nparity with PyTorch: \d+ prompts, \d tokens each, all equal; .* differ by at most \d\.\de-0\d\n",
         printed,
