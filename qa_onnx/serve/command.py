@@ -100,7 +100,6 @@ def run(arguments: argparse.Namespace, *, engine: EngineConfig) -> None:
         cors_origins=tuple(arguments.cors_origin),
         access_log=arguments.access_log,
     )
-    sys.stderr.write(f"loading {arguments.model}\n")
     engine = replace(engine, max_queue=2 * limits.queue_questions)  # cancelled requests leave a step later
     with (
         bind(config) as listening,
