@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 from dataclasses import fields, replace
@@ -66,6 +67,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, type=kind, default=field.default, metavar="N", help=text)
 
 
+def _spare_collections() -> None:
+    """Has Python's garbage collector look less often, and not at what was loaded: it stops all requests meanwhile.
+
+    At four times the load that can be served, p99 of a refusal was 129 ms without this, and 51 with `gc.freeze` alone.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+
+
 def run(arguments: argparse.Namespace, *, engine: EngineConfig) -> None:
     """Serves a bundle until SIGTERM or Ctrl-C.
 
@@ -107,8 +118,10 @@ def run(arguments: argparse.Namespace, *, engine: EngineConfig) -> None:
     ):
         service = Service(answerer, name=name, limits=limits)
         url = url_of(config, listening)
+        app = make_app(service, config)
+        _spare_collections()
         serve(
-            make_app(service, config),
+            app,
             service,
             listening,
             lambda: sys.stderr.write(f"serving {service.name} at {url}, its API at {url}/docs; Ctrl-C ends it\n"),
