@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from bench import serve as measurement
 from bench.serve_load import serving
+from qa_onnx.serve import command
 from tests.conftest import ROOT
 from tests.serve.conftest import read_events, wait_until
 
@@ -168,3 +170,14 @@ def test_memory_of_a_service_does_not_grow_with_requests(starter_bundle, tmp_pat
         ask_many()
         first = ask_many()
         assert ask_many() < 1.1 * first
+
+
+def test_what_was_loaded_is_not_collected_again():
+    thresholds = gc.get_threshold()
+    try:
+        command._spare_collections()
+        assert gc.get_freeze_count() > 10_000
+        assert gc.get_threshold()[0] > thresholds[0]
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
