@@ -91,7 +91,7 @@ def _lines(result: dict[str, Any], figure: Figure) -> None:
 
 
 def _roofs(result: dict[str, Any], figure: Figure) -> None:
-    """Rates against operations a byte, below the limits of the machine; the numbers at the points are tokens."""
+    """Rates against operations a byte, below the limits of the machine; the numbers at the points are sequences."""
     axes = figure.subplots()
     intensities = [point["operations"] / point["bytes"] for point in result["points"]]
     ends = [min(intensities) / 2, max(intensities) * 2]
@@ -118,5 +118,5 @@ def _roofs(result: dict[str, Any], figure: Figure) -> None:
             axes.plot(*zip(*places, strict=True), ":", marker=marker, color=color, label=f"{phase}, {precision}")
             for place, (_, _, rows) in zip(places, points, strict=True):
                 axes.annotate(str(rows), place, xytext=(6, -9), textcoords="offset points", fontsize=7, color=color)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte read; points: tokens", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte read; points: sequences", ylabel="GFLOP/s")
     axes.legend(loc="lower right", fontsize=8)
