@@ -85,8 +85,7 @@ def export(
     Args:
         model_name: `starter`, a directory that `training.finetune` wrote, or a hub id, of a GPT-2.
         output: The bundle's directory.
-        precision: One of `PRECISIONS`. What a precision other than fp32 loses is measured and written into the
-            manifest.
+        precision: One of `PRECISIONS`. What one other than fp32 loses is measured and written into the manifest.
         verify: Sources of questions (see `read_sources`). The parity gate asks the first question on each of the first
             contexts, in addition to prompts of random tokens; the loss of F1 is measured on them; and no-answer
             threshold, scores and windows are calibrated on them (see `qa_onnx.calibration`).
@@ -102,6 +101,7 @@ def export(
         ProviderError: The precision is bf16, and this machine cannot run it.
     """
     _check_options(precision, max_f1_drop)
+    versions = _package_versions()
     output, optimum_output = _resolve_outputs(output)
     _check_targets(output, optimum_output if keep_optimum else None, force=force)
     tell(f"loading {model_name}, and exporting it with Optimum")
@@ -119,8 +119,8 @@ def export(
         if precision != "fp32":
             tell(f"measuring what {precision} loses")
             engine, loss = _write_precision(graphs, precision, bundle, engine, checks, max_f1_drop=max_f1_drop)
-        measured = {"precision": precision, "parity": parity, "precision_loss": loss}
-        manifest = write_manifest(bundle, source.manifest_values() | measured | _package_versions())
+        measured = {"precision": precision, "parity": parity, "precision_loss": loss, "package_versions": versions}
+        manifest = write_manifest(bundle, source.manifest_values() | measured)
         tell("reading the bundle back" + (", and calibrating it" if source.examples else ""))
         manifest = _check_and_calibrate(source, bundle, manifest, engine, checks)
         _check_targets(output, optimum_output if keep_optimum else None, force=force)  # again: they may exist by now
@@ -153,9 +153,9 @@ def _check_targets(output: Path, optimum_output: Path | None, *, force: bool) ->
     check_replaceable(output, force=force, marker=MANIFEST_NAME)
 
 
-def _package_versions() -> dict[str, dict[str, str]]:
+def _package_versions() -> dict[str, str]:
     own = {"qa_onnx": __version__, "onnxruntime": import_onnxruntime().__version__}
-    return {"package_versions": own | {name: version(name) for name in PACKAGES}}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def _export_with_optimum(source: Source, plain: Path, bundle: Path) -> dict[str, np.ndarray]:

@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _spare_collections() -> None:
     """Has Python's garbage collector look less often, and not at what was loaded: it stops all requests meanwhile.
 
-    At four times the load that it can serve, p99 of a refusal was 129 to 310 ms without this, and is 51 to 94 with it.
+    At four times the load that it can serve, p99 of a refusal was 129 ms without this, and 51 and 94 ms with it.
     """
     gc.collect()
     gc.freeze()

@@ -87,6 +87,8 @@ class Documents:
             for context in found:
                 self._kept.move_to_end(context)
         missing = [context for context in distinct if context not in found]
+        if not missing:
+            return found
         encoded = encode_passages(self._tokenizer, missing)
         made = {
             context: Document(self._tokenizer, context, prefix_ids)
