@@ -33,7 +33,7 @@ from export.weight_file import save_graphs
 from export.weights import extract_weights
 from qa_onnx import Answerer, __version__
 from qa_onnx.bundle import Bundle
-from qa_onnx.calibration import calibrate, choose_windows, warn_of_few_questions
+from qa_onnx.calibration import calibrate, choose_windows
 from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.engine.engine import Engine
@@ -353,9 +353,7 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
     if not arguments.verify:
         print("not calibrated, and no loss of F1 measured: pass --verify with questions and their answers")
     elif "threshold" not in manifest.no_answer:
-        print(f"no threshold for no answer was found: {manifest.no_answer.get('reason', 'no reason is known')}")
-    elif warning := warn_of_few_questions(manifest.no_answer):
-        print(warning)
+        print(f"no threshold for no answer was found: {manifest.no_answer['reason']}")
     if arguments.verify and "slope" not in manifest.scores:
         print("scores are not calibrated: too few of the questions got an answer; pass --verify with more of them")
 

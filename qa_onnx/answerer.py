@@ -117,7 +117,10 @@ class Answerer:
         config: GenerationConfig | None = None,
         max_new_tokens: int | None = None,
     ) -> Answer:
-        """Answers one question about one context. Arguments and errors are those of `answer_batch`."""
+        """Answers one question about one context. Arguments and errors are those of `answer_batch`.
+
+        Options other than `max_new_tokens` go into `config`: `config=GenerationConfig(extractive=True)`.
+        """
         (request,) = self._make_requests([question], [context], self._requests.resolve(config, max_new_tokens))
         return wait_for_answers(self._loop.submit([request]))[0]
 

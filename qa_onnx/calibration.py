@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ MIN_THRESHOLD = 0.05
 """Where questions without one are made: less doubt is no reason to give no answer, however clear the questions are."""
 CURVE_POINTS = 21
 MIN_SCORED = 20
-"""Fewer questions tell nothing of scores, and too little of a threshold: there is a warning."""
+"""Fewer questions tell too little: no threshold is chosen, and scores stay the model's own."""
 DOCUMENT_PASSAGES, DOCUMENTS = 12, 8
 WINDOW_SIZES = (256, 512, 1024)
 """Windows that are tried, besides the model's own."""
@@ -61,15 +61,20 @@ def calibrate(
         max_new_tokens: Maximum number of tokens of an answer.
 
     Returns:
-        The manifest's fields `no_answer` (where no question without an answer could be made, without a `threshold` and
-        with the `reason`) and `scores` (left out where fewer than `MIN_SCORED` questions with an answer got one).
+        The manifest's fields `no_answer` (of fewer than `MIN_SCORED` questions, or where none without an answer could
+        be made, without a `threshold` and with the `reason`) and `scores` (left out where fewer than `MIN_SCORED`
+        questions with an answer got one).
     """
     chosen = list(examples)
     if len(chosen) > QUESTIONS:
         chosen = random.Random(SEED).sample(chosen, QUESTIONS)
     made = False
     reason = ""
-    if all(example.answers for example in chosen):
+    if len(chosen) < MIN_SCORED:
+        reason = f"got {len(chosen)} questions; expected at least {MIN_SCORED}, as fewer tell too little"
+    elif not any(example.answers for example in chosen):
+        reason = f"none of {len(chosen)} questions has an answer"
+    elif all(example.answers for example in chosen):
         try:
             chosen += unanswerable_pairs(chosen, len(chosen), seed=SEED)
             made = True
@@ -91,28 +96,11 @@ def calibrate(
         "extractive": extractive,
     }
     no_answer: dict[str, Any] = about | {"reason": reason} if reason else dict(about)
-    if 0 < unanswerable < len(chosen):
+    if not reason:
         no_answer |= _find_threshold(chosen, answers, made=made)
     asked = [pair for pair in zip(chosen, answers, strict=True) if pair[0].answers]
     scores = _calibrate_scores(asked, about)
     return {"no_answer": no_answer} | ({"scores": scores} if scores else {})
-
-
-def warn_of_few_questions(no_answer: Mapping[str, Any]) -> str:
-    """A warning of a threshold that few questions decided, those made of others not counted; empty without one.
-
-    Args:
-        no_answer: The manifest's field, from `calibrate`.
-    """
-    if "threshold" not in no_answer:
-        return ""
-    questions = no_answer["questions"] - (no_answer["without_answer"] if no_answer["pairs_made"] else 0)
-    if questions >= MIN_SCORED:
-        return ""
-    return (
-        f"warning: the no-answer threshold, {no_answer['threshold']:.3g}, is from {questions} questions; expected at "
-        f"least {MIN_SCORED}. Calibrate with more, or ask with a threshold of 1, which always gives an answer"
-    )
 
 
 def _find_threshold(examples: Sequence[Example], answers: Sequence[Answer], *, made: bool) -> dict[str, Any]:

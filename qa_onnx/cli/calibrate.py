@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from qa_onnx.bundle import Bundle
-from qa_onnx.calibration import calibrate, warn_of_few_questions
+from qa_onnx.calibration import calibrate
 from qa_onnx.cli.options import (
     add_batch_size_option,
     add_command,
@@ -58,7 +57,4 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             f"{source_names(arguments.data)}: no threshold can be found. {found['no_answer']['reason']}"
         )
     Bundle.open(arguments.model).keep(found)
-    warning = warn_of_few_questions(found["no_answer"])
-    if warning:
-        sys.stderr.write(f"{warning}\n")
     write_json(found)

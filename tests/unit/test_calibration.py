@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qa_onnx import calibration
-from qa_onnx.calibration import calibrate, choose_windows, warn_of_few_questions
+from qa_onnx.calibration import calibrate, choose_windows
 from qa_onnx.data.example import Example, GoldAnswer
 from qa_onnx.scores import ScoreCalibration
 from qa_onnx.text.windows import WindowSettings
@@ -95,22 +95,21 @@ def test_questions_that_come_without_an_answer_are_used_as_they_are():
     assert no_answer["best_f1"] == 100.0
 
 
-@pytest.mark.parametrize(("count", "without", "few"), [(19, (), True), (20, (), False), (19, (0, 1), True)])
-def test_a_threshold_of_few_questions_comes_with_a_warning(count, without, few):
+@pytest.mark.parametrize(("count", "without"), [(1, ()), (19, ()), (19, (0, 1))])
+def test_few_questions_give_no_threshold_and_say_why(count, without):
     oracle = Oracle(lambda question, context: 0.2 if is_own(question, context) else 0.7)
-    found = calibrate(oracle, examples_of(count, without=without), source="own.csv")["no_answer"]
-    warning = warn_of_few_questions(found)
-    assert (f"{found['threshold']:.3g}, is from {count} questions; expected at least 20" in warning) == few
-    assert bool(warning) == few
-    assert warn_of_few_questions({"questions": 3, "reason": "one passage"}) == ""
+    found = calibrate(oracle, examples_of(count, without=without), source="own.csv")
+    assert "threshold" not in found["no_answer"]
+    assert f"got {count} questions; expected at least 20" in found["no_answer"]["reason"]
+    assert "scores" not in found
+    assert "threshold" in calibrate(oracle, examples_of(20), source="own.csv")["no_answer"]
 
 
 def test_one_passage_gives_no_threshold_and_says_why():
     (example,) = examples_of(1)
-    found = calibrate(Oracle(lambda *_: 0.1), [example] * 3, source="one.csv")
+    found = calibrate(Oracle(lambda *_: 0.1), [example] * 30, source="one.csv")
     assert "threshold" not in found["no_answer"]
     assert "expected at least two passages" in found["no_answer"]["reason"]
-    assert "scores" not in found
 
 
 def test_scores_are_fitted_on_the_questions_with_an_answer():

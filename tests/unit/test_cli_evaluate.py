@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from command_line import EVALUATE, rows_file, run
+from command_line import EVALUATE, rows_file, rows_to_calibrate, run
 from fakes import CONTEXT
 
 from qa_onnx import cli
@@ -55,22 +55,27 @@ def test_evaluate_reads_whole_answers_and_writes_the_worst_and_a_plot(files, loa
 
 
 def test_calibrate_keeps_the_best_threshold_in_the_bundle(files, loaded, capsys):
-    status, out, err = run(capsys, "calibrate --model bundle --data data.json")
-    assert (status, err.count("\n")) == (0, 1)
-    assert "is from 3 questions; expected at least 20" in err
+    rows_to_calibrate(files / "own.jsonl")
+    status, out, err = run(capsys, "calibrate --model bundle --data own.jsonl")
+    assert (status, err) == (0, "")
     kept = json.loads(out)["no_answer"]
-    assert (kept["questions"], kept["without_answer"], kept["source"]) == (3, 1, "data.json")
+    assert (kept["questions"], kept["without_answer"], kept["source"]) == (20, 5, "own.jsonl")
     assert kept["pairs_made"] is False
     assert Bundle.open("bundle").manifest.no_answer == kept
     assert Bundle.open("bundle").manifest.no_answer_threshold == kept["threshold"] >= kept["best_f1_thresh"]
     assert list(files.glob("bundle/*.partial")) == []
 
 
-def test_a_calibration_needs_answers_and_two_passages(files, loaded, capsys):
+def test_a_calibration_needs_answers_two_passages_and_twenty_questions(files, loaded, capsys):
     rows_file(files / "none.jsonl", {"context": CONTEXT, "question": "Who?", "answers": None})
-    rows_file(files / "one.jsonl", {"context": CONTEXT, "question": "Who?", "answers": "Rollo"})
+    rows_file(files / "one.jsonl", *[{"context": CONTEXT, "question": "Who?", "answers": "Rollo"}] * 20)
+    rows_to_calibrate(files / "few.jsonl", 19)
     before = (files / "bundle/qa_onnx.json").read_bytes()
-    for name, message in (("none", "none of 1 questions has an answer"), ("one", "expected at least two passages")):
+    for name, message in (
+        ("none", "none of 1 questions has an answer"),
+        ("one", "expected at least two passages"),
+        ("few", "got 19 questions; expected at least 20"),
+    ):
         status, out, err = run(capsys, f"calibrate --model bundle --data {name}.jsonl")
         assert (status, out, message in err, err.count("\n")) == (2, "", True, 1)
     assert (files / "bundle/qa_onnx.json").read_bytes() == before
@@ -119,6 +124,7 @@ def test_several_files_are_answered_and_evaluated_together(files, loaded, capsys
     assert list(json.loads((files / "out.json").read_text())) == ids
     status, out, err = run(capsys, "evaluate --data data.json ./a.jsonl b.jsonl --predictions out.json")
     assert (status, err, json.loads(out.splitlines()[-1])["total"]) == (0, "", 5)
-    status, out, _ = run(capsys, "calibrate --model bundle --data a.jsonl data.json")
+    rows_to_calibrate(files / "b.jsonl")
+    status, out, _ = run(capsys, "calibrate --model bundle --data a.jsonl b.jsonl")
     kept = json.loads(out)["no_answer"]
-    assert (status, kept["source"], kept["questions"]) == (0, "a.jsonl, data.json", 4)
+    assert (status, kept["source"], kept["questions"]) == (0, "a.jsonl, b.jsonl", 21)

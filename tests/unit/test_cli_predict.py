@@ -230,11 +230,11 @@ GOOD = {"context": CONTEXT, "question": "Who?", "answers": "Rollo"}
     ],
 )
 def test_bad_rows_are_skipped_only_when_asked_and_named(files, loaded, capsys, command):
-    rows_file(files / "rows.jsonl", *[BAD] * 7, GOOD, GOOD | {"answers": None})
+    rows_file(files / "rows.jsonl", *[BAD] * 7, *[GOOD] * 20, GOOD | {"answers": None})
     status, out, err = run(capsys, f"{command} --data rows.jsonl")
     assert (status, out) == (2, "")
     assert err == (
-        "error: rows.jsonl: line 1: question: got an empty string; expected some text (7 of 9 rows are bad). Mend it, "
+        "error: rows.jsonl: line 1: question: got an empty string; expected some text (7 of 28 rows are bad). Mend it, "
         "or leave such rows out with --skip-bad-rows\n"
     )
     status, out, err = run(capsys, f"{command} --data rows.jsonl --skip-bad-rows")
