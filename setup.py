@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("qa_onnx/kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"]
-FLAGS += ["-Wno-maybe-uninitialized"]  # in GCC's own headers of intrinsics
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # in GCC's headers of intrinsics; not Clang's
 AVX512_VNNI = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
 AVX512 = [*AVX512_VNNI, "-mavx512bf16"]
 INSTRUCTION_SETS = {

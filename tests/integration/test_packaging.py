@@ -66,6 +66,17 @@ def test_the_wheel_ships_qa_onnx_only_and_typed(tmp_path):
         assert re.search(r"-py3-none-\w*linux\w*_x86_64\.whl$", wheel.name)
 
 
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed; g++'s kernels have unit tests")
+def test_kernels_that_clang_compiles_pass_their_tests(tmp_path):
+    wheel, _, _ = build_wheel(tmp_path, CC="clang", CXX="clang++")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("qa_onnx/kernels/libqa_onnx_kernels.so", tmp_path / "installed")
+    tested = subprocess.run(
+        [sys.executable, "-m", "tests.kernels", library], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert tested.returncode == 0, tested.stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux only")
 def test_without_a_compiler_the_wheel_is_built_without_kernels_and_they_say_so(tmp_path):
     wheel, names, _ = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")

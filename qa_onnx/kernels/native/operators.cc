@@ -10,6 +10,7 @@
 //     inputs      query [M, *], key_value [N, *], segments [S, 5], prefix_lengths [G], suffix_starts [G, R],
 //                 prefix keys and values [G, H, 1, P, D], own keys and values [G, H, R, C, D], output_index? [M]
 //     attributes  key_offset, scale
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -32,13 +33,25 @@
 namespace qa {
 namespace {
 
+struct Features {
+  bool amx, avx_vnni;
+};
+
+// What `__builtin_cpu_supports` has no name for in older Clang (14 of Debian 12), from leaf 7 of CPUID.
+Features more_features() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // of d: bf16, tile, int8
+  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmx) == kAmx;
+  const bool avx_vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+  return {amx, avx_vnni};
+}
+
 // Whether the processor has AMX and the system lets this process use its registers, which it has to be asked for
 // (https://docs.kernel.org/arch/x86/xstate.html).
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool allowed =
-      __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
-      syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+      more_features().amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
 }
 
@@ -54,7 +67,7 @@ std::vector<const Kernels*> supported() {
   if (bfloat16 && may_use_tiles()) found.push_back(&kAmx);
   if (bfloat16) found.push_back(&kAvx512);
   if (avx512) found.push_back(&kAvx512Vnni);
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
+  if (avx2 && more_features().avx_vnni) found.push_back(&kAvxVnni);
   if (avx2) found.push_back(&kAvx2);
   return found;
 }
