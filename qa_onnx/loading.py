@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from qa_onnx.bundle import Bundle
 from qa_onnx.config import EngineConfig
 from qa_onnx.engine.engine import Engine
-from qa_onnx.engine.provider import resolve_provider
+from qa_onnx.engine.provider import resolve_provider, with_batch_tokens
 from qa_onnx.engine.session import Session, load_copier
 from qa_onnx.kernels import KernelChoice, choose_kernels
 from qa_onnx.manifest import Manifest
@@ -35,13 +35,15 @@ def load_bundle(path: str | Path, *, provider: str, config: EngineConfig) -> Loa
     bundle.check_files()
     tokenizer = bundle.load_tokenizer()
     graph = bundle.graph_path(has_kernels=kernels.library is not None)
+    layout = manifest.cache_layout
+    config = with_batch_tokens(config, provider, weight_bytes=manifest.weight_bytes, token_bytes=layout.bytes_per_token)
     session = Session(graph, provider=provider, config=config, kernels=kernels.library)
     copier = load_copier(bundle.cache_copy_path, provider=provider, config=config)
     bundle.check_graphs(session, copier)
     engine = Engine(
         session,
         copier,
-        layout=manifest.cache_layout,
+        layout=layout,
         eos_token_id=manifest.eos_token_id,
         max_positions=manifest.max_positions,
         prefix_cache_bytes=config.prefix_cache_bytes,

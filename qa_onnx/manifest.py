@@ -99,6 +99,11 @@ class Manifest:
         return GRAPHS[self.precision]
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, which the graphs share."""
+        return int(self.files[DATA_NAME]["bytes"]) if DATA_NAME in self.files else 0
+
+    @property
     def no_answer_threshold(self) -> float | None:
         """An answer is given up to this probability of no answer; None for a bundle that was not calibrated."""
         threshold: float | None = self.no_answer.get("threshold")

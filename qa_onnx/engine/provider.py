@@ -126,6 +126,25 @@ def choose_limits(provider: str, config: EngineConfig) -> Limits:
     return replace(_LIMITS[provider], **given)
 
 
+def with_batch_tokens(config: EngineConfig, provider: str, *, weight_bytes: int, token_bytes: int) -> EngineConfig:
+    """The configuration with `max_batch_tokens`, where the caller gave none and the CPU computes.
+
+    A decode step there reads all weights, however few its sequences are. So keys and values of a batch may take half as
+    many bytes as the weights, if that is more than the provider's default: with GPT-2 in fp32 that is 1.1 times as
+    fast. More would bring less, and keep requests that come meanwhile waiting for a longer prefill.
+
+    Args:
+        config: Of the caller.
+        provider: `cpu` or `cuda`.
+        weight_bytes: Of the bundle's weights.
+        token_bytes: Of the keys and values of a token.
+    """
+    if config.max_batch_tokens is not None or provider != "cpu":
+        return config
+    tokens = max(weight_bytes // 2 // token_bytes, _LIMITS[provider].max_batch_tokens)
+    return replace(config, max_batch_tokens=tokens)
+
+
 def has_cuda_graphs(ort: Any) -> bool:
     """Whether decode steps can be captured with this version of ONNX Runtime."""
     return _version(ort) >= _CUDA_GRAPH_VERSION

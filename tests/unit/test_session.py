@@ -9,7 +9,7 @@ import pytest
 
 from qa_onnx import EngineConfig
 from qa_onnx.engine import provider, session
-from qa_onnx.engine.provider import import_onnxruntime, resolve_provider
+from qa_onnx.engine.provider import import_onnxruntime, resolve_provider, with_batch_tokens
 from qa_onnx.engine.session import Binding, Session, TensorType, load_copier
 from qa_onnx.errors import BundleError, EngineError, InvalidInputError, OutOfMemoryError, ProviderError
 
@@ -209,6 +209,22 @@ def test_budgets_replace_those_of_the_provider(use, tmp_path, provider, name):
     changed = Session(tmp_path / "model.onnx", provider=provider, config=EngineConfig(**{name: 7})).limits
     assert changed == dataclasses.replace(usual, **{name: 7})
     assert (usual.fixed_shapes, usual.chooses_on_host) == ((False, True) if provider == "cpu" else (True, False))
+
+
+@pytest.mark.parametrize(
+    ("provider", "given", "weight_bytes", "expected"),
+    [
+        ("cpu", None, 500_000_000, 2_500),
+        ("cpu", None, 1_000_000, 1_536),
+        ("cpu", 100, 500_000_000, 100),
+        ("cuda", None, 500_000_000, 65_536),
+    ],
+)
+def test_a_batchs_tokens_grow_with_the_weights_on_the_cpu(use, tmp_path, provider, given, weight_bytes, expected):
+    use(CUDA, CPU)
+    config = EngineConfig(max_batch_tokens=given)
+    config = with_batch_tokens(config, provider, weight_bytes=weight_bytes, token_bytes=100_000)
+    assert Session(tmp_path / "model.onnx", provider=provider, config=config).limits.max_batch_tokens == expected
 
 
 def test_what_preloading_prints_is_not_on_standard_output(use, tmp_path, capfd):
