@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from export.to_onnx import export
+from qa_onnx.bundle import Bundle
 from qa_onnx.kernels import find_kernels
 
 SEED = 0
@@ -25,10 +26,15 @@ def random_gpt2(directory: Path, tokenizer: Path) -> None:
     GPT2TokenizerFast.from_pretrained(tokenizer).save_pretrained(directory)
 
 
-def prepare(directory: Path, model: Path) -> None:
+def prepare(directory: Path, model: Path, verify: Path | None = None) -> None:
     """Fills a directory with bundles, Optimum's export and CTranslate2's conversions of a model.
 
     What is there already stays; a conversion whose package is not installed is left out.
+
+    Args:
+        directory: Where to.
+        model: Of transformers.
+        verify: Questions that int8 is smoothed with.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if model != directory / "model" and not (directory / "model").exists():
@@ -37,8 +43,13 @@ def prepare(directory: Path, model: Path) -> None:
     for precision in ("fp32", "bf16", "int8"):
         if precision == "bf16" and find_kernels(precision).library is None:
             continue
-        if not (directory / precision).exists():
-            export(str(model), directory / precision, precision=precision, keep_optimum=precision == "fp32")
+        if (directory / precision).exists():
+            continue
+        questions = [str(verify)] if verify is not None and precision == "int8" else []
+        export(
+            str(model), directory / precision, precision=precision, verify=questions, keep_optimum=precision == "fp32"
+        )
+        Bundle.open(directory / precision).keep({"no_answer": {}, "windows": {}})  # as peers: whole contexts, greedily
     try:
         from ctranslate2.converters import TransformersConverter
     except ImportError:

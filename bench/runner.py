@@ -102,6 +102,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, takes_bundles: bool = 
     parser.add_argument(
         "--work", type=Path, required=not takes_bundles, metavar="DIR", help="for the models; used again"
     )
+    parser.add_argument("--verify", type=Path, metavar="FILE", help="questions that int8 is smoothed with, for --model")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON with every sample")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=RUNNERS, default=PEERS, metavar="RUNNER")
@@ -112,7 +113,7 @@ def prepare_models(arguments: argparse.Namespace) -> None:
     model = arguments.model or arguments.work / "model"
     if arguments.model is None and not model.exists():
         random_gpt2(model, arguments.tokenizer)
-    prepare(arguments.work, model)
+    prepare(arguments.work, model, arguments.verify)
     for prefix, convert in CONVERSIONS.items():
         python = peer_python(prefix)
         if python.is_file() and any(name.startswith(prefix) for name in arguments.only):

@@ -21,6 +21,7 @@ from bench import (
 from bench.peers import RUNNERS, serve
 from bench.prompts import load_model_tokenizer
 from bench.settings import Settings
+from qa_onnx.bundle import Bundle
 from qa_onnx.data.reader import read_examples
 from qa_onnx.data.squad import parse_squad
 from qa_onnx.kernels import find_kernels
@@ -50,7 +51,11 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(
     data, output = tmp_path / "data.json", tmp_path / "result.json"
     data.write_text(json.dumps(generate("heldout", questions=12)))
     arguments = ["--workload", "documents", "--data", data, "--model", tiny_model_dir, "--work", work]
-    assert throughput.main([*map(str, arguments), "--output", str(output), "--rounds", "2"]) == 0
+    arguments += ["--verify", data, "--output", output, "--rounds", "2"]
+    assert throughput.main([*map(str, arguments)]) == 0
+    int8 = Bundle.open(work / "int8").manifest
+    assert int8.precision_loss["smoothing"]
+    assert (int8.no_answer, int8.windows) == ({}, {})
     result = json.loads(output.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == runner.PEERS == [name for name in RUNNERS if name != "qa_onnx int8 extractive"]

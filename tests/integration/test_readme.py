@@ -333,12 +333,17 @@ def test_the_tables_are_those_of_the_results(result):
         assert where in TEXT
 
 
-def test_readme_has_the_table_of_documents():
+def test_readmes_table_has_rows_of_the_run_of_documents():
+    """Its own and the strongest peers; all of them are in the benchmarks."""
     _, table, where = tables.render(json.loads((ROOT / "bench" / "results" / "documents-cpu.json").read_text())).split(
         "\n\n"
     )
-    assert table in TEXTS["README.md"]
-    assert where in TEXTS["README.md"]
+    title, line, *rows = table.splitlines()
+    shown = [row for row in rows if row in TEXTS["README.md"].splitlines()]
+    assert "\n".join([title, line, *shown]) + f"\n\n{where}" in TEXTS["README.md"]
+    names = [row.split("|")[1].strip() for row in shown]
+    assert {"qa_onnx fp32", "qa_onnx bf16", "qa_onnx int8", "transformers fp32"} <= set(names)
+    assert {name.split()[0] for name in names} >= {"OpenVINO", "vLLM", "CTranslate2", "llama.cpp"}
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
