@@ -30,6 +30,8 @@ PAUSE = 64
 As often, while they are worth it, a step goes without, or nobody would know what that takes.
 """
 MAX_PAUSE = 16 * PAUSE
+MAX_TIMES_EXPECTED = 2
+"""A step that took longer than this many times what was expected counts as this: something else held it up."""
 
 
 def find_draft(sequence: Sequence) -> list[int]:
@@ -70,7 +72,7 @@ class LookAhead:
     """Decides by measurement whether drafts are worth their time.
 
     The time of a step is taken to be a line in its number of tokens, fitted to recent steps (least squares, older ones
-    count less). Drafts are worth it where they are expected to give more tokens a second.
+    count less, outliers are clipped). Drafts are worth it where they are expected to give more tokens a second.
     """
 
     def __init__(self) -> None:
@@ -113,6 +115,9 @@ class LookAhead:
         if len(drafts) > MAX_SEQUENCES:
             return
         tokens = len(drafts) + sum(map(len, drafts))
+        if self._sums.any():
+            fixed, each = self._fit()
+            seconds = min(seconds, MAX_TIMES_EXPECTED * (fixed + each * tokens))
         self._sums = DECAY * self._sums + np.array([1, tokens, seconds, tokens**2, tokens * seconds])
         for draft, count in zip(drafts, accepted, strict=True):
             if draft:
@@ -125,10 +130,10 @@ class LookAhead:
         return (fixed + each * (plain + more)) * plain <= (fixed + each * plain) * (plain + gained)
 
     def _fit(self) -> tuple[float, float]:
-        """Seconds of a step, and of each of its tokens; (1, 0) before steps of different sizes were measured."""
+        """Seconds of a step, and of each of its tokens: none where all steps had the same number of them."""
         weight, tokens, seconds, squares, products = self._sums
         spread = weight * squares - tokens**2
         if spread < 1e-6:
-            return 1.0, 0.0
+            return (seconds / weight, 0.0) if weight else (1.0, 0.0)
         each = max((weight * products - tokens * seconds) / spread, 0.0)
         return max((seconds - each * tokens) / weight, 0.0), each

@@ -173,6 +173,18 @@ def test_drafts_are_made_where_a_step_takes_no_longer_with_them(sequences):
     assert 194 <= len(drafted) < 200  # now and then it measures what a step takes without
 
 
+@pytest.mark.parametrize("every", [7, 10, 33])
+def test_steps_that_something_else_holds_up_do_not_end_drafts(every):
+    """Another process on the cores, a collection of garbage: a step now and then takes twenty times as long."""
+    counted = iter(range(10**6))
+
+    def seconds_of(tokens):
+        return (1 + 0.05 * tokens) * (20 if next(counted) % every == 3 else 1)
+
+    drafted, _, _ = simulate(seconds_of, 2, steps=1_000)
+    assert len(drafted) > 900
+
+
 @pytest.mark.parametrize("sequences", [1, 4, MAX_SEQUENCES])
 @pytest.mark.parametrize(("each", "accepts"), [(0.2, 0), (1.0, 1), (5.0, 3)])
 def test_where_drafts_cost_more_than_they_give_little_is_lost(sequences, each, accepts):
