@@ -33,9 +33,10 @@ def _style(name: str) -> str:
 
 
 def _bars(result: dict[str, Any], figure: Figure) -> None:
-    """Answers per second, every round a dot; and speed against agreement."""
+    """Answers per second, every round a dot; and speed against agreement, where that was measured."""
     rows = [row for row in result["rows"] if row["status"] == "measured"]
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    compared = [row for row in rows if "equal_tokens_percent" in row]
+    left, *others = figure.subplots(1, 2, width_ratios=(3, 2)) if compared else [figure.subplots()]
     for place, row in enumerate(reversed(rows)):
         samples = [result["questions"] / seconds for seconds in row["seconds"]]
         left.barh(row["name"], row["answers_per_second"], color=_color(row["name"]))
@@ -47,8 +48,8 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
         f"{result['workload']}: {result['questions']} questions on {result['passages']} passages", loc="left"
     )
     left.margins(x=0.12)
-    for row in rows:
-        if "equal_tokens_percent" in row:
+    for right in others:
+        for row in compared:
             right.plot(
                 row["answers_per_second"],
                 row["equal_tokens_percent"],
@@ -57,9 +58,9 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
                 fillstyle="full" if _style(row["name"]) == "-" else "none",
                 label=row["name"],
             )
-    figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    right.set(xlabel="answers per second", ylabel="tokens equal to PyTorch fp32, %")
-    right.set(xlim=(0, None), ylim=(None, 101))
+        figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right center")
+        right.set(xlabel="answers per second", ylabel="tokens equal to PyTorch fp32, %")
+        right.set(xlim=(0, None), ylim=(None, 101))
 
 
 def _waits(result: dict[str, Any], figure: Figure) -> None:

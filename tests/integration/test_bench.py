@@ -11,6 +11,7 @@ import pytest
 from bench import (
     harness,
     latency,
+    plots,
     report,
     runner,
     scaling,
@@ -75,6 +76,17 @@ def test_every_runner_gives_pytorchs_tokens_with_end_of_text_ignored(
     assert all(f"| {name} |" in table for name in runner.PEERS)
     assert report.main([str(output), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("agreement", [{}, {"equal_tokens_percent": 99.0}])
+def test_bars_are_the_answers_per_second_and_agreement_is_plotted_where_it_was_measured(agreement):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    row = {"name": "qa_onnx fp32", "status": "measured", "seconds": [2.0, 4.0], "answers_per_second": 3.0} | agreement
+    plots._bars({"workload": "documents", "questions": 12, "passages": 1, "rows": [row]}, figure)
+    bars, *others = figure.axes
+    assert [bar.get_width() for bar in bars.patches] == [3.0]
+    assert list(bars.lines[0].get_xdata()) == [6.0, 3.0]
+    assert [list(other.lines[0].get_xydata()[0]) for other in others] == [[3.0, 99.0]] * bool(agreement)
 
 
 @pytest.mark.parametrize("name", ["OpenVINO fp32", "vLLM fp32", "llama.cpp bf16"])
