@@ -33,7 +33,7 @@ from export.weight_file import save_graphs
 from export.weights import extract_weights
 from qa_onnx import Answerer, __version__
 from qa_onnx.bundle import Bundle
-from qa_onnx.calibration import calibrate, choose_windows
+from qa_onnx.calibration import MIN_SCORED, calibrate, choose_windows
 from qa_onnx.cli import add_columns_option, run_command
 from qa_onnx.data.columns import parse_columns
 from qa_onnx.engine.engine import Engine
@@ -350,12 +350,23 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
     )
     if loss := manifest.precision_loss:
         print(_describe_loss(manifest.precision, loss))
-    if not arguments.verify:
-        print("not calibrated, and no loss of F1 measured: pass --verify with questions and their answers")
-    elif "threshold" not in manifest.no_answer:
-        print(f"no threshold for no answer was found: {manifest.no_answer['reason']}")
-    if arguments.verify and "slope" not in manifest.scores:
-        print("scores are not calibrated: too few of the questions got an answer; pass --verify with more of them")
+    print("\n".join(_describe_calibration(manifest)))
+
+
+def _describe_calibration(manifest: Manifest) -> list[str]:
+    """What was learned from the questions of `--verify`, or why it was not, in a line each."""
+    found = manifest.no_answer
+    if not found:
+        return ["not calibrated, and no loss of F1 measured: pass --verify with questions that were not trained on"]
+    if "threshold" in found:
+        lines = [f"no-answer threshold: {found['threshold']:.3g}, found on {found['questions']} questions"]
+    else:
+        lines = [f"no threshold for no answer was found: {found['reason']}"]
+    if "slope" in manifest.scores:
+        lines.append(f"scores are calibrated on {manifest.scores['questions']} questions")
+    else:
+        lines.append(f"scores are not calibrated: fewer than {MIN_SCORED} questions with an answer were answered")
+    return lines
 
 
 if __name__ == "__main__":

@@ -165,9 +165,10 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         what = f"it has no {MANIFEST_NAME}" if directory.is_dir() else "there is no such directory"
-        raise BundleError(
-            f"{directory} is not a bundle: {what}. Expected a directory written by python -m export.to_onnx"
-        )
+        expected = "Expected a directory written by python -m export.to_onnx"
+        if directory.name == "starter" or (directory / "config.json").is_file():
+            expected = f"It is a model to export: python -m export.to_onnx --model {directory} --output BUNDLE"
+        raise BundleError(f"{directory} is not a bundle: {what}. {expected}")
     values = read_json_object(path)
     version = values.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import training.packages  # noqa: F401
+
+# isort: split
 import argparse
 import hashlib
 import json

@@ -239,7 +239,7 @@ def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_p
         Answerer.from_pretrained(bundle, provider="cpu")
 
 
-def test_train_export_answer(heldout_file, tmp_path):
+def test_train_export_answer(heldout_file, tmp_path, capsys):
     """The whole path by its commands, on the starter, two steps."""
     model, bundle, predictions = tmp_path / "model", tmp_path / "bundle", tmp_path / "predictions.json"
     trained = finetune.main(
@@ -250,6 +250,9 @@ def test_train_export_answer(heldout_file, tmp_path):
     )
     assert trained == 0
     assert run_export("--model", model, "--output", bundle, "--verify", heldout_file) == 0
+    *_, threshold, scores = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"no-answer threshold: 0\.\d+, found on 120 questions", threshold)  # half of them made
+    assert re.fullmatch(r"scores are calibrated on 60 questions", scores)
     assert cli.main(["predict", "--model", str(bundle), "--data", str(heldout_file), "--output", str(predictions)]) == 0
     assert len(json.loads(predictions.read_text())) == 60
     assert cli.main(["evaluate", "--data", str(heldout_file), "--predictions", str(predictions)]) == 0

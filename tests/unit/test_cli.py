@@ -93,6 +93,7 @@ def test_info_shows_reports_whatever_is_in_them(files, capsys, value):
         ("evaluate --data data.json --predictions list.json", "list.json: got a JSON array"),
         ("evaluate --data list.json --predictions predictions.json", "list.json: there are no questions"),
         ("info --model nowhere", "nowhere is not a bundle"),
+        ("info --model starter", "python -m export.to_onnx --model starter --output BUNDLE"),
         (f"{ANSWER} --context Rollo --top-p 0.5", "without a temperature"),
         (f"{PREDICT} --output out.json --answers nowhere/answers.jsonl", "answers.jsonl: cannot be written"),
         ("evaluate --data data.json --answers predictions.json", "predictions.json: line 1"),

@@ -20,7 +20,7 @@ INSIDE = {
     "StopIteration": {"stream.py"},
     "ArgumentTypeError": {"options.py"},
     "ConnectionError": {"tables.py"},
-    "SystemExit": {"__init__.py"},
+    "SystemExit": {"__init__.py", "packages.py"},
     "Problem": {
         *("admission.py", "huggingface.py", "middleware.py", "routes.py", "security.py"),
         *("service.py", "upload.py", "v2.py"),
@@ -28,7 +28,7 @@ INSIDE = {
     "ClientLeftError": {"middleware.py"},
 }
 """Other classes and the modules that raise them: their callers or argparse catch them; the iterator's end is none. The
-service's become responses in its middleware. The package `export` ends where its packages are missing."""
+service's become responses in its middleware. `export` and training end where their packages are missing."""
 
 
 def raised_in(path):

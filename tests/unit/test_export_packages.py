@@ -1,4 +1,4 @@
-"""The export says in one line which packages it needs."""
+"""Export and training say in one line which packages they need."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def test_an_environment_that_cannot_export_is_one_line(tmp_path, packages, messa
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ")
     assert re.search(message, done.stderr)
+
+
+@pytest.mark.parametrize("program", ["training.finetune", "bench.accuracy"])
+def test_an_environment_that_cannot_train_is_one_line(tmp_path, program):
+    (tmp_path / "torch.py").touch()
+    command = [sys.executable, "-S", "-m", program, "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "not installed: transformers, datasets, accelerate, peft. In the checkout: pip install" in done.stderr
