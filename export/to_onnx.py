@@ -7,6 +7,7 @@ PyTorch; only then is the bundle renamed to its final name. An export that fails
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ from qa_onnx.engine.engine import Engine
 from qa_onnx.engine.kv_cache import CacheLayout
 from qa_onnx.engine.provider import import_onnxruntime
 from qa_onnx.engine.session import Session, load_copier
-from qa_onnx.errors import InvalidInputError, ParityError
+from qa_onnx.errors import InvalidInputError, ParityError, one_line
 from qa_onnx.files import put_in_place, set_default_modes
 from qa_onnx.kernels import KernelLibrary, choose_kernels
 from qa_onnx.manifest import (
@@ -62,6 +63,8 @@ PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokeniz
 CALIBRATION_PROMPTS = 32
 VERIFY_CACHE_BYTES = 64 * 2**20
 MAX_F1_DROP = 0.5
+TRAINING_CONFIG_NAME = "training_config.json"
+"""In the directory of a model that `training.finetune` wrote."""
 PRECISION_HELP = (
     "fp32 runs everywhere, int8 on every CPU, bf16 on CPUs that multiply in it, fp16 on NVIDIA GPUs; default: "
     "%(default)s"
@@ -330,6 +333,11 @@ def _describe_loss(precision: str, loss: Mapping[str, Any]) -> str:
 
 
 def _export_and_report(arguments: argparse.Namespace) -> None:
+    for source in _find_trained_on(arguments.model, arguments.verify):
+        print(
+            f"warning: the model was trained on {Path(source).name}: threshold, scores and loss of F1 will look better "
+            "than they are. Verify with questions that it has not seen, such as heldout.jsonl of its run"
+        )
     manifest = export(
         arguments.model,
         arguments.output,
@@ -351,6 +359,16 @@ def _export_and_report(arguments: argparse.Namespace) -> None:
     if loss := manifest.precision_loss:
         print(_describe_loss(manifest.precision, loss))
     print("\n".join(_describe_calibration(manifest)))
+
+
+def _find_trained_on(model: str, verify: Sequence[str]) -> list[str]:
+    """The files of `--verify` that have the name of one that the model was trained on."""
+    path = Path(model) / TRAINING_CONFIG_NAME
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))["train"] if path.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"{path} is not what training.finetune writes: {one_line(error)}") from error
+    return [source for source in verify if Path(source).is_file() and Path(source).name in trained]
 
 
 def _describe_calibration(manifest: Manifest) -> list[str]:

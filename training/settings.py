@@ -108,7 +108,7 @@ class DataConfig:
 
     train: tuple[str, ...] = option(
         "squad, squad_v2 or an id of the hub; a SQuAD .json, .jsonl, .csv, .tsv or .parquet file; a folder of "
-        "save_to_disk; sample or sample_v2",
+        "save_to_disk; sample or sample_v2: generated passages, to try things",
         metavar="SOURCE",
     )
     eval: str = option(

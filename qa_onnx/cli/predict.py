@@ -43,11 +43,11 @@ def add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    config = generation_config(arguments)
+    examples = read_data(arguments, needs_answers=False)[: arguments.limit]
     outputs = {"--output": arguments.output, "--answers": arguments.answers}
     written = outputs | {"the partial file of --output": partial_of(arguments.output)}
     check_outputs(written, {"--data": arguments.data, "--model": arguments.model})
-    config = generation_config(arguments)
-    examples = read_data(arguments, needs_answers=False)[: arguments.limit]
     with keep_lines(arguments.output) as keep:
 
         def keep_answer(index: int, answer: Answer) -> None:

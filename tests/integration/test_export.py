@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from export import staging as staging_files
 from qa_onnx import Answerer, BundleError, cli
 from qa_onnx.bundle import Bundle
 from qa_onnx.engine.sequence import Prompt
+from qa_onnx.errors import InvalidInputError
 from qa_onnx.lock import folder_lock
 from qa_onnx.manifest import write_manifest
 from training import finetune
@@ -237,6 +239,20 @@ def test_an_external_data_file_outside_the_bundle_is_not_read(tiny_bundle, tmp_p
     write_manifest(bundle, {name: value for name, value in manifest.items() if name not in derived})
     with pytest.raises(BundleError, match="which a graph reads, is not listed in the manifest"):
         Answerer.from_pretrained(bundle, provider="cpu")
+
+
+def test_questions_that_the_model_was_trained_on_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.csv", "heldout.jsonl"):
+        Path(name).touch()
+    config = Path("training_config.json")
+    assert to_onnx._find_trained_on(".", ["own.csv"]) == []  # no model of training.finetune
+    config.write_text(json.dumps({"train": ["own.csv", "squad"]}))
+    assert to_onnx._find_trained_on(".", ["heldout.jsonl", "own.csv"]) == ["own.csv"]
+    assert to_onnx._find_trained_on(".", ["squad"]) == []  # of the hub another split is read
+    config.write_text("{}")
+    with pytest.raises(InvalidInputError, match="json is not what training"):
+        to_onnx._find_trained_on(".", ["own.csv"])
 
 
 def test_train_export_answer(heldout_file, tmp_path, capsys):
