@@ -29,7 +29,14 @@ def test_the_answer_is_highlighted_where_it_is_after_emoji(page):
     assert texts == [before, "Ariane 6", after]
     expect(page.locator("#score")).to_have_text("87%")
     expect(page.locator("#no-answer")).to_have_text("4%")
+    expect(page.locator("#score-name")).to_have_text("Probability that it is right")
     expect(page.locator("#status")).to_have_text("Answer: Ariane 6. Probability 87%.")
+
+
+def test_a_probability_that_is_not_calibrated_is_called_so(page):
+    page.route("**/v1/model", lambda route: route.fulfill(json=route.fetch().json() | {"calibrated": False}))
+    page.reload()
+    expect(page.locator("#score-name")).to_have_text("Probability under the model, not calibrated")
 
 
 def test_a_pdf_that_is_opened_takes_the_answer_before_away(page):
