@@ -48,19 +48,21 @@ def _bars(result: dict[str, Any], figure: Figure) -> None:
         f"{result['workload']}: {result['questions']} questions on {result['passages']} passages", loc="left"
     )
     left.margins(x=0.12)
-    for right in others:
-        for row in compared:
-            right.plot(
-                row["answers_per_second"],
-                row["equal_tokens_percent"],
-                "o",
-                color=_color(row["name"]),
-                fillstyle="full" if _style(row["name"]) == "-" else "none",
-                label=row["name"],
-            )
-        figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right center")
-        right.set(xlabel="answers per second", ylabel="tokens equal to PyTorch fp32, %")
-        right.set(xlim=(0, None), ylim=(None, 101))
+    if not compared:
+        return
+    (right,) = others
+    for row in compared:
+        right.plot(
+            row["answers_per_second"],
+            row["equal_tokens_percent"],
+            "o",
+            color=_color(row["name"]),
+            fillstyle="full" if _style(row["name"]) == "-" else "none",
+            label=row["name"],
+        )
+    figure.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    right.set(xlabel="answers per second", ylabel="tokens equal to PyTorch fp32, %")
+    right.set(xlim=(0, None), ylim=(None, 101))
 
 
 def _waits(result: dict[str, Any], figure: Figure) -> None:
